@@ -1,0 +1,118 @@
+"""PackedBatch: the one contract between data and model. Clips of any size, packed into rows of a fixed number of tokens.
+
+Axis letters, one meaning everywhere (suffixes of array names, e.g. `query_BLNK`):
+
+  B rows · L tokens in a row · G clips in a row · U distinct sigmas in a row · S text tokens in a row · P values in a patch,
+  in the order (pt, ph, pw, C) · Q condition channels · D model width · F mlp width · N heads · K head size · E text width ·
+  M keys attended to · C channels · T H W frames, height, width
+
+A row holds several clips one after another, their segments ascending from 1; segment 0 is padding. A token sees only its own
+clip, and reads only the span of text that `prompt` names. Patch n' Pack, arXiv:2307.06304, sec. 2.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class PackedBatch:
+  """B rows of packed clips. numpy on the host, jax arrays in a step; `None` where a model takes no such input."""
+  tokens_BLP: jax.Array            # clean latent patches, normalised; float32; zeros in padding
+  coords_BL3: jax.Array            # float32 t, y, x in the patch grid, from 0 in each clip
+  segment_BL: jax.Array            # int32; 0 padding, 1..G which clip
+  given_BL: jax.Array              # bool; True: a condition, kept clean (sigma 0), no loss
+  prompt_BL: jax.Array             # int32; which span of text the token reads; 0 none
+  prompt_BS: jax.Array             # int32; which span a text token belongs to; 0 padding
+  uid_BG2: jax.Array               # uint32; the 64 bits of each clip's uid, high word first; zeros where there is no clip
+  epoch_BG: jax.Array              # int32; which pass over the data this is for the clip
+  fps_BG: jax.Array                # float32; frames a second; 0 where there is no clip
+  size_BG3: jax.Array              # int32; latent t, h, w; 0 where there is no clip
+  source_BG: jax.Array             # int32; which data source; 0 where there is no clip
+  text_BS: jax.Array | None = None       # int32 token ids, when the text encoder is trained with the DiT
+  text_BSE: jax.Array | None = None      # text embeddings otherwise
+  cond_BLQ: jax.Array | None = None      # channels joined to the tokens (Wan I2V)
+
+
+@dataclasses.dataclass
+class Clip:
+  """One clip before packing; n tokens."""
+  tokens_LP: np.ndarray
+  coords_L3: np.ndarray
+  texts: list                      # one array a prompt: int32 ids [s] or float embeddings [s, E]
+  uid: int
+  size: tuple                      # latent t, h, w
+  fps: float
+  epoch: int = 0
+  source: int = 0
+  given_L: np.ndarray | None = None      # None: nothing is given
+  prompt_L: np.ndarray | None = None     # 1..len(texts), 0 none; None: all tokens read the first text
+  cond_LQ: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape:
+  """What one row holds at most: L tokens, G clips, S text tokens."""
+  length: int
+  clips: int
+  text: int
+
+  def __post_init__(self):
+    if min(self.length, self.clips, self.text) < 1:
+      raise ValueError(f"a row needs at least one token, one clip and one text token, not {self}")
+
+
+def pack(rows, shape):
+  """Lists of `Clip`, one list a row -> PackedBatch of numpy arrays. An empty list is an empty row.
+
+  Clips keep their order. Raises ValueError where a row overflows `shape`: planning it is the caller's work (data/plan.py).
+  At least one clip must be there, to know P and the kind of text.
+  """
+  clips = [clip for row in rows for clip in row]
+  if not clips:
+    raise ValueError("a batch of no clips at all has no shape")
+  first, num_rows = clips[0], len(rows)
+  width = first.tokens_LP.shape[-1]
+  is_ids = first.texts[0].ndim == 1
+  text_tail, text_dtype = first.texts[0].shape[1:], np.int32 if is_ids else np.float32
+  L, G, S = shape.length, shape.clips, shape.text
+  zeros = lambda *dims, dtype=np.int32: np.zeros((num_rows, *dims), dtype)  # noqa: E731
+  batch = PackedBatch(
+      tokens_BLP=zeros(L, width, dtype=np.float32), coords_BL3=zeros(L, 3, dtype=np.float32), segment_BL=zeros(L),
+      given_BL=zeros(L, dtype=bool), prompt_BL=zeros(L), prompt_BS=zeros(S), uid_BG2=zeros(G, 2, dtype=np.uint32),
+      epoch_BG=zeros(G), fps_BG=zeros(G, dtype=np.float32), size_BG3=zeros(G, 3), source_BG=zeros(G),
+      cond_BLQ=None if first.cond_LQ is None else zeros(L, first.cond_LQ.shape[-1], dtype=np.float32))
+  text = zeros(S, *text_tail, dtype=text_dtype)
+  for b, row in enumerate(rows):
+    at = text_at = prompts = 0
+    for g, clip in enumerate(row):
+      n, spans = len(clip.tokens_LP), sum(len(t) for t in clip.texts)
+      if at + n > L or g >= G or text_at + spans > S:
+        raise ValueError(f"row {b} overflows {shape}: clip {g} brings {n} tokens to {at} and {spans} text tokens to {text_at}")
+      span = slice(at, at + n)
+      batch.tokens_BLP[b, span] = clip.tokens_LP
+      batch.coords_BL3[b, span] = clip.coords_L3
+      batch.segment_BL[b, span] = g + 1
+      if clip.given_L is not None:
+        batch.given_BL[b, span] = clip.given_L
+      prompt_L = np.ones(n, np.int32) if clip.prompt_L is None else clip.prompt_L
+      batch.prompt_BL[b, span] = np.where(prompt_L > 0, prompt_L + prompts, 0)
+      if batch.cond_BLQ is not None:
+        batch.cond_BLQ[b, span] = clip.cond_LQ
+      for t in clip.texts:
+        prompts += 1
+        text[b, text_at:text_at + len(t)] = t
+        batch.prompt_BS[b, text_at:text_at + len(t)] = prompts
+        text_at += len(t)
+      batch.uid_BG2[b, g] = (clip.uid >> 32) & 0xFFFFFFFF, clip.uid & 0xFFFFFFFF
+      batch.epoch_BG[b, g], batch.fps_BG[b, g] = clip.epoch, clip.fps
+      batch.size_BG3[b, g], batch.source_BG[b, g] = clip.size, clip.source
+      at += n
+  return dataclasses.replace(batch, **{"text_BS" if is_ids else "text_BSE": text})
+
+
+def fill(batch):
+  """Share of the rows' tokens that are not padding, 0 to 1."""
+  return float(np.mean(np.asarray(batch.segment_BL) > 0))

@@ -1,0 +1,97 @@
+"""Flow matching: the path from data to noise, what the model learns, and how noise levels are drawn.
+
+  x_sigma  = (1 - sigma) * data + sigma * noise          sigma in [0, 1]: 0 is data, 1 is noise
+  velocity = dx/dsigma = noise - data                    what the model predicts; data = x - sigma * velocity
+  loss     = E |model(x_sigma, sigma, text) - velocity|^2
+
+Lipman et al., Flow Matching, arXiv:2210.02747; Liu et al., Rectified Flow, arXiv:2209.03003. Sigma is drawn logit-normal and
+shifted towards noise, the more the longer the clip (Esser et al., SD3, arXiv:2403.03206, sec. 3.1 and 5.3.2):
+
+  sigma' = shift * sigma / (1 + (shift - 1) * sigma)
+
+Laws (tests/diffusion/test_flow.py): a clip's sigma depends only on (key, uid, epoch), a token's noise only on (key, uid, epoch;
+t, y, x): neither on the clip's neighbours in a row, nor on its row, host or position.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmaConfig:
+  """How sigma is drawn in training."""
+  mean: float = 0.0                # of the logit-normal
+  std: float = 1.0
+  base_shift: float = 1.0          # the shift of a clip of `base_tokens`
+  base_tokens: int = 256
+  shift_power: float = 0.5         # shift = base_shift * (tokens / base_tokens) ** shift_power; SD3 eq. 23 has 0.5
+  uniform: float = 0.1             # share of clips whose sigma is drawn uniformly, so that both ends are seen
+
+  def __post_init__(self):
+    if self.std <= 0 or self.base_shift <= 0 or self.base_tokens < 1 or not 0 <= self.uniform <= 1:
+      raise ValueError(f"sigma needs std > 0, base_shift > 0, base_tokens >= 1, 0 <= uniform <= 1; not {self}")
+
+
+def interpolate(data, noise, sigma):
+  """x at noise level sigma, which broadcasts against data."""
+  return (1 - sigma) * data + sigma * noise
+
+
+def shifted(sigma, shift):
+  """Sigma moved towards 1 by shift > 1; the identity for shift = 1. SD3 eq. 23; 0 and 1 stay."""
+  return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def token_shift(tokens, cfg):
+  """The shift of a clip of so many tokens (number or array): grows with its square root, never under 1 / 4 or over 16."""
+  return jnp.clip(cfg.base_shift * (tokens / cfg.base_tokens) ** cfg.shift_power, 0.25, 16.0)
+
+
+def clip_keys(key, uid_BG2, epoch_BG):
+  """One key a clip, [B, G], from a run's key and each clip's uid and epoch: the same wherever the clip is packed."""
+  def one(uid_2, epoch):
+    return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, uid_2[0]), uid_2[1]), epoch)
+  return jax.vmap(jax.vmap(one))(uid_BG2, epoch_BG)
+
+
+def draw_sigma(keys_BG, tokens_BG, cfg):
+  """Keys and token counts of clips -> sigma of each, [B, G] float32 in (0, 1)."""
+  def one(key, tokens):
+    normal, uniform, which = jax.random.split(key, 3)
+    logit_normal = jax.nn.sigmoid(cfg.mean + cfg.std * jax.random.normal(normal))
+    drawn = jnp.where(jax.random.uniform(which) < cfg.uniform, jax.random.uniform(uniform), logit_normal)
+    return shifted(drawn, token_shift(tokens, cfg))
+  return jax.vmap(jax.vmap(one))(keys_BG, jnp.maximum(tokens_BG, 1).astype(jnp.float32))
+
+
+def token_noise(keys_BG, segment_BL, coords_BL3, width):
+  """Standard normal noise [B, L, width]: each token's from its clip's key and its own t, y, x; zeros in padding."""
+  def one(keys_G, segment, coords_3):
+    key = keys_G[jnp.maximum(segment - 1, 0)]
+    for word in jax.lax.bitcast_convert_type(coords_3, jnp.uint32):
+      key = jax.random.fold_in(key, word)
+    return jnp.where(segment > 0, jax.random.normal(key, (width,)), 0.0)
+  return jax.vmap(jax.vmap(one, (None, 0, 0)))(keys_BG, segment_BL, coords_BL3.astype(jnp.float32))
+
+
+def token_sigma(sigma_BG, segment_BL, given_BL):
+  """Sigma of each clip -> (sigma_BU, sigma_index_BL): the distinct values of a row, entry 0 being 0, for given tokens and padding."""
+  sigma_BU = jnp.concatenate([jnp.zeros_like(sigma_BG[:, :1]), sigma_BG], axis=1)
+  return sigma_BU, jnp.where(given_BL, 0, segment_BL)
+
+
+def gather_sigma(sigma_BU, sigma_index_BL):
+  """Sigma of each token, [B, L, 1], to broadcast against tokens."""
+  return jnp.take_along_axis(sigma_BU, sigma_index_BL, axis=1)[..., None]
+
+
+def velocity_loss(predicted_BLP, data_BLP, noise_BLP, segment_BL, given_BL):
+  """(sum over tokens of the mean squared error of a token's velocity, number of tokens that count).
+
+  Given tokens and padding count nothing. Divide the sums of all rows and hosts, so that every token weighs the same.
+  """
+  counts_BL = (segment_BL > 0) & ~given_BL
+  error_BL = jnp.mean(jnp.square(predicted_BLP.astype(jnp.float32) - (noise_BLP - data_BLP)), axis=-1)
+  return jnp.sum(jnp.where(counts_BL, error_BL, 0.0)), jnp.sum(counts_BL)

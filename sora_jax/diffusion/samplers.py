@@ -1,0 +1,105 @@
+"""Samplers: integrate dx/dsigma = velocity(x, sigma) from noise (sigma 1) to data (sigma 0).
+
+A sampler is a pair of functions; the loop is the caller's:
+
+  init(x, aux)                                             -> carry
+  step(velocity, x, carry, sigma, sigma_next, key)         -> (x, carry)
+
+`velocity`: (x, sigma, aux) -> (dx/dsigma, aux); aux is the caller's (caches, say) and travels in the carry. Sigmas broadcast
+against x: [] or [B, L, 1]; where both are 0, x stays. All three are deterministic and ignore the key.
+
+  euler   first order, one evaluation a step
+  heun    second order, two evaluations a step          Karras et al., arXiv:2206.00364, Alg. 1
+  unipc   second order, one evaluation a step           Zhao et al., UniPC, arXiv:2302.04867
+"""
+
+import jax.numpy as jnp
+
+
+def no_carry(x, aux=None):
+  """Carry of the samplers that remember nothing of their own: the caller's aux."""
+  del x
+  return aux
+
+
+def euler_step(velocity, x, carry, sigma, sigma_next, key):
+  """One explicit Euler step."""
+  del key
+  v, aux = velocity(x, sigma, carry)
+  return x + (sigma_next - sigma) * v, aux
+
+
+def heun_step(velocity, x, carry, sigma, sigma_next, key):
+  """One step of the trapezoidal rule. Unlike Karras et al. the last step, to sigma 0, is corrected too: our velocity is finite there."""
+  del key
+  v, aux = velocity(x, sigma, carry)
+  v_next, aux = velocity(x + (sigma_next - sigma) * v, sigma_next, aux)
+  return x + (sigma_next - sigma) * (v + v_next) / 2, aux
+
+
+def unipc_init(x, aux=None):
+  """Carry of `unipc`: what the last two evaluations predicted as data, at which sigmas, and the (corrected) x of the last one."""
+  zeros = jnp.zeros_like(x)
+  return {"aux": aux, "count": jnp.zeros((), jnp.int32), "x": zeros, "data": zeros, "sigma": zeros, "data_before": zeros,
+          "sigma_before": zeros}
+
+
+def unipc_step(velocity, x, carry, sigma, sigma_next, key):
+  """UniPC-2, B(h) = expm1(h), data prediction: the new evaluation corrects the last step (UniC), then predicts the next (UniP).
+
+  With m the predicted data, lambda = log((1 - sigma) / sigma) and h = lambda_next - lambda, the linear part is solved exactly
+  (DPM-Solver++, arXiv:2211.01095, eq. 9): x_next = (sigma_next / sigma) x - alpha_next expm1(-h) (m + differences of m).
+  Orders rise 1, 2, 2, ...; the step to sigma 0, where h is infinite, is of first order: x_next = m (`lower_order_final` of
+  diffusers' UniPCMultistepScheduler, against which tests/oracle holds this).
+  """
+  del key
+  sigma, sigma_next = (jnp.broadcast_to(s, x.shape).astype(x.dtype) for s in (sigma, sigma_next))
+  v, aux = velocity(x, sigma, carry["aux"])
+  data = x - sigma * v             # of x before its correction, as in UniPC: one evaluation a step
+  first, second = carry["count"] == 0, carry["count"] == 1
+  x = jnp.where(first | (sigma <= 0), x, _correct(carry, data, sigma, second))
+  predicted = _predict(x, data, sigma, sigma_next, carry["data"], carry["sigma"], first)
+  carry = {"aux": aux, "count": carry["count"] + 1, "x": x, "data": data, "sigma": sigma, "data_before": carry["data"],
+           "sigma_before": carry["sigma"]}
+  return jnp.where(sigma > 0, jnp.where(sigma_next > 0, predicted, data), x), carry
+
+
+def _lambda(sigma):
+  """Half the log signal-to-noise ratio, log(1 - sigma) - log(sigma), kept finite at both ends."""
+  sigma = jnp.clip(sigma, 1e-6, 1 - 1e-6)
+  return jnp.log1p(-sigma) - jnp.log(sigma)
+
+
+def _nonzero(h):
+  return jnp.where(h == 0, 1.0, h)
+
+
+def _linear(x, data, sigma, sigma_next):
+  """(first-order update, its step h, the factor of every difference of m)."""
+  h = _nonzero(_lambda(sigma_next) - _lambda(sigma))
+  factor = -(1 - sigma_next) * jnp.expm1(-h)
+  return sigma_next / jnp.where(sigma > 0, sigma, 1.0) * x + factor * data, h, factor
+
+
+def _predict(x, data, sigma, sigma_next, data_before, sigma_before, first):
+  """UniP-2: x at sigma_next, from the data predicted here and one evaluation before (`first`: there is none)."""
+  linear, h, factor = _linear(x, data, sigma, sigma_next)
+  ratio = _nonzero((_lambda(sigma_before) - _lambda(sigma)) / h)
+  return linear + jnp.where(first, 0.0, factor * 0.5 * (data_before - data) / ratio)
+
+
+def _correct(carry, data_now, sigma_now, second):
+  """UniC: x here once more, from the last x, now that the data prediction here is known (`second`: only one evaluation before)."""
+  linear, h, factor = _linear(carry["x"], carry["data"], carry["sigma"], sigma_now)
+  ratio = _nonzero((_lambda(carry["sigma_before"]) - _lambda(carry["sigma"])) / h)
+  phi_1 = jnp.expm1(-h)
+  phi_2 = phi_1 / -h - 1
+  phi_3 = phi_2 / -h - 0.5
+  b_1, b_2 = phi_2 / phi_1, 2 * phi_3 / phi_1            # [1 1; ratio 1] [a c] = [b_1 b_2], arXiv:2302.04867, eq. 8
+  a = (b_1 - b_2) / _nonzero(1 - ratio)
+  difference = (carry["data_before"] - carry["data"]) / ratio
+  jump = data_now - carry["data"]
+  return linear + factor * jnp.where(second, 0.5 * jump, a * difference + (b_1 - a) * jump)
+
+
+SAMPLERS = {"euler": (no_carry, euler_step), "heun": (no_carry, heun_step), "unipc": (unipc_init, unipc_step)}

@@ -1,0 +1,49 @@
+"""Video latents <-> spacetime patches.
+
+A latent video [T, H, W, C] is cut into patches of (pt, ph, pw); a patch is one token of P = pt * ph * pw * C values, in the
+order (pt, ph, pw, C); tokens follow each other in raster order: t slowest, x fastest. Every function takes numpy or jax
+arrays and returns the same kind. Source of the idea: Sora technical report (2024), "Spacetime latent patches"; ViT, arXiv:2010.11929.
+"""
+
+import math
+
+import numpy as np
+
+
+def grid(thw, patch):
+  """(T, H, W) of a latent video and (pt, ph, pw) of a patch -> (nt, ny, nx) patches along each axis.
+
+  Raises ValueError where a patch does not divide the video.
+  """
+  if any(n % p or n < p for n, p in zip(thw, patch, strict=True)):
+    raise ValueError(f"a latent video of {tuple(thw)} (t, h, w) is not a whole number of patches {tuple(patch)}")
+  return tuple(n // p for n, p in zip(thw, patch, strict=True))
+
+
+def token_count(thw, patch):
+  """How many tokens a latent video of (T, H, W) makes."""
+  return math.prod(grid(thw, patch))
+
+
+def patchify(latents_THWC, patch):
+  """[T, H, W, C] -> tokens [N, P]."""
+  *thw, channels = latents_THWC.shape
+  (nt, ny, nx), (pt, ph, pw) = grid(thw, patch), patch
+  cut = latents_THWC.reshape(nt, pt, ny, ph, nx, pw, channels).transpose(0, 2, 4, 1, 3, 5, 6)
+  return cut.reshape(nt * ny * nx, pt * ph * pw * channels)
+
+
+def unpatchify(tokens_NP, thw, patch):
+  """tokens [N, P] -> [T, H, W, C]; the inverse of `patchify`."""
+  (nt, ny, nx), (pt, ph, pw) = grid(thw, patch), patch
+  channels = tokens_NP.shape[-1] // (pt * ph * pw)
+  cut = tokens_NP.reshape(nt, ny, nx, pt, ph, pw, channels).transpose(0, 3, 1, 4, 2, 5, 6)
+  return cut.reshape(*thw, channels)
+
+
+def coords(grid_tyx, time_scale=1.0):
+  """(nt, ny, nx) -> [N, 3] float32: t, y, x of each token in the patch grid, in token order; t is multiplied by `time_scale`."""
+  axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid_tyx), indexing="ij")
+  tyx_N3 = np.stack([axis.reshape(-1) for axis in axes], axis=-1)
+  tyx_N3[:, 0] *= time_scale
+  return tyx_N3

@@ -1,0 +1,93 @@
+"""Samplers against an ODE whose solution is known: the flow from N(0, 1) noise to one Gaussian, x(sigma) = mean (1-sigma) + std-mix."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.diffusion import samplers
+
+MEAN, STD = 0.7, 0.4
+
+
+def exact_velocity(x, sigma, aux):
+  """Marginal velocity of the path from N(MEAN, STD^2) data to N(0, 1) noise (Albergo et al., arXiv:2303.08797, Gaussian case)."""
+  variance = (1 - sigma) ** 2 * STD**2 + sigma**2
+  slope = (sigma - (1 - sigma) * STD**2) / variance
+  return -MEAN + slope * (x - (1 - sigma) * MEAN), aux
+
+
+def exact_end(noise, sigma=1.0):
+  """Data that the flow carries `noise` to: the monotone map between the two Gaussians."""
+  start = np.sqrt((1 - sigma) ** 2 * STD**2 + sigma**2)
+  return MEAN + STD * (noise - (1 - sigma) * MEAN) / start
+
+
+def run(name, x, sigmas, velocity=exact_velocity):
+  init, step = samplers.SAMPLERS[name]
+  carry = init(x, None)
+  for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+    x, carry = step(velocity, x, carry, jnp.float32(sigma), jnp.float32(sigma_next), None)
+  return np.asarray(x)
+
+
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("unipc", 2)])
+def test_order_of_convergence(name, order):
+  """Twice the steps, 2^order less error or better (UniPC's corrector adds up to one), where float32 does not yet limit it."""
+  x = np.linspace(-2, 2, 7).astype(np.float32)
+  errors = []
+  for steps in (16, 32, 64):
+    sigmas = np.linspace(0.9, 0.2, steps + 1)
+    half = run(name, x, sigmas)
+    width = np.sqrt(0.8**2 * STD**2 + 0.2**2), np.sqrt(0.1**2 * STD**2 + 0.9**2)
+    exact = 0.8 * MEAN + width[0] * (x - 0.1 * MEAN) / width[1]
+    errors.append(np.abs(half - exact).max())
+  rates = np.log2(np.asarray(errors[:-1]) / errors[1:])
+  assert (rates > order - 0.35).all(), (errors, rates)
+  if order == 1:
+    assert (rates < 1.5).all()       # the test can tell orders apart
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_reaches_the_data(name):
+  """From pure noise to sigma 0 in 40 steps."""
+  x = np.linspace(-2, 2, 7).astype(np.float32)
+  end = run(name, x, np.linspace(1, 0, 41))
+  np.testing.assert_allclose(end, exact_end(x), atol=4e-2 if name == "euler" else 3e-3)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_given_tokens_stay_and_do_not_disturb(name):
+  """Tokens at sigma 0 keep their value to the bit; the others go as if those were not there."""
+  x = np.linspace(-2, 2, 6).astype(np.float32).reshape(1, 6, 1)
+  given = np.asarray([1, 0, 0, 1, 0, 0], bool).reshape(1, 6, 1)
+  init, step = samplers.SAMPLERS[name]
+  mixed, carry = x, init(x, None)
+  for sigma, sigma_next in zip(np.linspace(1, 0, 9)[:-1], np.linspace(1, 0, 9)[1:], strict=True):
+    per_token = [jnp.where(given, 0.0, s).astype(jnp.float32) for s in (sigma, sigma_next)]
+    mixed, carry = step(exact_velocity, mixed, carry, *per_token, None)
+  np.testing.assert_array_equal(np.asarray(mixed)[given], x[given])
+  np.testing.assert_allclose(np.asarray(mixed)[~given], run(name, x, np.linspace(1, 0, 9))[~given], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
+def test_a_loop_in_jit(name):
+  """init and step trace: the same inside lax.scan, with an aux that counts evaluations."""
+  sigmas = jnp.linspace(1, 0, 6)
+  init, step = samplers.SAMPLERS[name]
+
+  def counted(x, sigma, aux):
+    return exact_velocity(x, sigma, aux)[0], aux + 1
+
+  @jax.jit
+  def sample(x):
+    def body(state, pair):
+      x, carry = state
+      return step(counted, x, carry, pair[0], pair[1], None), None
+    (x, carry), _ = jax.lax.scan(body, (x, init(x, jnp.zeros((), jnp.int32))), (sigmas[:-1], sigmas[1:]))
+    return x, carry["aux"] if name == "unipc" else carry
+
+  x = np.linspace(-1, 1, 5).astype(np.float32)
+  end, evaluations = sample(x)
+  np.testing.assert_allclose(end, run(name, x, np.asarray(sigmas)), atol=1e-5)
+  assert int(evaluations) == (10 if name == "heun" else 5)
