@@ -1,0 +1,128 @@
+"""Text to video: a DiT on packed rows of latent patches.
+
+  python -m launch.train --config=configs/t2v.py:tiny --config.data.path=RECORDS --workdir=W
+
+Variants, with the hardware that each was written for and what to expect:
+  tiny   two CPU cores, five minutes on the embedded world: colours follow the prompt, motion begins to. What the quickstart trains.
+  world  two CPU cores, about an hour on the embedded world: the small model that ships (sora_jax/assets/world/README.md has its scores).
+  base   one TPU v5p-8 or larger: our size B, on records of the public 4x8x8 VAE, with its UMT5 embeddings in the records.
+
+Steps are updates; a row is `row_tokens` tokens, a step is `rows` rows of all hosts together.
+"""
+
+import ml_collections
+
+
+def get_config(variant="tiny"):
+  """The page of a variant."""
+  variants = {"tiny": tiny, "world": world, "base": base}
+  if variant not in variants:
+    raise ValueError(f"configs/t2v.py has no variant {variant!r}; it has {', '.join(variants)}")
+  return variants[variant]()
+
+
+def tiny():
+  """The page that the others differ from."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.init = ""                     # another work directory to start the weights from
+  config.steps = 400
+  config.log_every = 10
+  config.checkpoint_every = 100
+  config.max_bad_steps = 1             # stop after so many updates that are not finite
+  config.ema_decay = 0.995
+
+  config.model = ml_collections.ConfigDict()
+  config.model.size = "tiny"           # a key of sora_jax.models.dit.SIZES
+  config.model.remat = "none"
+  config.model.dtype = "float32"
+  config.model.text = "tiny"           # a key of sora_jax.models.text.SIZES, trained with the DiT; "" when records hold embeddings
+
+  config.data = ml_collections.ConfigDict()
+  config.data.path = ""                # what launch.encode wrote
+  config.data.rows = 20
+  config.data.row_tokens = 320
+  config.data.row_clips = 24
+  config.data.row_text = 320
+  config.data.caption_dropout = 0.1
+  config.data.image_to_video = 0.15    # share of clips whose first frame is given
+  config.data.base_fps = 0.0           # > 0: time coordinates count frames of a video of this rate, whatever the clip's own
+  config.data.max_damaged = 10
+  config.data.threads = 2
+
+  config.optim = ml_collections.ConfigDict()
+  config.optim.learning_rate = 2e-3
+  config.optim.warmup = 30
+  config.optim.final = 0.05
+  config.optim.weight_decay = 0.01
+  config.optim.clip = 1.0
+
+  config.sigma = ml_collections.ConfigDict()
+  config.sigma.mean = 0.0
+  config.sigma.std = 1.0
+  config.sigma.base_shift = 1.0
+  config.sigma.base_tokens = 64
+  config.sigma.shift_power = 0.5
+  config.sigma.uniform = 0.1
+
+  config.sample = ml_collections.ConfigDict()      # what launch.sample does where a request does not say
+  config.sample.every = 0                          # 0: draw no samples during training
+  config.sample.prompts = ("a red ball moves left", "a blue square moves up")
+  config.sample.size = (64, 64)
+  config.sample.frames = 17
+  config.sample.fps = 8.0
+  config.sample.steps = 20
+  config.sample.sampler = "unipc"
+  config.sample.shift = 1.0
+  config.sample.guidance = 3.0
+  config.sample.row_tokens = 320                   # a row of a sampling job
+  config.sample.rows = 8                           # rows denoised together
+
+  config.mesh = ml_collections.ConfigDict()        # data takes what the others leave
+  config.mesh.fsdp = 1
+  config.mesh.context = 1
+  config.mesh.tensor = 1
+  return config
+
+
+def world():
+  """The small model that ships."""
+  config = tiny()
+  config.model.size = "world"
+  config.steps = 3000
+  config.checkpoint_every = 200
+  config.ema_decay = 0.999
+  config.optim.warmup = 100
+  config.optim.learning_rate = 1.5e-3
+  return config
+
+
+def base():
+  """Size B on records of a 4x8x8 VAE with 16 channels and UMT5 embeddings."""
+  config = tiny()
+  config.model.size = "B"
+  config.model.text = ""
+  config.model.remat = "full"
+  config.model.dtype = "bfloat16"
+  config.steps = 200_000
+  config.log_every = 50
+  config.checkpoint_every = 1000
+  config.ema_decay = 0.9999
+  config.data.rows = 64
+  config.data.row_tokens = 40_960
+  config.data.row_clips = 64
+  config.data.row_text = 8192
+  config.optim.learning_rate = 2e-4
+  config.optim.warmup = 2000
+  config.sigma.base_tokens = 4096
+  config.sigma.base_shift = 3.0
+  config.sample.size = (480, 832)
+  config.sample.frames = 49
+  config.sample.fps = 16.0
+  config.sample.steps = 40
+  config.sample.shift = 3.0
+  config.sample.guidance = 5.0
+  config.sample.row_tokens = 40_960
+  config.sample.rows = 1
+  config.mesh.fsdp = 4
+  return config

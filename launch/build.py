@@ -1,0 +1,80 @@
+"""From configs and work directories to the dataclasses of the library: done once, at the edge, failing before anything compiles."""
+
+import dataclasses
+import shutil
+
+import jax
+import ml_collections
+from etils import epath
+
+from launch import cli
+from sora_jax import checkpoint, layout, optim
+from sora_jax.diffusion import flow
+from sora_jax.errors import BadInput
+from sora_jax.models import dit, t2v, text, vae
+
+
+def attributes(config):
+  """The dict of W/config.json as a ConfigDict."""
+  return ml_collections.ConfigDict(config)
+
+
+def pick(table, name, what):
+  """table[name]; BadInput lists the names there are."""
+  if name not in table:
+    raise BadInput(f"{what} is {name!r}; it must be one of {', '.join(table)}")
+  return table[name]
+
+
+def make_layout(config):
+  """config.mesh -> Layout over all devices."""
+  return cli.checked(lambda: layout.Layout(layout.make_mesh(fsdp=config.mesh.fsdp, context=config.mesh.context, tensor=config.mesh.tensor)), "mesh")
+
+
+def make_model(config, text_dir, where):
+  """config.model and the tokenizer in W/text -> Model on a Layout."""
+  size = pick(dit.SIZES, config.model.size, "config.model.size")
+  cfg = cli.checked(lambda: dataclasses.replace(size, remat=config.model.remat, dtype=config.model.dtype), "config.model")
+  encoder = None
+  if config.model.text:
+    tokenizer = text.Tokenizer(epath.Path(text_dir) / "tokenizer.model")
+    encoder = dataclasses.replace(pick(text.SIZES, config.model.text, "config.model.text"), vocab=tokenizer.vocab_size)
+    if encoder.width != cfg.text_width:
+      raise BadInput(f"config.model.text {config.model.text!r} gives {encoder.width} values a token, {config.model.size!r} takes {cfg.text_width}")
+  return t2v.Model(cfg, encoder, where)
+
+
+def make_optimizer(config):
+  """config.optim -> optax transformation, over config.steps."""
+  return cli.checked(lambda: optim.optimizer(optim.OptimConfig(steps=config.steps, **config.optim)), "config.optim")
+
+
+def make_sigma(config):
+  """config.sigma -> SigmaConfig."""
+  return cli.checked(lambda: flow.SigmaConfig(**config.sigma), "config.sigma")
+
+
+def load_vae(directory):
+  """W/vae -> (VAEConfig, params on the default device)."""
+  fields, params = checkpoint.load_part(directory)
+  return cli.checked(lambda: vae.config_from_dict(fields), str(directory)), jax.device_put(params)
+
+
+def copy_part(source, target):
+  """Copies a part (vae/ or text/) unless it is there already; BadInput when another one is."""
+  source, target = epath.Path(source), epath.Path(target)
+  if not source.exists():
+    raise BadInput(f"there is no {source}; run launch.encode first, which puts it beside its records")
+  if target.exists() and any(target.iterdir()):
+    if checkpoint.fingerprint(source) != checkpoint.fingerprint(target):
+      raise BadInput(f"{target} and {source} differ: this work directory was made with another one; give another --workdir")
+    return
+  partial = target.parent / (target.name + ".partial")
+  if partial.exists():
+    partial.rmtree()
+  partial.mkdir(parents=True)
+  for path in source.iterdir():
+    shutil.copyfile(path, partial / path.name)
+  if target.exists():
+    target.rmtree()
+  partial.rename(target)

@@ -1,0 +1,190 @@
+"""What all programs share: flags, configs, one-line errors, exit codes, stopping on request, lines and progress bars.
+
+Exit codes: 0 all was done; 2 bad input, one clear line; 75 stopped on request (SIGTERM, Ctrl-C) after saving, run the same command
+again; 1 anything else.
+"""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+
+from absl import flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sora_jax.errors import BadInput
+
+OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+_stop = {"requested": False}
+
+
+class Failure(RuntimeError):
+  """The work cannot go on, and not because of bad input: one line, exit code 1."""
+
+
+def run(main):
+  """Runs `main()` as a program and exits with its code (None: 0). Never returns."""
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, _request_stop)
+  logging.set_verbosity(logging.ERROR)
+  try:
+    _parse_flags(sys.argv)
+    code = main() or OK
+  except (BadInput, flags.Error) as error:
+    code = complain(error)
+  except Failure as error:
+    complain(error)
+    code = FAILED
+  except OSError as error:
+    if error.errno not in FULL_DISK and "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
+      raise
+    code = complain(f"{error}; nothing written before is lost: free some space, then run the same command again")
+  sys.stdout.flush()
+  sys.stderr.flush()
+  # Threads of the data pipeline and of the checkpointer may still wait for work: all is saved, so leave at once.
+  os._exit(code)
+
+
+def complain(error):
+  """Prints one line to stderr: what was given, what is allowed, what to do. Returns exit code 2."""
+  print(f"{program()}: {' '.join(str(error).split())}", file=sys.stderr)
+  return BAD_INPUT
+
+
+def program():
+  """The name of this program, as `launch.train`."""
+  name = os.path.basename(sys.argv[0]).removesuffix(".py")
+  return f"launch.{name}"
+
+
+def stop_requested():
+  """True after SIGTERM or Ctrl-C: save, say so, and return STOPPED."""
+  return _stop["requested"]
+
+
+def _request_stop(number, frame):
+  del frame
+  if _stop["requested"] and number == signal.SIGINT:
+    raise KeyboardInterrupt
+  _stop["requested"] = True
+
+
+def _parse_flags(argv):
+  """absl's parsing, with every mistake in a --config flag told in one line."""
+  try:
+    rest = flags.FLAGS(argv)
+  except flags.Error:
+    raise
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    raise BadInput(f"the config does not take this: {lines[0] if lines else error!r}; "
+                   "see the config file for its names and types") from None
+  except (OSError, ImportError) as error:
+    raise BadInput(f"the config file cannot be read: {error}; give --config=FILE.py or --config=FILE.py:variant") from None
+  if len(rest) > 1:
+    raise BadInput(f"unexpected argument {rest[1]!r}: every option is written --name=value; see --help")
+
+
+def define_config(default):
+  """Declares --config=FILE.py[:variant] with --config.a.b=value overrides."""
+  config_flags.DEFINE_config_file("config", default, "configuration page, as FILE.py or FILE.py:variant")
+
+
+def get_config():
+  """The parsed ConfigDict; BadInput when its file is missing or broken."""
+  try:
+    return flags.FLAGS.config
+  except (OSError, ImportError, AttributeError) as error:
+    raise BadInput(f"the config file cannot be read: {error}; give --config=FILE.py or --config=FILE.py:variant") from None
+
+
+def checked(build, what):
+  """build(), with a ValueError or KeyError of a config dataclass told as bad input; `what` names the part of the config."""
+  try:
+    return build()
+  except BadInput:
+    raise
+  except (ValueError, KeyError, TypeError) as error:
+    raise BadInput(f"{what}: {str(error).strip(chr(34))}") from None
+
+
+def claim_workdir(workdir, config, free_to_change):
+  """Writes W/config.json, or checks that W belongs to this config: keys (dotted) under `free_to_change` may differ between runs."""
+  from sora_jax import checkpoint
+  path = os.path.join(workdir, "config.json")
+  mine = {"format_version": checkpoint.FORMAT_VERSION, "program": program(), **json.loads(config.to_json_best_effort())}
+  if os.path.exists(path):
+    theirs = checkpoint.read_json(path)
+    flat = [flat_config(c) for c in (mine, theirs)]
+    differ = [k for k in sorted(set(flat[0]) | set(flat[1])) if flat[0].get(k) != flat[1].get(k) and not k.startswith(free_to_change)]
+    if differ:
+      shown = ", ".join(f"{k} is {flat[1].get(k)!r} there, {flat[0].get(k)!r} here" for k in differ[:3])
+      raise BadInput(f"{workdir} belongs to another config ({shown}{', ...' if len(differ) > 3 else ''}); "
+                     "give the same config to resume it, or another --workdir")
+  checkpoint.write_json(path, mine)
+
+
+def flat_config(tree, prefix=""):
+  """Nested config -> {"a.b": value}."""
+  out = {}
+  for name, value in tree.items():
+    out.update(flat_config(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+  return out
+
+
+def need_disk(directory, num_bytes, what):
+  """BadInput unless the disk of `directory` has that many bytes free."""
+  os.makedirs(directory, exist_ok=True)
+  free = shutil.disk_usage(directory).free
+  if free < num_bytes:
+    raise BadInput(f"{directory}: {what} needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free some space")
+
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def say(line):
+  """One line for the user, above any progress bar."""
+  console.print(line, markup=False)
+
+
+class Bar:
+  """Progress: a bar with time left on a terminal, a plain line every `every` seconds elsewhere. Use with `with`."""
+
+  def __init__(self, label, total, *, start=0, every=15.0):
+    self.label, self.total, self.done, self.every = label, total, start, every
+    self.first, self.began = start, time.monotonic()
+    self.told = self.began
+    self.rich = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+                         console=console) if console.is_terminal else None
+
+  def __enter__(self):
+    if self.rich:
+      self.rich.start()
+      self.task = self.rich.add_task(self.label, total=self.total, completed=self.done, note="")
+    return self
+
+  def __exit__(self, *_):
+    if self.rich:
+      self.rich.stop()
+
+  def advance(self, n=1, note=""):
+    """n more are done; `note` is shown beside them."""
+    self.done += n
+    if self.rich:
+      self.rich.update(self.task, completed=self.done, **({"note": note} if note else {}))
+      return
+    now = time.monotonic()
+    if now - self.told >= self.every or self.done == self.total:
+      self.told = now
+      left = ""
+      if self.total and self.done > self.first:
+        left = f", {(now - self.began) / (self.done - self.first) * (self.total - self.done):.0f} s left"
+      say(f"{self.label}: {self.done}{f' of {self.total}' if self.total else ''}{left}{f', {note}' if note else ''}")

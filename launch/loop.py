@@ -1,0 +1,88 @@
+"""The training loop that launch.train and launch.train_vae share: steps, log, checkpoints, stopping, resuming."""
+
+import time
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from launch import cli
+from launch.log import MetricsLog
+
+
+def stop_now(step):
+  """True when this run was asked to stop; on several hosts, at the same step on all of them."""
+  if jax.process_count() > 1:
+    return cli.stop_requested() or multihost_utils.reached_preemption_sync_point(step)
+  return cli.stop_requested()
+
+
+def run_steps(config, workdir, state, batches, update, *, first_step, checkpoints, items, hooks=(), label="training"):
+  """Runs config.steps - first_step updates. -> (state, exit code).
+
+  batches: iterator of (batch, cursor as JSON); update: (state, batch) -> (state, metrics of scalars, among them "loss" and "bad").
+  items: state -> trees to save by name. hooks: (every, function of (step, state) -> dict of numbers to log, or None).
+  config: steps, log_every, checkpoint_every, max_bad_steps.
+  """
+  log = MetricsLog(workdir, first_step)
+  window, began, bad, before, cursor = [], time.monotonic(), int(np.asarray(state.bad)), None, None
+  code = cli.OK
+  with cli.Bar(label, config.steps, start=first_step) as bar:
+    for step in range(first_step + 1, config.steps + 1):
+      batch, cursor = next(batches)
+      state, metrics = update(state, batch)
+      last, stopping = step == config.steps, stop_now(step)
+      saving = step % config.checkpoint_every == 0 or last or stopping
+      if before is not None:               # a step late, so that the device never waits for the host
+        bad = check_finite(before, bad, config.max_bad_steps, step - 1)
+      before = metrics
+      window.append(metrics)
+      if saving:
+        bad, before = check_finite(metrics, bad, config.max_bad_steps, step), None
+      if step % config.log_every == 0 or last:
+        values = summary(window, time.monotonic() - began)
+        log.write(step, values)
+        bar.advance(len(window), "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        window, began = [], time.monotonic()
+      if saving:
+        checkpoints.save(step, items(state), {"step": step, "cursor": cursor})
+      for every, hook in hooks:
+        if every and (step % every == 0 or last):
+          values = hook(step, state)
+          if values:
+            log.write(step, values)
+            cli.say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+          began = time.monotonic()
+      if stopping and not last:
+        code = cli.STOPPED
+        break
+  checkpoints.settle()
+  log.close()
+  if code == cli.STOPPED:
+    cli.say(f"stopped on request after saving step {step}; run the same command again to go on")
+  return state, code
+
+
+def check_finite(metrics, bad, max_bad_steps, step):
+  """Counts an update that was left out because it was not finite; ends the run when there were `max_bad_steps` of them. -> count"""
+  if not int(np.asarray(metrics["bad"])):
+    return bad
+  bad += 1
+  loss, norm = (float(np.asarray(metrics[name])) for name in ("loss", "grad_norm"))
+  cli.say(f"step {step}: the update is not finite (loss {loss}, gradient norm {norm}); the weights were left as they were ({bad} so far)")
+  if bad >= max_bad_steps:
+    raise cli.Failure(f"stopped at step {step}: {bad} updates were not finite (max_bad_steps={max_bad_steps}); the last checkpoint is intact; "
+                    "lower the learning rate, or raise --config.max_bad_steps to pass over such steps")
+  return bad
+
+
+def summary(window, seconds):
+  """Means over the steps of a window; "tokens" and "slots" (their room) become tokens_per_second and fill."""
+  host = jax.device_get(window)
+  names = host[0].keys() - {"tokens", "slots", "bad"}
+  values = {name: float(np.mean([m[name] for m in host])) for name in ["loss", *sorted(names - {"loss"})]}
+  if "tokens" in host[0]:
+    tokens = sum(int(m["tokens"]) for m in host)
+    values |= {"tokens_per_second": tokens / seconds, "fill": tokens / sum(int(m["slots"]) for m in host)}
+  values["steps_per_second"] = len(host) / seconds
+  return values

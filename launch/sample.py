@@ -1,0 +1,76 @@
+"""The sampling job: a prompt, or a file of requests, in; H.264 mp4 files (png for one frame) and manifest.jsonl out.
+
+  python -m launch.sample --prompt="a red ball moves left" --out=OUT                # the small model that ships
+  python -m launch.sample --workdir=W --requests=R.jsonl --out=OUT                  # run again, it does what is missing
+"""
+
+import json
+
+from absl import flags
+
+from launch import cli, sampling
+from sora_jax import checkpoint, tasks
+from sora_jax.errors import BadInput
+
+WORKDIR = flags.DEFINE_string("workdir", "", "work directory of launch.train; without it, the small model that ships")
+PROMPT = flags.DEFINE_string("prompt", None, "what to show")
+REQUESTS = flags.DEFINE_string("requests", None, "file of requests, one JSON object a line")
+OUT = flags.DEFINE_string("out", "out", "where the files go")
+WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "running mean of the weights, or the last ones")
+FIELDS = {name: flags.DEFINE_string(name, None, f"{name} of the request (with --prompt)")
+          for name in tasks.FIELDS if name not in ("id", "prompt")}
+
+
+def main():
+  requests, broken = chosen_requests()
+  workdir = WORKDIR.value or checkpoint.shipped()
+  bundle = sampling.Bundle.open(workdir, WEIGHTS.value)
+  cli.say(f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with {WORKDIR.value or 'the model that ships'} (step {bundle.step}) into {OUT.value}")
+  if PROMPT.value is not None:
+    tasks.parse_request(requests[0], bundle.defaults, sampling.SAMPLERS)      # a bad flag is told before anything runs
+  counts = sampling.run_job(bundle, requests, OUT.value)
+  failed = counts["failed"] + len(broken)
+  kept = f", {counts['kept']} were there already" if counts["kept"] else ""
+  cli.say(f"{counts['ok']} made{kept}{f', {failed} could not be done' if failed else ''}; see {OUT.value}/manifest.jsonl")
+  if counts["stopped"]:
+    cli.say("stopped on request; run the same command again for the rest")
+    return cli.STOPPED
+  if failed:
+    first = f"line {broken[0][0]} of {REQUESTS.value} is {broken[0][1]}" if broken else f"see {OUT.value}/manifest.jsonl"
+    raise BadInput(f"{failed} of {len(requests) + len(broken)} requests could not be done ({first}); the others were; mend them and run again")
+  return cli.OK
+
+
+def chosen_requests():
+  """-> (requests as dicts, broken lines)."""
+  if (PROMPT.value is None) == (REQUESTS.value is None):
+    raise BadInput("give either --prompt=TEXT or --requests=FILE.jsonl")
+  if REQUESTS.value is not None:
+    return sampling.read_requests(REQUESTS.value)
+  fields = {"id": "video", "prompt": PROMPT.value}
+  for name, flag in FIELDS.items():
+    if flag.value is not None:
+      fields[name] = _typed(name, flag.value)
+  fields["id"] = _slug(PROMPT.value, fields.get("seed", 0))
+  return [fields], []
+
+
+def _typed(name, value):
+  """The text of a flag as the type its field has: 17, 8.0, "64,96" or "[64,96]"."""
+  wanted = tasks.FIELDS[name]
+  try:
+    if wanted is list:
+      return json.loads(value if value.startswith("[") else f"[{value.replace('x', ',')}]")
+    return wanted(value)
+  except ValueError:
+    raise BadInput(f"--{name}={value} cannot be read; give {'two numbers as 64,96' if wanted is list else f'a number ({wanted.__name__})'}") from None
+
+
+def _slug(prompt, seed):
+  """A file name from a prompt."""
+  words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
+  return ("-".join(words)[:60] or "video") + (f"-{seed}" if seed else "")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,229 @@
+"""The sampling job: requests in, files and a manifest out. Used by launch.sample, launch.evaluate and during training."""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import time
+import zlib
+
+import jax
+import numpy as np
+from etils import epath
+
+from launch import build, cli
+from sora_jax import checkpoint, layout, patches, sample, tasks, video
+from sora_jax.diffusion.samplers import SAMPLERS
+from sora_jax.errors import BadInput
+from sora_jax.models import t2v, text, vae
+
+DEFAULTS = ("size", "frames", "fps", "steps", "sampler", "shift", "guidance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+  """A model that can sample: weights, VAE, tokenizer, and what its config says where a request does not."""
+  model: t2v.Model
+  params: dict
+  vae_cfg: vae.VAEConfig
+  vae_params: dict
+  tokenize: object                 # str -> ids
+  defaults: dict
+  row_tokens: int
+  rows: int
+  base_fps: float | None
+  step: int
+
+  @classmethod
+  def of(cls, workdir, settings, model, params, step=0):
+    """From a config (a ConfigDict, or the dict of W/config.json) and weights; VAE and tokenizer are those in W."""
+    cfg, vae_params = build.load_vae(epath.Path(workdir) / "vae")
+    defaults = {name: settings["sample"][name] for name in DEFAULTS}
+    defaults["size"] = list(defaults["size"])
+    tokenizer = text.Tokenizer(epath.Path(workdir) / "text" / "tokenizer.model")
+    tokenize = lambda prompt: np.asarray(tokenizer.encode(prompt), np.int32)  # noqa: E731
+    return cls(model, params, cfg, vae_params, tokenize, defaults, settings["sample"]["row_tokens"], settings["sample"]["rows"],
+               settings["data"]["base_fps"] or None, step)
+
+  @classmethod
+  def open(cls, workdir, which="ema"):
+    """From a work directory of launch.train, or a model that was exported or ships."""
+    config = checkpoint.read_json(epath.Path(workdir) / "config.json")
+    if "sample" not in config:
+      raise BadInput(f"{workdir} is no work directory of launch.train (its config.json is of {config.get('program', 'another program')}); name another --workdir")
+    settings = build.attributes(config)
+    where = build.make_layout(settings)
+    model = build.make_model(settings, epath.Path(workdir) / "text", where)
+    boxed = jax.eval_shape(model.init, jax.random.key(0))
+    target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), layout.unbox(boxed),
+                          layout.shardings(boxed, where))
+    params, step = checkpoint.load_weights(workdir, which, target, say=cli.say)
+    return cls.of(workdir, config, model, params, step)
+
+  def canvas(self, request):
+    """Request -> Canvas."""
+    return tasks.TASKS[request.task](request, stride=self.vae_cfg.stride, patch=self.model.dit.patch, channels=self.model.dit.channels,
+                                     encode=self.encode_image)
+
+  def encode_image(self, path, size, padded):
+    """An image file -> normalised latents [1, h, w, C]: scaled to cover `size`, its middle kept, edges repeated up to `padded`."""
+    if not os.path.exists(path):
+      raise BadInput(f"image {path!r} does not exist; give the path of an image file")
+    try:
+      frame = next(video.read(path)).image_HWC
+    except (video.BadClip, StopIteration) as error:
+      raise BadInput(f"image {path!r} cannot be read: {error}") from None
+    covered = cover(frame, size)
+    edges = [(0, padded[0] - size[0]), (0, padded[1] - size[1]), (0, 0)]
+    pixels = np.pad(covered, edges, mode="edge").astype(np.float32) / 127.5 - 1
+    mean, _ = vae.encode(self.vae_params, pixels[None, None], self.vae_cfg)
+    return np.asarray(vae.normalise(np.asarray(mean), self.vae_cfg))[0]
+
+  def decode(self, latents_THWC, frames, size):
+    """Normalised latents -> iterator of uint8 [H, W, 3], cut to what was asked; streamed, so that memory does not grow with length."""
+    raw = vae.denormalise(np.asarray(latents_THWC, np.float32)[None], self.vae_cfg)
+    chunks = (raw[:, t:t + 1] for t in range(raw.shape[1]))
+    every = itertools.chain.from_iterable(np.asarray(chunk)[0] for chunk in vae.decode_stream(self.vae_params, chunks, self.vae_cfg))
+    for image in itertools.islice(every, frames):
+      yield np.clip((image[:size[0], :size[1]] + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+
+
+def cover(image_HWC, size):
+  """uint8 image scaled to cover `size` (keeping its shape), its middle cropped to it."""
+  scale = max(size[0] / image_HWC.shape[0], size[1] / image_HWC.shape[1])
+  height, width = (max(n, round(m * scale)) for n, m in zip(size, image_HWC.shape[:2], strict=True))
+  scaled = np.asarray(jax.image.resize(image_HWC.astype(np.float32), (height, width, 3), "cubic", antialias=True))
+  top, left = (height - size[0]) // 2, (width - size[1]) // 2
+  return np.clip(scaled[top:top + size[0], left:left + size[1]] + 0.5, 0, 255).astype(np.uint8)
+
+
+def read_requests(path):
+  """A file of one JSON object a line -> (list of dicts with ids, list of (line number, what is wrong))."""
+  if not os.path.exists(path):
+    raise BadInput(f"--requests={path} does not exist; give a file of one JSON object a line")
+  good, broken = [], []
+  with open(path, encoding="utf-8", errors="replace") as f:
+    for number, line in enumerate(f, 1):
+      if not line.strip():
+        continue
+      try:
+        fields = json.loads(line)
+        if not isinstance(fields, dict):
+          raise ValueError("not an object in braces")
+        good.append({"id": f"{number:05d}", **fields})
+      except ValueError as error:
+        broken.append((number, f"not valid JSON: {error}"))
+  return good, broken
+
+
+def read_manifest(out):
+  """OUT/manifest.jsonl -> {id: its last line}."""
+  path = os.path.join(out, "manifest.jsonl")
+  lines = {}
+  if os.path.exists(path):
+    for line in open(path):
+      try:
+        fields = json.loads(line)
+        lines[fields["id"]] = fields
+      except (ValueError, KeyError):
+        continue          # a line cut short by a kill: its request is done again
+  return lines
+
+
+def run_job(bundle, requests, out, *, quiet=False, stop=cli.stop_requested):
+  """Makes what is missing of `requests` (dicts) in `out`. -> counts {"ok", "kept", "failed", "stopped"}.
+
+  A request that cannot be done gets a manifest line with its error; the others are done.
+  """
+  os.makedirs(out, exist_ok=True)
+  done, counts = read_manifest(out), {"ok": 0, "kept": 0, "failed": 0, "stopped": 0}
+  todo, seen = [], set()
+  for fields in requests:
+    name = str(fields.get("id", ""))
+    try:
+      if name in seen:
+        raise BadInput(f"two requests have the id {name!r}; each needs its own")
+      seen.add(name)
+      request = tasks.parse_request(fields, bundle.defaults, SAMPLERS)
+      before = done.get(name)
+      if before and before["status"] == "ok" and before.get("request") == _digest(request) and os.path.exists(os.path.join(out, before["path"])):
+        counts["kept"] += 1
+        continue
+      canvas = bundle.canvas(request)
+      todo.append((request, canvas, sample.prepare(request, canvas, bundle.tokenize, bundle.model.dit.patch, bundle.base_fps)))
+    except BadInput as error:
+      counts["failed"] += 1
+      _note(out, {"id": name, "status": "failed", "error": str(error), "prompt": str(fields.get("prompt", ""))[:200]})
+      cli.say(f"request {name}: {error}")
+  groups = {}
+  for entry in todo:
+    groups.setdefault(entry[0].sampler, []).append(entry)
+  with cli.Bar("sampling", sum(entry[0].steps for entry in todo) or 1, every=1e9 if quiet else 15.0) as bar:
+    for sampler, entries in groups.items():
+      _run_group(bundle, entries, sampler, out, counts, bar, stop)
+  return counts
+
+
+def _run_group(bundle, entries, sampler, out, counts, bar, stop):
+  """All requests of one sampler: rows of them are denoised together, then decoded and written one by one."""
+  longest = max(len(work.clip.tokens_LP) for _, _, work in entries)
+  wide = [e for e in entries if len(e[2].clip.tokens_LP) > bundle.row_tokens] if longest > bundle.row_tokens else []
+  for part in [[e] for e in wide] + [[e for e in entries if e not in wide]]:
+    if not part:
+      continue
+    rows, shape = sample.share_rows([work for _, _, work in part], bundle.row_tokens)
+    for start in range(0, len(rows), bundle.rows):
+      began, chosen = time.monotonic(), rows[start:start + bundle.rows]
+      steps = {i: part[i][0].steps for row in chosen for i in row}
+      ticks = functools.partial(lambda done, of, total: bar.advance(total // of), total=sum(steps.values()))
+      latents = sample.denoise(bundle.model, bundle.params, [[part[i][2] for i in row] for row in chosen], shape, sampler, ticks, stop)
+      if latents is None:
+        counts["stopped"] += sum(map(len, rows[start:]))
+        return
+      each = (time.monotonic() - began) / len(steps)
+      for row, tokens in zip(chosen, latents, strict=True):
+        for i, tokens_LP in zip(row, tokens, strict=True):
+          _write(bundle, part[i], tokens_LP, out, counts, each)
+
+
+def _write(bundle, entry, tokens_LP, out, counts, seconds):
+  """Decodes one canvas and writes its file and its manifest line."""
+  request, canvas, _ = entry
+  began = time.monotonic()
+  latents = patches.unpatchify(tokens_LP, canvas.latents_THWC.shape[:3], bundle.model.dit.patch)
+  name = request.id + (".png" if canvas.frames == 1 else ".mp4")
+  images = bundle.decode(latents, canvas.frames, canvas.size)
+  if canvas.frames == 1:
+    video.write_png(os.path.join(out, name), next(images))
+  else:
+    video.write_mp4(os.path.join(out, name), images, request.fps)
+  counts["ok"] += 1
+  _note(out, {"id": request.id, "status": "ok", "path": name, "seed": request.seed, "size": list(canvas.size), "frames": canvas.frames,
+              "fps": request.fps, "seconds_taken": round(seconds + time.monotonic() - began, 3), "error": None, "prompt": request.prompt,
+              "task": request.task, "steps": request.steps, "sampler": request.sampler, "guidance": request.guidance, "step": bundle.step,
+              "request": _digest(request)})
+
+
+def _digest(request):
+  """What of a request must be the same for its file to count as made."""
+  return f"{zlib.crc32(json.dumps(dataclasses.asdict(request), sort_keys=True).encode()):08x}"
+
+
+def _note(out, line):
+  with open(os.path.join(out, "manifest.jsonl"), "a") as f:
+    f.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def contact_sheet(videos, columns=4, frames=5, scale=2):
+  """uint8 videos -> one image: each a strip of `frames` frames, for logs and for looking."""
+  strips = []
+  for clip in videos:
+    chosen = clip[np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)]
+    strips.append(np.concatenate([np.pad(f, ((1, 1), (1, 1), (0, 0))) for f in chosen], 1).repeat(scale, 0).repeat(scale, 1))
+  height, width = (max(s.shape[a] for s in strips) for a in (0, 1))
+  strips = [np.pad(s, ((0, height - s.shape[0]), (0, width - s.shape[1]), (0, 0))) for s in strips]
+  strips += [np.zeros_like(strips[0])] * (-len(strips) % columns)
+  rows = [np.concatenate(strips[i:i + columns], 1) for i in range(0, len(strips), columns)]
+  return np.concatenate(rows[:max(1, math.ceil(len(videos) / columns))], 0)

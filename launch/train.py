@@ -1,0 +1,135 @@
+"""Trains the text-to-video model on records of launch.encode. Run again, it goes on where it was.
+
+  python -m launch.train --config=configs/t2v.py:tiny --config.data.path=RECORDS --workdir=W
+"""
+
+import functools
+import os
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+
+from data import pipeline, plan, records
+from launch import build, cli, loop, sampling
+from sora_jax import batch as batches
+from sora_jax import checkpoint, train
+from sora_jax.errors import BadInput
+
+WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and samples go")
+# What a rerun in the same W may change without becoming another experiment.
+FREE = ("steps", "log_every", "checkpoint_every", "max_bad_steps", "sample.", "data.threads", "data.path", "data.max_damaged", "mesh.",
+        "model.remat", "init")
+
+
+def main():
+  config, workdir = cli.get_config(), WORKDIR.value
+  if not workdir:
+    raise BadInput("no --workdir; give a directory for the checkpoints")
+  if not config.data.path:
+    raise BadInput("no --config.data.path; give the directory that launch.encode wrote")
+  index = records.RecordIndex.open(config.data.path)
+  where, sigma, tx = build.make_layout(config), build.make_sigma(config), build.make_optimizer(config)
+  source_text = epath.Path(config.data.path) / "text"
+  model = build.make_model(config, source_text, where)
+  rows_plan = make_plan(config, index, model)
+  cli.claim_workdir(workdir, config, FREE)
+  for part in ("vae", "text"):
+    build.copy_part(epath.Path(config.data.path) / part, epath.Path(workdir) / part)
+  check_index(index, model, workdir)
+
+  target = train.abstract_state(model, tx)
+  size = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
+  cli.need_disk(workdir, 2.2 * size, "a checkpoint beside the one before it")
+  checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
+  state, cursor, step = resume(checkpoints, target) or begin(config, model, tx, target)
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  if step >= config.steps:
+    cli.say(f"{workdir} is already trained for {step} steps; nothing to do. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+    return cli.OK
+  cli.say(f"training {config.model.size} ({parameters / 1e6:.2f} M parameters) on {len(index)} clips, steps {step + 1} to {config.steps} of "
+          f"{config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}")
+
+  stream = pipeline.batches(index, rows_plan, seed=config.seed, cursor=cursor, host=jax.process_index(), hosts=jax.process_count(),
+                            embedded=model.text is None, caption_dropout=config.data.caption_dropout,
+                            image_to_video=config.data.image_to_video, base_fps=config.data.base_fps or None,
+                            max_damaged=config.data.max_damaged, on_damage=cli.say, threads=config.data.threads)
+  update = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), donate_argnums=0),
+                             key=jax.random.key(config.seed), model=model, tx=tx, ema_decay=config.ema_decay, sigma=sigma)
+  slots = config.data.rows * config.data.row_tokens
+
+  def counted(state, batch):
+    state, metrics = update(state, batch)
+    return state, metrics | {"slots": slots}
+
+  placed = ((train.place_batch(batch, where), after.to_json()) for batch, after in stream)
+  hooks = ((config.sample.every, functools.partial(draw_samples, config, workdir, model)),) if config.sample.every else ()
+  state, code = loop.run_steps(config, workdir, state, placed, counted, first_step=step, checkpoints=checkpoints, items=items, hooks=hooks)
+  checkpoints.close()
+  if code == cli.OK:
+    cli.say(f"done: {config.steps} steps. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+  return code
+
+
+def items(state):
+  """What a checkpoint holds, by name: the weights apart, so that a sampler reads no optimiser."""
+  return {"params": state.params, "ema": state.ema, "opt": {"opt": state.opt, "step": state.step, "bad": state.bad}}
+
+
+def resume(checkpoints, target):
+  """-> (State, Cursor, step) of the newest whole checkpoint, or None."""
+  step = checkpoints.latest()
+  if step is None:
+    return None
+  found = checkpoints.restore(step, items(target))
+  state = train.State(found["opt"]["step"], found["params"], found["ema"], found["opt"]["opt"], found["opt"]["bad"])
+  cli.say(f"going on from the checkpoint of step {step}")
+  return state, plan.Cursor.from_json(checkpoints.meta(step)["cursor"]), step
+
+
+def begin(config, model, tx, target):
+  """A new state, its weights drawn, or taken from another work directory (config.init)."""
+  state = train.init_state(model, tx, jax.random.key(config.seed))
+  if config.init:
+    weights, step = checkpoint.load_weights(config.init, "ema", target.params, say=cli.say)
+    cli.say(f"starting from the weights of {config.init}, step {step}")
+    state = train.State(state.step, weights, jax.tree.map(lambda leaf: leaf.copy(), weights), state.opt, state.bad)
+  return state, None, 0
+
+
+def make_plan(config, index, model):
+  """The plan of the rows; BadInput names the first clip that no row can hold, and what to raise."""
+  shape = cli.checked(lambda: batches.RowShape(config.data.row_tokens, config.data.row_clips, config.data.row_text), "config.data")
+  null_ids, null_embedding = index.null_text
+  null = len(null_ids) if model.text is not None else len(null_embedding)
+  rows = plan.Plan(index.rows, rows_per_step=config.data.rows, shape=shape, patch=model.dit.patch, seed=config.seed, null_text_tokens=null)
+  if rows.misfits:
+    first = rows.misfits[0]
+    raise BadInput(f"{len(rows.misfits)} of {len(index)} clips fit in no row; the first: {index.describe(first.position)}: {first.reason}; "
+                   "raise --config.data.row_tokens (or row_text), or encode with a smaller --max_seconds")
+  return rows
+
+
+def check_index(index, model, workdir):
+  """Records must be of the VAE in W, with as many channels as the model takes."""
+  channels = index.header["latent_channels"]
+  wanted = model.dit.channels
+  if channels != wanted:
+    raise BadInput(f"the records have {channels} latent channels, model {wanted}; encode with the VAE that this model is for, or change --config.model.size")
+  mine = checkpoint.fingerprint(os.path.join(workdir, "vae"))
+  if index.header.get("vae_fingerprint") not in (None, mine):
+    raise BadInput(f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {workdir}/vae ({mine}); encode again")
+
+
+def draw_samples(config, workdir, model, step, state):
+  """Videos of config.sample.prompts from the EMA weights, in W/samples/STEP/."""
+  bundle = sampling.Bundle.of(workdir, config, model, state.ema)
+  out = os.path.join(workdir, "samples", str(step))
+  requests = [{"id": f"{i:02d}", "prompt": prompt} for i, prompt in enumerate(config.sample.prompts)]
+  sampling.run_job(bundle, requests, out, quiet=True)
+
+
+if __name__ == "__main__":
+  cli.define_config("configs/t2v.py:tiny")
+  cli.run(main)

@@ -1,0 +1,245 @@
+"""What a work directory W keeps: checkpoints that can be trusted, and parts (VAE, text, weights) as plain files.
+
+  W/config.json                 the experiment, with its format_version
+  W/checkpoints/STEP/           Orbax, one item each: params, ema, opt, and meta (JSON: step, data cursor, ...)
+  W/manifests/STEP.json         size and checksum of every file of the step, written once the step is whole
+  W/vae/ W/text/ W/model/       a part: config.json and weights.safetensors, names like "encoder/conv_in/kernel"
+
+Orbax renames a step into place when it is whole, but does not notice a flipped bit or a file cut short: so a step counts only
+with its manifest, and is checked against it before it is restored; a damaged one is set aside and the one before is taken.
+"""
+
+import json
+import pathlib
+import zlib
+
+import jax
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from sora_jax.errors import BadInput
+
+FORMAT_VERSION = 1
+WEIGHTS = "weights.safetensors"
+
+
+def flatten(tree, prefix=""):
+  """Nested dict -> {"a/b/c": leaf}, sorted by name."""
+  flat = {}
+  for name in sorted(tree):
+    leaf = tree[name]
+    flat.update(flatten(leaf, f"{prefix}{name}/") if isinstance(leaf, dict) else {prefix + name: leaf})
+  return flat
+
+
+def unflatten(flat):
+  """{"a/b/c": leaf} -> nested dict."""
+  tree = {}
+  for name, leaf in flat.items():
+    *parents, last = name.split("/")
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def write_json(path, value):
+  """Writes JSON so that a reader never sees half of it."""
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.parent / f"{path.name}.partial"
+  partial.write_text(json.dumps(value, indent=1) + "\n")
+  partial.replace(path)
+
+
+def read_json(path):
+  """Reads JSON; BadInput where it is missing or broken."""
+  path = epath.Path(path)
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    raise BadInput(f"there is no {path}; give a directory that a sora_jax program wrote") from None
+  except ValueError as error:
+    raise BadInput(f"{path} is not valid JSON ({error}); restore it or start in a new directory") from None
+
+
+def save_part(directory, config, params, dtype=None):
+  """Writes one part: its config (a dict) and its weights (a nested dict of arrays), cast to `dtype` where given."""
+  directory = epath.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  flat = {name: np.asarray(leaf if dtype is None else leaf.astype(dtype)) for name, leaf in flatten(params).items()}
+  partial = directory / (WEIGHTS + ".partial")
+  partial.write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}))
+  partial.replace(directory / WEIGHTS)
+  write_json(directory / "config.json", {"format_version": FORMAT_VERSION, **config})
+
+
+def load_part(directory):
+  """-> (config, weights as a nested dict of float32 numpy arrays). BadInput where a file is missing or cut short."""
+  directory = epath.Path(directory)
+  config = read_json(directory / "config.json")
+  try:
+    flat = _load_safetensors((directory / WEIGHTS).read_bytes())
+  except FileNotFoundError:
+    raise BadInput(f"there is no {directory / WEIGHTS}; its config.json is there, so the copy is not whole: copy it again") from None
+  except Exception as error:  # safetensors raises its own type for a damaged header, ValueError for a short body
+    raise BadInput(f"{directory / WEIGHTS} cannot be read ({error}); copy it again") from None
+  return config, unflatten({name: np.asarray(leaf, np.float32) for name, leaf in flat.items()})
+
+
+def _load_safetensors(data):
+  """bytes -> {name: numpy array}. safetensors' own loader of bytes does not know bfloat16."""
+  dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+  return {name: np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])
+          for name, entry in safetensors.deserialize(data)}
+
+
+def fingerprint(directory):
+  """A short checksum of a part: of its config and every other file but README."""
+  directory, crc = epath.Path(directory), 0
+  for path in sorted(directory.iterdir(), key=lambda p: p.name):
+    if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
+      crc = zlib.crc32(path.read_bytes(), zlib.crc32(path.name.encode(), crc))
+  return f"{crc:08x}"
+
+
+def shipped():
+  """The work directory of the small model that ships with the package."""
+  return epath.Path(pathlib.Path(__file__).parent / "assets" / "world")
+
+
+class Checkpoints:
+  """The checkpoints of one work directory. `say` takes the lines a user should read."""
+
+  def __init__(self, workdir, *, keep=3, say=print):
+    self.root, self.say = epath.Path(workdir), say
+    self.pending = None
+    if (self.root / "checkpoints").exists():
+      self._set_aside_unfinished()
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix=None, cleanup_tmp_directories=True)
+    self.manager = ocp.CheckpointManager(self.root.resolve() / "checkpoints", options=options)
+
+  def save(self, step, items, meta):
+    """Starts saving: items (name -> pytree of arrays) and meta (JSON). Raises OSError where the disk is full, the step before being intact."""
+    self.settle()
+    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
+    self.pending = step
+
+  def settle(self):
+    """Waits for a save under way, and writes its manifest."""
+    if self.pending is None:
+      return
+    step, self.pending = self.pending, None
+    try:
+      self.manager.wait_until_finished()
+    except Exception as error:
+      raise OSError(f"step {step} could not be saved ({str(error).splitlines()[0][:200]}); the checkpoint before it is intact") from None
+    if jax.process_index() == 0:
+      write_json(self._manifest(step), self._checksums(step))
+      for path in (self.root / "manifests").iterdir():
+        if path.suffix == ".json" and not (self.root / "checkpoints" / path.stem).exists():
+          path.unlink()
+
+  def latest(self):
+    """The newest step that is whole, or None. Damaged ones are named and set aside."""
+    for step in sorted(self.manager.all_steps(), reverse=True):
+      damage = self._damage(step)
+      if damage is None:
+        return step
+      self.say(f"checkpoint {step} is damaged ({damage}); going back to the one before")
+      self._set_aside(step)
+      self.manager.reload()
+    return None
+
+  def meta(self, step):
+    """What `save` was given as meta."""
+    return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+  def restore(self, step, targets):
+    """Items by name, each a tree like its target: jax.ShapeDtypeStructs, with shardings where they matter."""
+    args = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+    restored = self.manager.restore(step, args=ocp.args.Composite(**args))
+    return {name: restored[name] for name in targets}
+
+  def close(self):
+    self.settle()
+    self.manager.close()
+
+  def _manifest(self, step):
+    return self.root / "manifests" / f"{step}.json"
+
+  def _files(self, step):
+    root = self.root / "checkpoints" / str(step)
+    return {str(path.relative_to(root)): path for path in sorted(_walk(root))}
+
+  def _checksums(self, step):
+    return {name: [len(data := path.read_bytes()), zlib.crc32(data)] for name, path in self._files(step).items()}
+
+  def _damage(self, step):
+    """What is wrong with a step, or None."""
+    if not self._manifest(step).exists():
+      return "it was not finished"
+    wanted = read_json(self._manifest(step))
+    found = self._files(step)
+    for name, (size, crc) in wanted.items():
+      if name not in found:
+        return f"{name} is missing"
+      data = found[name].read_bytes()
+      if len(data) != size:
+        return f"{name} has {len(data)} bytes of {size}"
+      if zlib.crc32(data) != crc:
+        return f"{name} has a wrong checksum"
+    return None
+
+  def _set_aside(self, step):
+    target = self.root / "damaged" / str(step)
+    if jax.process_index() == 0:
+      target.parent.mkdir(exist_ok=True)
+      if target.exists():
+        target.rmtree()
+      (self.root / "checkpoints" / str(step)).rename(target)
+      self._manifest(step).unlink(missing_ok=True)
+
+  def _set_aside_unfinished(self):
+    """What a kill in the middle of a save left: temporary folders, which nothing reads again."""
+    for path in (self.root / "checkpoints").iterdir():
+      if "orbax-checkpoint-tmp" in path.name:
+        path.rmtree()
+
+
+def _walk(directory):
+  """All files below a directory, local or in a bucket."""
+  for path in directory.iterdir():
+    if path.is_dir():
+      yield from _walk(path)
+    else:
+      yield path
+
+
+def load_weights(workdir, which="ema", target=None, say=print):
+  """Weights of a work directory, keyed as they were trained ("dit", "text"): -> (tree, step).
+
+  From its newest whole checkpoint, `which` being "ema" or "params"; or, where there is none, from W/model/ (an exported or
+  shipped model). `target`: a tree of ShapeDtypeStructs with shardings; None gives arrays on the first device.
+  """
+  workdir = epath.Path(workdir)
+  if (workdir / "checkpoints").exists():
+    checkpoints = Checkpoints(workdir, say=say)
+    step = checkpoints.latest()
+    if step is not None:
+      tree = checkpoints.restore(step, {which: target})[which]
+      checkpoints.close()
+      return tree, step
+    checkpoints.close()
+  if (workdir / "model").exists():
+    config, tree = load_part(workdir / "model")
+    if target is not None:
+      tree = jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), tree, target)
+    return tree, config.get("step", 0)
+  raise BadInput(f"{workdir} holds no checkpoint and no model; train one there (python -m launch.train) or name another --workdir")

@@ -1,0 +1,118 @@
+"""Training the text-to-video model: what a step is.
+
+A batch of packed clips, a noise level for each clip, noise for each token; the model sees data mixed with noise and says which way
+the noise lies; the loss is its squared error over all tokens that are not given. Equations: diffusion/flow.py.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sora_jax import layout as layouts
+from sora_jax import optim
+from sora_jax.diffusion import flow
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class State:
+  """All that training carries from step to step. `bad` counts updates that were not finite and were left out."""
+  step: jax.Array
+  params: dict
+  ema: dict
+  opt: tuple
+  bad: jax.Array
+
+
+def abstract_state(model, tx):
+  """State of ShapeDtypeStructs with their shardings: what a checkpoint is restored into, and what `init_state` returns."""
+  def boxed(key):
+    params = model.init(key)
+    return State(jnp.zeros((), jnp.int32), params, params, tx.init(params), jnp.zeros((), jnp.int32))
+  shapes = jax.eval_shape(boxed, jax.random.key(0))
+  plain = layouts.unbox(shapes)
+  if model.layout is None:
+    return plain
+  return jax.tree.map(lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), plain,
+                      layouts.shardings(shapes, model.layout))
+
+
+def init_state(model, tx, key):
+  """A new State; every weight is made where it lives."""
+  def build(key):
+    params = layouts.unbox(model.init(key))
+    return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.zeros((), jnp.int32))
+  where = None if model.layout is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx))
+  return jax.jit(build, out_shardings=where)(key)
+
+
+def noised(batch, key, sigma):
+  """A batch and a key -> (x_BLP, noise_BLP, sigma_BU, sigma_index_BL, sigma_BG): each clip at its own noise level."""
+  keys_BG = flow.clip_keys(key, batch.uid_BG2, batch.epoch_BG)
+  clips = batch.uid_BG2.shape[1]
+  tokens_BG = jax.vmap(functools.partial(jnp.bincount, length=clips + 1))(batch.segment_BL)[:, 1:]
+  sigma_BG = flow.draw_sigma(keys_BG, tokens_BG, sigma)
+  return mixed(batch, keys_BG, sigma_BG) + (sigma_BG,)
+
+
+def mixed(batch, keys_BG, sigma_BG):
+  """The batch at given noise levels: (x_BLP, noise_BLP, sigma_BU, sigma_index_BL)."""
+  noise_BLP = flow.token_noise(keys_BG, batch.segment_BL, batch.coords_BL3, batch.tokens_BLP.shape[-1])
+  sigma_BU, sigma_index_BL = flow.token_sigma(sigma_BG, batch.segment_BL, batch.given_BL)
+  x_BLP = flow.interpolate(batch.tokens_BLP, noise_BLP, flow.gather_sigma(sigma_BU, sigma_index_BL))
+  return x_BLP, noise_BLP, sigma_BU, sigma_index_BL
+
+
+def loss_fn(params, model, batch, key, sigma):
+  """Mean squared error of the velocity over all not-given tokens of the global batch. -> scalar"""
+  x_BLP, noise_BLP, sigma_BU, sigma_index_BL, _ = noised(batch, key, sigma)
+  text_BSE = model.embed_text(params, batch)
+  predicted = model.velocity(params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE)
+  total, count = flow.velocity_loss(predicted, batch.tokens_BLP, noise_BLP, batch.segment_BL, batch.given_BL)
+  return total / jnp.maximum(count, 1)
+
+
+def train_step(state, batch, key, *, model, tx, ema_decay, sigma):
+  """One update. (State, PackedBatch, key of the run) -> (State, metrics); same inputs, same outputs.
+
+  The noise of a clip depends on the key, its uid and its epoch, so a resumed run replays it. An update whose loss or gradient is
+  not finite leaves params, ema and opt as they were; `step` goes on, `bad` counts it, metrics["bad"] is 1.
+  """
+  loss, grads = jax.value_and_grad(loss_fn)(state.params, model, batch, key, sigma)
+  grad_norm = optax.tree.norm(grads)
+  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  updates, opt = tx.update(grads, state.opt, state.params)
+  params = optax.apply_updates(state.params, updates)
+  ema = optim.ema_update(state.ema, params, state.step, ema_decay)
+  params, ema, opt = optim.keep_if_finite(finite, (params, ema, opt), (state.params, state.ema, state.opt))
+  bad = 1 - finite.astype(jnp.int32)
+  metrics = {"loss": loss, "grad_norm": grad_norm, "bad": bad, "tokens": jnp.sum(batch.segment_BL > 0)}
+  return State(state.step + 1, params, ema, opt, state.bad + bad), metrics
+
+
+def loss_at_sigma(params, batch, key, value, *, model):
+  """Held-out loss with every clip at one noise level: (sum over tokens, tokens that count)."""
+  keys_BG = flow.clip_keys(key, batch.uid_BG2, batch.epoch_BG)
+  sigma_BG = jnp.full(batch.fps_BG.shape, value, jnp.float32)
+  x_BLP, noise_BLP, sigma_BU, sigma_index_BL = mixed(batch, keys_BG, sigma_BG)
+  predicted = model.velocity(params, x_BLP, batch, sigma_BU, sigma_index_BL, model.embed_text(params, batch))
+  return flow.velocity_loss(predicted, batch.tokens_BLP, noise_BLP, batch.segment_BL, batch.given_BL)
+
+
+def place_batch(batch, layout):
+  """A host's rows -> global arrays, rows cut over the mesh's data and fsdp axes, tokens over its context axis."""
+  axes = {"BL": ("act_batch", "act_length"), "BS": ("act_batch", "act_text"), "BG": ("act_batch", None)}
+  def place(name, value):
+    if value is None:
+      return None
+    letters = name.rsplit("_", 1)[1]
+    sharding = layout.fitted(_global_shape(value), *axes[letters[:2]])
+    return jax.make_array_from_process_local_data(sharding, value)
+  return dataclasses.replace(batch, **{f.name: place(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)})
+
+
+def _global_shape(value):
+  return (value.shape[0] * jax.process_count(), *value.shape[1:])

@@ -1,0 +1,168 @@
+"""Imports run one way. The table below is the architecture; a file that imports against it fails by name and line."""
+
+import ast
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+OURS = ("sora_jax", "data", "launch", "configs", "tests")
+BASIS = ("batch", "patches", "layout")
+
+# What a module of the package may import of ours, by the longest prefix that names it. A module may always import its own
+# package, `sora_jax` itself (its version) and `sora_jax.errors`.
+ALLOWED = {
+    "sora_jax": (),
+    **{f"sora_jax.{name}": () for name in ("errors", "batch", "patches", "layout", "diffusion", "safety", "metrics", "video")},
+    "sora_jax.optim": ("sora_jax.layout",),
+    "sora_jax.models": tuple(f"sora_jax.{name}" for name in BASIS),
+    "sora_jax.weights": ("sora_jax.models",),
+    "sora_jax.checkpoint": ("sora_jax.layout",),
+    "sora_jax.tasks": tuple(f"sora_jax.{name}" for name in BASIS),
+    **{
+        f"sora_jax.{name}": tuple(f"sora_jax.{part}" for part in ("models", "diffusion", "tasks", "optim", *BASIS))
+        for name in ("train", "train_vae", "sample")
+    },
+    "data": tuple(f"sora_jax.{name}" for name in (*BASIS, "video")),
+    "launch": ("data", "sora_jax"),          # configs by path only
+    "configs": (),
+}
+
+# What a module may import of others. Not named here: whatever setup.py declares as core.
+OTHERS = {
+    "sora_jax.diffusion": {"jax", "numpy"},
+    "sora_jax.patches": {"jax", "numpy"},
+    "sora_jax.batch": {"jax", "numpy"},
+    "configs": {"ml_collections", "numpy"},
+}
+NEVER = {"torch", "diffusers", "transformers", "tensorflow"}       # the oracle's own; launch.benchmark may, inside functions
+
+
+def imports(source):
+  """Python source -> [(line, dotted name, at the top level of the file)] of everything that it imports."""
+  tree = ast.parse(source)
+  top = {id(node) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)}
+  for function in ast.walk(tree):
+    if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+      top -= {id(node) for node in ast.walk(function)}
+  found = []
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      found += [(node.lineno, alias.name, id(node) in top) for alias in node.names]
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"line {node.lineno}: imports are absolute here"
+      # `from sora_jax import batch` imports sora_jax.batch; `from sora_jax.batch import pack` may be read as deeper: no harm
+      found += [(node.lineno, f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+  return found
+
+
+def within(name, prefix):
+  return name == prefix or name.startswith(prefix + ".")
+
+
+def rule(table, module, default):
+  """The entry of the longest prefix of `module` in the table."""
+  fitting = [prefix for prefix in table if within(module, prefix)]
+  return table[max(fitting, key=len)] if fitting else default
+
+
+def core():
+  """Import names of what setup.py installs without an extra."""
+  text = (ROOT / "setup.py").read_text()
+  listed = re.search(r"^CORE = \[\n(.*?)^\]", text, re.M | re.S).group(1)
+  names = {name.lower().replace("-", "_") for name in re.findall(r'"([\w-]+)', listed)}
+  return (names - {"orbax_checkpoint", "absl_py", "tensorboardx"}) | {"orbax", "absl", "tensorboardX"}
+
+
+def violations(module, source):
+  """What the source of a module may not import -> list of lines to read."""
+  package = ".".join(module.split(".")[:2]) if module.startswith("sora_jax.") else module.split(".")[0]
+  allowed = (*rule(ALLOWED, module, ()), package, "sora_jax.errors", "sora_jax.__version__")
+  strict = rule(OTHERS, module, set())
+  wrong = []
+  for line, name, top in imports(source):
+    root = name.split(".")[0]
+    if root in OURS:
+      if name == "sora_jax" or any(within(name, prefix) for prefix in allowed):
+        continue
+      wrong.append(f"{module}:{line} imports {name}; allowed: {', '.join(rule(ALLOWED, module, ())) or 'nothing of ours'}")
+    elif root in sys.stdlib_module_names:
+      continue
+    elif root in NEVER:
+      if top or not module.startswith("launch."):
+        wrong.append(f"{module}:{line} imports {root}, which only tests/oracle may")
+    elif strict and root not in strict or not strict and top and root not in core():      # an extra: inside functions
+      wrong.append(f"{module}:{line} imports {root}, which is not among {sorted(strict or core())}")
+  return wrong
+
+
+def modules():
+  """All our library files -> [(dotted name, path)]."""
+  found = []
+  for top in OURS[:-1]:
+    for path in sorted((ROOT / top).rglob("*.py")):
+      parts = path.relative_to(ROOT).with_suffix("").parts
+      found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+  return found
+
+
+def test_imports_run_one_way():
+  found = modules()
+  assert len(found) > 10, "the walk finds the library"
+  wrong = [line for module, path in found for line in violations(module, path.read_text())]
+  assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("module", "source"), [
+    ("sora_jax.models.dit", "from sora_jax.train import loss"),
+    ("sora_jax.models.dit", "from data import plan"),
+    ("sora_jax.diffusion.flow", "from sora_jax import batch"),
+    ("sora_jax.diffusion.flow", "import flax"),
+    ("sora_jax.video", "import sora_jax.metrics"),
+    ("sora_jax.weights.wan", "from sora_jax.train import State"),
+    ("data.pipeline", "import sora_jax.train"),
+    ("data.pipeline", "def late():\n  from sora_jax.models import vae"),
+    ("launch.train", "from configs import t2v"),
+    ("configs.t2v", "import jax"),
+    ("configs.t2v", "from sora_jax import layout"),
+    ("sora_jax.models.text", "import torch"),
+    ("launch.benchmark", "import torch"),
+    ("launch.serve", "import flask"),
+])
+def test_a_violation_is_seen(module, source):
+  assert violations(module, source)
+
+
+@pytest.mark.parametrize(("module", "source"), [
+    ("sora_jax.models.dit", "import jax\nfrom sora_jax.models import attention\nfrom sora_jax.patches import grid"),
+    ("sora_jax.train", "from sora_jax.models.dit import DiT\nfrom sora_jax import optim"),
+    ("sora_jax.safety.policy", "from sora_jax.errors import BadInput\nimport json"),
+    ("data.sources.shapes", "from data.clips import RawClip\nimport numpy as np"),
+    ("launch.sample", "from data import records\nfrom sora_jax import sample\nimport orbax.checkpoint as ocp"),
+    ("launch.benchmark", "def peer():\n  import torch"),
+    ("launch.export", "def onnx():\n  import jax2onnx"),
+    ("configs.t2v", "import ml_collections"),
+])
+def test_what_is_allowed_passes(module, source):
+  assert not violations(module, source)
+
+
+def test_locked_versions_are_whole():
+  """Every line pins one version, no package is pinned twice, and what setup.py asks for is there."""
+  pins = {}
+  for lock in ("requirements.lock", "requirements-oracle.lock"):
+    for line in (ROOT / lock).read_text().splitlines():
+      if line.startswith("#"):
+        continue
+      match = re.fullmatch(r"([\w.-]+)==([\w.]+)( ; .+)?", line)
+      assert match, f"{lock}: {line!r} pins no exact version"
+      name = match[1].lower().replace("_", "-")
+      assert name not in pins, f"{name} is pinned twice"
+      pins[name] = match[2]
+  text = (ROOT / "setup.py").read_text()
+  asked = re.search(r"^CORE = \[\n(.*?)^\]", text, re.M | re.S).group(1)
+  asked += "".join(re.findall(r'"(?:test|oracle)": \[(.*?)\]', text))
+  names = {name.lower().replace("_", "-") for name in re.findall(r'"([\w-]+)[><=]', asked)}
+  assert len(names) > 20 and names <= set(pins), names - set(pins)

@@ -1,0 +1,51 @@
+"""Requests: what is allowed is taken, what is not is told in one line; a canvas has the right size and what is given."""
+
+import numpy as np
+import pytest
+
+from sora_jax import tasks
+from sora_jax.errors import BadInput
+
+DEFAULTS = {"size": [64, 64], "frames": 17, "fps": 8.0, "steps": 20, "sampler": "unipc", "shift": 1.0, "guidance": 3.0}
+SAMPLERS = ("euler", "heun", "unipc")
+
+
+def parse(**fields):
+  return tasks.parse_request({"id": "a", "prompt": "a red ball moves left", **fields}, DEFAULTS, SAMPLERS)
+
+
+def canvas(request):
+  return tasks.TASKS[request.task](request, stride=(4, 16, 16), patch=(1, 2, 2), channels=3,
+                                   encode=lambda path, size, padded: np.full((1, padded[0] // 16, padded[1] // 16, 3), 7.0))
+
+
+@pytest.mark.parametrize("fields, message", [
+    ({"promt": "x"}, "unknown field 'promt'"), ({"prompt": "  "}, "prompt is empty"), ({"prompt": "x" * 10_000}, "10000 characters"),
+    ({"size": [64]}, "height, width"), ({"size": "64x64"}, "must be a list"), ({"frames": 0}, "more than 0"), ({"fps": -1}, "fps is -1"),
+    ({"frames": 2.5}, "must be a int"), ({"sampler": "ddim"}, "euler, heun, unipc"), ({"task": "fly"}, "text_to_video"),
+    ({"task": "image_to_video"}, "needs an image"), ({"id": "../x"}, "names a file"), ({"guidance_interval": [0.9, 0.1]}, "noise levels"),
+    ({"shots": []}, "does not have yet"), ({"steps": True}, "must be a int")])
+def test_bad_requests(fields, message):
+  with pytest.raises(BadInput, match=message):
+    parse(**fields)
+
+
+def test_seconds_and_images():
+  assert parse(seconds=2).frames == 16 and parse(seconds=2, frames=9).frames == 9
+  assert parse(task="text_to_image", frames=33).frames == 1
+
+
+@pytest.mark.parametrize("frames, size, thw", [(17, (64, 64), (5, 4, 4)), (16, (50, 90), (5, 4, 6)), (1, (33, 32), (1, 4, 2)), (18, (64, 64), (6, 4, 4))])
+def test_a_canvas_covers_what_was_asked(frames, size, thw):
+  made = canvas(parse(frames=frames, size=list(size)))
+  assert made.latents_THWC.shape == (*thw, 3) and (made.frames, made.size) == (frames, size) and not made.given_THW.any()
+
+
+def test_below_one_stride():
+  with pytest.raises(BadInput, match="one stride"):
+    canvas(parse(size=[8, 64]))
+
+
+def test_image_to_video_gives_the_first_frame():
+  made = canvas(parse(task="image_to_video", image="x.png", size=[60, 64]))
+  assert made.given_THW[0].all() and not made.given_THW[1:].any() and (made.latents_THWC[0] == 7).all()
