@@ -38,7 +38,7 @@ def make_model(config, text_dir, where):
   encoder = None
   if config.model.text:
     tokenizer = text.Tokenizer(epath.Path(text_dir) / "tokenizer.model")
-    encoder = dataclasses.replace(pick(text.SIZES, config.model.text, "config.model.text"), vocab=tokenizer.vocab_size)
+    encoder = dataclasses.replace(pick(text.SIZES, config.model.text, "config.model.text"), vocab=tokenizer.vocab)
     if encoder.width != cfg.text_width:
       raise BadInput(f"config.model.text {config.model.text!r} gives {encoder.width} values a token, {config.model.size!r} takes {cfg.text_width}")
   return t2v.Model(cfg, encoder, where)

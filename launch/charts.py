@@ -26,7 +26,7 @@ def number(value) -> str:
   return f"{value:.2f}" if size >= 0.1 or size == 0 else f"{value:.2g}"
 
 
-def label(value) -> str:
+def round_number(value) -> str:
   """A round value on an axis."""
   return f"{value:g}" if 1e-4 <= abs(value) < 10_000 or value == 0 else number(value)
 
@@ -88,8 +88,9 @@ def line_chart(curve, width) -> str:
 
   marks = [frame.grid(), frame.axis(curve.get("x", "step"))]
   if goal is not None:
-    marks.append(f'<line class="goal" x1="{LEFT}" x2="{width - RIGHT}" y1="{frame.y(goal):.1f}" y2="{frame.y(goal):.1f}"/>'
-                 f'<text class="goal" x="{LEFT + 6}" y="{frame.y(goal) - 6:.1f}">goal {number(goal)}</text>')
+    y = frame.y(goal)
+    marks.append(f'<line class="goal" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                 f'<text class="goal" x="{LEFT + 6}" y="{y - 6:.1f}">goal {number(goal)}</text>')
   for s, points, soft in drawn:
     colour = f"var(--series-{s['key']})"
     path = _path(frame, points)
@@ -129,8 +130,9 @@ def bar_chart(bars, width) -> str:
         continue
       left, top = middle + (j - len(bars["series"]) / 2) * thick, frame.y(y)
       say = html.escape(f"{s['name']}, {bars.get('x', '')} {label}: {number(y)}")
-      marks.append(f'<rect x="{left + 1:.1f}" y="{top:.1f}" width="{thick - 2:.1f}" height="{max(frame.y(0) - top, 0.5):.1f}" '
-                   f'rx="2" fill="var(--series-{s["key"]})"><title>{say}</title></rect>')
+      tall = max(frame.y(0) - top, 0.5)
+      marks.append(f'<rect x="{left + 1:.1f}" y="{top:.1f}" width="{thick - 2:.1f}" height="{tall:.1f}" rx="2" '
+                   f'fill="var(--series-{s["key"]})"><title>{say}</title></rect>')
   marks.append(frame.name(bars.get("x", "")))
   return _svg(bars["title"], width, marks, [s["name"] for s in bars["series"]])
 
@@ -157,12 +159,12 @@ class _Frame:
     for value in (log_ticks if self.log else ticks)(self.low, self.high):
       y = self.y(value)
       marks.append(f'<line class="grid" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                   f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{label(value)}</text>')
+                   f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{round_number(value)}</text>')
     return "".join(marks)
 
   def axis(self, name):
     y = HEIGHT - BOTTOM + 16
-    marks = [f'<text class="tick" x="{self.x(v):.1f}" y="{y}" text-anchor="middle">{label(v)}</text>'
+    marks = [f'<text class="tick" x="{self.x(v):.1f}" y="{y}" text-anchor="middle">{round_number(v)}</text>'
              for v in ticks(self.left, self.right, 5)]
     return "".join(marks) + self.name(name)
 

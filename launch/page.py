@@ -145,7 +145,7 @@ def _header(story) -> str:
   phases = story.get("phases", ())
   spent = sum(phase["seconds"] for phase in phases)
   when = [datetime.datetime.fromtimestamp(story["started"]).strftime("%-d %B %Y, %H:%M")] if "started" in story else []
-  over = [*when, *([story["machine"]] if "machine" in story else []), *([story["command"]] if "command" in story else [])]
+  over = [*when, *(story[name] for name in ("machine", "command") if name in story)]
   out = [f'<p class="eyebrow">{" · ".join(map(_text, over)) or "sora_jax"}</p>',
          f"<h1>{_text(story.get('title', 'sora_jax'))}</h1>"]
   if "lede" in story:
@@ -195,10 +195,11 @@ def _scores(story) -> str:
     return ""
   names = {model["key"]: model["name"] for model in story.get("models", ())}
   rows = "".join(_score(score, key, i, names) for score in story["scores"] for i, key in enumerate(score["values"]))
-  head = '<th></th><th>model</th><th></th><th class="num">measured</th><th class="num">chance</th><th class="num">goal</th>'
+  head = "<th></th><th>model</th><th></th>"
+  head += "".join(f'<th class="num">{name}</th>' for name in ("measured", "chance", "goal"))
   return _section(
-      "Scores", "Measured on what was held out, from the finished files. A dotted mark is what guessing would reach; a solid "
-      "one is the goal.",
+      "Scores", "Measured on what was held out, from the finished files. A dotted mark is what guessing would reach, "
+      "a solid one the goal.",
       f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
 
 
@@ -242,8 +243,8 @@ def _reconstructions(story) -> str:
   if not cards:
     return ""
   return _section(
-      "What the video autoencoder keeps", "Held-out clips beside what is left of them after encoding to latents and back: "
-      "no generated video can look better than this.",
+      "What the video autoencoder keeps", "Held-out clips beside what is left of them after encoding to latents and "
+      "back: no generated video can look better than this.",
       f'<div class="grid" style="--least:330px">{"".join(cards)}</div>')
 
 
@@ -270,4 +271,5 @@ def _next(story) -> str:
   items = "".join(
       f'<div><p>{_text(item["say"])}</p><div class="copy"><pre tabindex="0">{_text(item["command"])}</pre>'
       '<button class="do-copy" type="button">Copy</button></div></div>' for item in story["next"])
-  return _section("Try next", "From the root of the repository.", f'<div class="commands">{items}</div>')
+  return _section("Try next", "At the root of the repository, after: source .venv/bin/activate",
+                  f'<div class="commands">{items}</div>')

@@ -48,10 +48,15 @@ class Layout:
     return jax.lax.with_sharding_constraint(x, self.fitted(x.shape, *axes))
 
   def fitted(self, shape, *axes):
-    """NamedSharding of an array of this shape: as `sharding`, but an axis that its devices do not divide stays whole."""
-    spec = (*self.spec(*axes), *[None] * (len(shape) - len(axes)))
-    return NamedSharding(self.mesh, PartitionSpec(*(
-        cut if cut is None or size % self.ways(cut) == 0 else None for size, cut in zip(shape, spec, strict=True))))
+    """NamedSharding of an array of this shape: as `sharding`, but an axis that its devices do not divide stays whole, and so does one
+    whose devices already cut an axis before it."""
+    placed, used = [], set()
+    for size, cut in zip(shape, (*self.spec(*axes), *[None] * (len(shape) - len(axes))), strict=True):
+      names = {cut} if isinstance(cut, str) else set(cut or ())
+      fits = names and not names & used and size % self.ways(cut) == 0
+      placed.append(cut if fits else None)
+      used |= names if fits else set()
+    return NamedSharding(self.mesh, PartitionSpec(*placed))
 
   def ways(self, mesh_axes):
     """How many parts an axis is cut into that lies on these mesh axes (a name or a tuple of names)."""

@@ -1,5 +1,5 @@
-"""Image quality in numpy: PSNR, and SSIM of Wang et al. 2004 (IEEE TIP 13:4, "Image quality assessment: from error visibility to
-structural similarity"). Images are [..., H, W, C] in [0, 1], any float or integer dtype already scaled; computed in float64.
+"""Image quality in numpy: PSNR, and the SSIM of Wang et al. 2004 (IEEE TIP 13:4, "Image quality assessment: from error
+visibility to structural similarity"). Images are [..., H, W, C] in [0, 1]; computed in float64.
 """
 
 import numpy as np
@@ -16,10 +16,10 @@ def psnr(a, b) -> float:
 
 
 def ssim(a, b) -> float:
-  """Mean structural similarity over all channels and all windows that lie wholly inside the image (as the authors' code does).
+  """Mean structural similarity over all windows that lie wholly inside the image, as in the authors' code.
 
-  Each channel by itself, then the mean: for grey images this is the paper's. An image has at least 11 x 11 pixels. Variances are
-  those of the weighted window, not of a sample (scikit-image: gaussian_weights=True, sigma=1.5, use_sample_covariance=False).
+  Each channel by itself, then their mean (the paper has grey images). ValueError below 11 x 11 pixels.
+  scikit-image says the same by gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1.
   """
   a, b = _pair(a, b)
   if min(a.shape[-3:-1]) < WINDOW:
@@ -40,7 +40,7 @@ def _pair(a, b):
 
 
 def _blur(x):
-  """Weighted mean over the window around each pixel that has a whole one: [..., H, W, C] -> [..., H - 10, W - 10, C]."""
+  """Weighted mean over each window that lies inside: [..., H, W, C] -> [..., H - 10, W - 10, C]."""
   tap = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / WIDTH) ** 2)
   tap /= tap.sum()
   for axis in (-3, -2):

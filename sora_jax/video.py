@@ -3,7 +3,7 @@
 In: every frame with the time at which it is shown, as RGB, upright; a damaged file raises BadClip, and never gives
 fewer or other frames in silence. Out: H.264 that a browser plays, with colours that come back.
 
-Rates in files are not believed: frames are placed by their presentation times; `resample` brings them to a constant rate.
+Rates in files are not believed: frames are placed by presentation times; `resample` brings them to a constant rate.
 Colour is converted by the stream's own tags (ITU-T H.273): matrix bt601, bt709, bt2020 or smpte240m, limited or full
 range, any depth. An untagged stream is taken as bt709 from 720 lines on, as bt601 below, in limited range unless its
 format says otherwise, and `Reader.notes` says so.
@@ -82,17 +82,18 @@ class Reader:
     if self._declared > len(times):
       raise BadClip("truncated", f"{len(times)} of {self._declared} frames are in the file")
     _check_bytes(self.path)
-    if self.still or len(times) == 1:
+    if self.still:
       return
     if None in times:
       raise BadClip("bad times", "frames without a presentation time")
     span = (max(times) - min(times)) * time_base
-    if span <= 0 or len(set(times)) < 0.9 * len(times):
+    if len(set(times)) < 0.9 * len(times):
       raise BadClip("bad times", f"{len(times)} frames within {float(span):g} s")
-    self.fps = float((len(times) - 1) / span)
+    interval = span / (len(times) - 1) if span else last * time_base
     end = float(span + last * time_base)
-    if not self._declared and declared_seconds and declared_seconds - end > 3 / self.fps + 0.01:
+    if not self._declared and declared_seconds and declared_seconds - end > 3 * interval + 0.01:
       raise BadClip("truncated", f"ends at {end:.3f} s of {declared_seconds:.3f} s")
+    self.fps = float(1 / interval) if span else None
 
   def __iter__(self) -> Iterator[Frame]:
     """Frames in order of presentation; time 0 is the first."""
@@ -149,19 +150,20 @@ def load(path, fps=None):
   """
   reader = Reader(path)
   fps = float(fps or reader.fps or 1)
-  return np.stack(list(resample(reader, fps))), fps
+  return np.stack(list(resample(reader, fps, reader.fps))), fps
 
 
-def resample(frames: Iterable[Frame], fps) -> Iterator[np.ndarray]:
-  """Images [H, W, 3] at a constant rate: image k is what is on show at (k + 1/2) / fps, the middle of its time.
+def resample(frames: Iterable[Frame], fps, native_fps=None) -> Iterator[np.ndarray]:
+  """Images [H, W, 3] at a constant rate: image k is what is on show at k / fps, and a little later; at least one.
 
-  At least one. A file of constant rate comes back frame by frame at that rate, even where its times are rounded to
-  milliseconds; in one of variable rate, what stands still stays, and nothing comes early by more than half an interval.
+  native_fps: the average rate of the frames (Reader.fps). A little: half an interval of the faster rate, so that times may
+  be rounded or jitter by as much: a file of constant rate comes back frame by frame at its own rate, at half of it every
+  second frame. Where the rate varies, what stands still stays as long as it did.
   """
-  k, image = 0, None
+  k, image, later = 0, None, 0.5 / max(fps, native_fps or fps)
   for frame in frames:
     image = frame.image_HWC
-    while (k + 0.5) / fps < frame.time + frame.seconds:
+    while k / fps + later < frame.time + frame.seconds:
       yield image
       k += 1
   if k == 0 and image is not None:

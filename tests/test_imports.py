@@ -11,11 +11,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 OURS = ("sora_jax", "data", "launch", "configs", "tests")
 BASIS = ("batch", "patches", "layout")
 
-# What a module of the package may import of ours, by the longest prefix that names it. A module may always import its own
-# package, `sora_jax` itself (its version) and `sora_jax.errors`.
+# What a module of the package may import of ours, by the longest prefix that names it. A module may always import its
+# own package, `sora_jax` itself (its version) and `sora_jax.errors`.
 ALLOWED = {
     "sora_jax": (),
-    **{f"sora_jax.{name}": () for name in ("errors", "batch", "patches", "layout", "diffusion", "safety", "metrics", "video")},
+    **{f"sora_jax.{name}": () for name in ("errors", *BASIS, "diffusion", "safety", "metrics", "video")},
     "sora_jax.optim": ("sora_jax.layout",),
     "sora_jax.models": tuple(f"sora_jax.{name}" for name in BASIS),
     "sora_jax.weights": ("sora_jax.models",),
@@ -37,7 +37,7 @@ OTHERS = {
     "sora_jax.batch": {"jax", "numpy"},
     "configs": {"ml_collections", "numpy"},
 }
-NEVER = {"torch", "diffusers", "transformers", "tensorflow"}       # the oracle's own; launch.benchmark may, inside functions
+NEVER = {"torch", "diffusers", "transformers", "tensorflow"}      # launch.benchmark may, inside functions
 
 
 def imports(source):
@@ -53,7 +53,7 @@ def imports(source):
       found += [(node.lineno, alias.name, id(node) in top) for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       assert not node.level, f"line {node.lineno}: imports are absolute here"
-      # `from sora_jax import batch` imports sora_jax.batch; `from sora_jax.batch import pack` may be read as deeper: no harm
+      # `from sora_jax import batch` imports sora_jax.batch; that `sora_jax.batch.pack` is no module does no harm
       found += [(node.lineno, f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
   return found
 
@@ -87,7 +87,7 @@ def violations(module, source):
     if root in OURS:
       if name == "sora_jax" or any(within(name, prefix) for prefix in allowed):
         continue
-      wrong.append(f"{module}:{line} imports {name}; allowed: {', '.join(rule(ALLOWED, module, ())) or 'nothing of ours'}")
+      wrong.append(f"{module}:{line} imports {name}; allowed: {', '.join(rule(ALLOWED, module, ())) or 'none of ours'}")
     elif root in sys.stdlib_module_names:
       continue
     elif root in NEVER:

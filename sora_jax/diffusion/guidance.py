@@ -4,15 +4,24 @@ Classifier-free guidance (Ho & Salimans, arXiv:2207.12598), as an extrapolation 
 
   v = v_null + scale * (v_prompt - v_null)
 
-scale 1 is no guidance. Rescaling (Lin et al., arXiv:2305.08891, sec. 3.4) draws the guided velocity back to the spread of v_prompt.
+scale 1 is no guidance. Rescaling (Lin et al., arXiv:2305.08891, sec. 3.4) draws a clip's guided velocity back to the spread of v_prompt.
 """
 
 import jax.numpy as jnp
 
 
-def classifier_free(v_prompt, v_null, scale, rescale=0.0):
-  """Guided velocity. v_*: [..., L, P]; `scale` and `rescale` (0 off .. 1 full) are numbers or broadcast against them."""
-  guided = v_null + scale * (v_prompt - v_null)
-  spread = lambda v: jnp.std(v, axis=(-2, -1), keepdims=True)  # noqa: E731
-  matched = guided * spread(v_prompt) / jnp.maximum(spread(guided), 1e-8)
-  return rescale * matched + (1 - rescale) * guided
+def classifier_free(v_prompt_BLP, v_null_BLP, scale_BL1, rescale_BL1, segment_BL, clips):
+  """Guided velocity, [B, L, P]. rescale: 0 off .. 1 full. `clips`: the largest segment, G."""
+  guided = v_null_BLP + scale_BL1 * (v_prompt_BLP - v_null_BLP)
+  hot_BLG = (segment_BL[..., None] == jnp.arange(1, clips + 1)).astype(v_prompt_BLP.dtype)
+  ratio_BG = _spread(v_prompt_BLP, hot_BLG) / jnp.maximum(_spread(guided, hot_BLG), 1e-8)
+  matched = guided * jnp.einsum("BLG,BG->BL", hot_BLG, ratio_BG)[..., None]
+  return rescale_BL1 * matched + (1 - rescale_BL1) * guided
+
+
+def _spread(v_BLP, hot_BLG):
+  """Standard deviation of all values of each clip, [B, G]."""
+  count_BG = jnp.maximum(hot_BLG.sum(1), 1)
+  mean_BG = jnp.einsum("BL,BLG->BG", v_BLP.mean(-1), hot_BLG) / count_BG
+  square_BG = jnp.einsum("BL,BLG->BG", jnp.square(v_BLP).mean(-1), hot_BLG) / count_BG
+  return jnp.sqrt(jnp.maximum(square_BG - mean_BG**2, 0.0))

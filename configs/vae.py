@@ -1,0 +1,102 @@
+"""The video VAE: causal, latents for the DiT of configs/t2v.py.
+
+  python -m launch.train_vae --config=configs/vae.py:tiny --workdir=W
+
+Variants, with the hardware that each was written for and what to expect:
+  tiny   two CPU cores, three minutes on the embedded world. What the quickstart trains.
+  world  two CPU cores, about half an hour on the embedded world: the VAE of the small model that ships.
+  base   one TPU v5p-8 or larger, days: the plain 4x8x8 kind with 16 channels (the shape of Wan 2.1) on a folder of clips, with the
+         adversarial and the perceptual term; give --config.data.path=CLIPS and --config.perceptual.weights=vgg16.safetensors
+
+A step is `data.clips` crops of `data.frames` frames and `data.images` crops of one, over all hosts together.
+"""
+
+import ml_collections
+
+
+def get_config(variant="tiny"):
+  """The page of a variant."""
+  variants = {"tiny": tiny, "world": world, "base": base}
+  if variant not in variants:
+    raise ValueError(f"configs/vae.py has no variant {variant!r}; it has {', '.join(variants)}")
+  return variants[variant]()
+
+
+def tiny():
+  """The page that the others differ from."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.model = "tiny"                # a key of sora_jax.models.vae.SIZES
+  config.steps = 400
+  config.log_every = 20
+  config.eval_every = 200              # PSNR and SSIM on held-out clips
+  config.checkpoint_every = 100
+  config.max_bad_steps = 1             # stop after so many updates that are not finite
+  config.ema_decay = 0.99
+
+  config.kl_weight = 1e-4              # per pixel value; see sora_jax/train_vae.py
+  config.adversarial = ml_collections.ConfigDict()
+  config.adversarial.weight = 0.0      # 0: without
+  config.adversarial.start = 0         # from this step on
+  config.perceptual = ml_collections.ConfigDict()
+  config.perceptual.weight = 0.0       # 0: without
+  config.perceptual.weights = ""       # a safetensors file of VGG16: sora_jax/weights/vgg16.py
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = "shapes"        # data/sources/NAME.py
+  config.data.path = ""                # the folder of clips, for source "folder"
+  config.data.count = 4000             # clips of the embedded world
+  config.data.crop = (64, 64)          # height, width in pixels
+  config.data.frames = 9
+  config.data.clips = 8
+  config.data.images = 0               # the first frame of a clip is an image to a causal VAE
+  config.data.threads = 2
+
+  config.optim = ml_collections.ConfigDict()
+  config.optim.learning_rate = 2e-3
+  config.optim.warmup = 30
+  config.optim.final = 0.05
+  config.optim.weight_decay = 0.0
+  config.optim.clip = 1.0
+
+  config.mesh = ml_collections.ConfigDict()        # data takes what the others leave
+  config.mesh.fsdp = 1
+  config.mesh.context = 1
+  config.mesh.tensor = 1
+  return config
+
+
+def world():
+  """The VAE of the small model that ships."""
+  config = tiny()
+  config.model = "world"
+  config.steps = 4000
+  config.eval_every = 500
+  config.ema_decay = 0.999
+  config.data.count = 40_000
+  return config
+
+
+def base():
+  """The plain kind at its real size, on a folder of clips."""
+  config = tiny()
+  config.model = "wan2.1"
+  config.steps = 300_000
+  config.log_every = 50
+  config.eval_every = 5000
+  config.checkpoint_every = 1000
+  config.ema_decay = 0.9999
+  config.kl_weight = 1e-6
+  config.adversarial.weight = 0.5
+  config.adversarial.start = 50_000
+  config.perceptual.weight = 1.0
+  config.data.source = "folder"
+  config.data.crop = (256, 256)
+  config.data.frames = 17
+  config.data.clips = 64
+  config.data.images = 64
+  config.data.threads = 16
+  config.optim.learning_rate = 1e-4
+  config.optim.warmup = 2000
+  config.mesh.fsdp = 4
+  return config

@@ -1,0 +1,95 @@
+"""Raw clips: pixels and a caption, before the VAE. What every source yields, and the cutting and cropping they share.
+
+A source module (data/sources/NAME.py) has `open_source(config) -> source`; a source has
+
+  source.name                 str, kept in every record
+  source.items()              list of Item, sorted by file; cheap: opens no clip
+  source.read(item)           iterator of RawClip, pieces in order, one in memory at a time; raises BadClip
+  source.notes                list of (file, text), optional: what the listing found wrong, as a caption not in UTF-8
+  source.ignored              list of (file, why), optional: files that are no clips
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from sora_jax.video import BadClip
+
+__all__ = ["BadClip", "Item", "RawClip", "crop", "pieces", "whole_frames"]
+
+SHORTEST_TAIL = 5      # frames: what is left of a video after its last whole piece is a piece only if it moves
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """A file of a source, not opened yet. `version` changes with its content; `where` is the source's own business."""
+  file: str
+  caption: str
+  version: str = ""
+  where: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RawClip:
+  """Pixels [T, H, W, 3] uint8 and what is said of them. start: seconds from the start of the file.
+
+  left_out: frames of the file after this piece that are in no piece.  notes: what a reader of the report should know.
+  """
+  video_THWC: np.ndarray
+  fps: float
+  caption: str
+  file: str
+  start: float
+  left_out: int = 0
+  notes: tuple[str, ...] = ()
+
+
+def whole_frames(frames):
+  """The largest 1 + 4 n <= frames: what a causal VAE of temporal stride 4 takes whole."""
+  return 1 + 4 * ((frames - 1) // 4)
+
+
+def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float) -> Iterator[tuple[np.ndarray, float, int]]:
+  """Cuts images [H, W, 3] at a constant rate into consecutive pieces -> (video_THWC, start, frames left out after it).
+
+  A piece has 1 + 4 n frames and lasts at most `max_seconds` (but has a frame; 0: no limit, all in one piece); `start`
+  is in seconds. Only the end of the video loses frames: up to 3, or up to 4 that would make a piece without motion. One
+  piece and five frames are held at a time. Where `frames` raises BadClip, what was whole by then comes first.
+  """
+  length = whole_frames(max(1, math.floor(max_seconds * fps + 1e-3))) if max_seconds else None
+  ahead = 1 if length is None or length < SHORTEST_TAIL else SHORTEST_TAIL
+  held, start, frames = [], 0, iter(frames)
+  while True:
+    try:
+      image = next(frames, None)
+    except BadClip:
+      if length and len(held) >= length:
+        yield np.stack(held[:length]), start / fps, 0
+      raise
+    if image is None:
+      break
+    held.append(image)
+    if length and len(held) == length + ahead:
+      piece, held = np.stack(held[:length]), held[length:]
+      yield piece, start / fps, 0
+      start += length
+  if held:
+    keep = min(whole_frames(len(held)), length or len(held))
+    yield np.stack(held[:keep]), start / fps, len(held) - keep
+
+
+def crop(video_THWC, stride):
+  """The middle of the frames, to multiples of the stride (t, y, x), and the first 1 + 4 n of them; a view.
+
+  BadClip if a frame is smaller than one stride.
+  """
+  frames, height, width, _ = video_THWC.shape
+  _, sy, sx = stride
+  if height < sy or width < sx:
+    raise BadClip("too small", f"{width} x {height} pixels; at least {sx} x {sy}")
+  t, h, w = whole_frames(frames), height // sy * sy, width // sx * sx
+  top, left = (height - h) // 2, (width - w) // 2
+  return video_THWC[:t, top:top + h, left:left + w]

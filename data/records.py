@@ -1,0 +1,389 @@
+"""Records on disk: latents and text of clips, in ArrayRecord shards, and the index of their sizes beside them.
+
+A directory of records holds
+
+  shard-00000.array_record   one blob a clip (group_size 1: a flipped byte costs one record, and is noticed)
+  shard-00000.json           what the shard holds; written after it, by rename: a shard without it was never finished
+  index.npy                  INDEX_DTYPE, a row a clip, sorted by (file, start): all that planning needs, memory-mapped
+  index.json                 header: format_version, shards, sources, latent channels, stride, fingerprints, null text
+  null_text.safetensors      the encoder's output for the empty string, where texts are embedded
+
+A blob is safetensors: `latents` bfloat16 [T, H, W, C], `text_ids` int32 [S], `text_embedding` bfloat16 [S, E] if
+texts are embedded; metadata strings caption, file, start, fps, source, format_version. Latents are posterior means,
+normalised.
+
+The writer works in shards: what a finished shard holds is safe from then on; a killed run loses the open one, no more.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import struct
+import zlib
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from sora_jax.errors import BadInput
+
+FORMAT_VERSION = 1
+SHARD_BYTES = 128 << 20
+
+INDEX_DTYPE = np.dtype([
+    ("uid", "<u8"), ("t", "<u2"), ("h", "<u2"), ("w", "<u2"), ("source", "<u2"),
+    ("fps", "<f4"), ("text_tokens", "<i4"), ("shard", "<u4"), ("position", "<u4"),
+])
+
+_DTYPES = {"BF16": ml_dtypes.bfloat16, "I32": np.int32, "F32": np.float32}
+
+
+class DamagedRecord(Exception):
+  """A record that cannot be read back as it was written; the text names it."""
+
+
+def uid(file, start):
+  """uint64 of a clip: a hash of its file's name and its start (to the microsecond); the same on every machine."""
+  name = f"{file}\0{round(start * 1e6)}".encode("utf-8", "surrogateescape")
+  return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+  """One clip, ready for training. fps: frames a second of the pixels; start: seconds from the start of the file."""
+  latents_THWC: np.ndarray
+  text_ids_S: np.ndarray
+  caption: str
+  file: str
+  start: float
+  fps: float
+  source: str
+  text_SE: np.ndarray | None = None
+
+  @property
+  def uid(self):
+    return uid(self.file, self.start)
+
+
+def to_blob(record):
+  """Record -> bytes; the same record, the same bytes (safetensors' own writer shuffles its metadata)."""
+  arrays = {"latents": np.asarray(record.latents_THWC, ml_dtypes.bfloat16)}
+  if record.text_SE is not None:
+    arrays["text_embedding"] = np.asarray(record.text_SE, ml_dtypes.bfloat16)
+  arrays["text_ids"] = np.asarray(record.text_ids_S, np.int32)
+  header, end = {"__metadata__": {
+      "format_version": str(FORMAT_VERSION), "caption": record.caption, "file": record.file,
+      "start": repr(float(record.start)), "fps": repr(float(record.fps)), "source": record.source}}, 0
+  for name, array in arrays.items():
+    begin, end = end, end + array.nbytes
+    dtype = next(key for key, value in _DTYPES.items() if array.dtype == value)
+    header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
+  head = json.dumps(header, ensure_ascii=False).encode("utf-8", "backslashreplace")
+  head += b" " * (-len(head) % 8)       # so that arrays are aligned
+  return struct.pack("<Q", len(head)) + head + b"".join(array.tobytes() for array in arrays.values())
+
+
+def from_blob(blob):
+  """bytes -> Record. ValueError if they are not one. (safetensors.numpy.load 0.8 does not know bfloat16.)"""
+  try:
+    (size,) = struct.unpack_from("<Q", blob)
+    header = json.loads(blob[8:8 + size])
+    meta = header.pop("__metadata__")
+    if int(meta["format_version"]) > FORMAT_VERSION:
+      raise ValueError(f"format_version {meta['format_version']}; this code reads up to {FORMAT_VERSION}")
+    arrays = {}
+    for name, entry in header.items():
+      begin, end = (8 + size + offset for offset in entry["data_offsets"])
+      arrays[name] = np.frombuffer(blob[begin:end], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return Record(arrays["latents"], arrays["text_ids"], meta["caption"], meta["file"], float(meta["start"]),
+                  float(meta["fps"]), meta["source"], arrays.get("text_embedding"))
+  except (KeyError, struct.error, UnicodeDecodeError, json.JSONDecodeError) as e:
+    raise ValueError(f"not a record: {e!r}") from e
+
+
+class RecordWriter:
+  """Writes a directory of records; opened on one that a killed run left, it goes on where the last finished shard ends.
+
+    with RecordWriter(directory, settings) as writer:
+      writer.add(record)                      # unless record.uid in writer.uids
+      writer.close_file("a/b.mp4", {...})     # all its records are added; the dict goes into the report
+      writer.commit()                         # finishes the shard: safe from here on
+      index = writer.finish(header)           # writes the index
+
+  settings: what decides the contents of records (JSON values). BadInput where the directory was begun with others, or
+  another writer is at work in it.
+
+  uids: of the records in finished shards.  files: {file: dict of close_file} in finished shards.
+  """
+
+  def __init__(self, directory, settings: Mapping | None = None, shard_bytes=SHARD_BYTES):
+    self.directory = pathlib.Path(directory)
+    self.directory.mkdir(parents=True, exist_ok=True)
+    self._lock = open(self.directory / ".lock", "w")
+    try:
+      fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+      self._lock.close()
+      raise BadInput(f"{directory}: another program is writing records here; wait for it, or give another --out") from e
+    self._shard_bytes = shard_bytes
+    try:
+      _check_settings(self.directory / "job.json", dict(settings or {}))
+      self._load_finished()
+    except BaseException:
+      self._lock.close()
+      raise
+    self._open_shard()
+
+  def _load_finished(self):
+    self.uids, self.files, self._shards = set(), {}, []
+    for number, path in enumerate(sorted(self.directory.glob("shard-*.json"))):
+      shard = _read_json(path)
+      if path.name != f"{_shard_name(number)}.json" or shard.get("format_version") != FORMAT_VERSION:
+        raise BadInput(f"{path}: not the shard number {number} of this format; give an empty --out")
+      self._shards.append(shard)
+      self.uids.update(uid(file, start) for file, start, *_ in shard["records"])
+      self.files.update(shard["files"])
+    for path in self.directory.glob("shard-*.array_record*"):    # left open by a killed run
+      if not path.with_name(path.name.split(".")[0] + ".json").exists():
+        path.unlink()
+
+  def _open_shard(self):
+    self._name = _shard_name(len(self._shards))
+    self._writer, self._records, self._open_files, self._bytes = None, [], {}, 0
+
+  def add(self, record):
+    """Appends to the open shard, which is finished by itself once it is large."""
+    if record.uid in self.uids:
+      raise ValueError(f"{record.file} at {record.start} s is already written")
+    blob = to_blob(record)
+    with _full_disk(self.directory):
+      if self._writer is None:
+        self._writer = ArrayRecordWriter(str(self._shard_path(".tmp")), "group_size:1,uncompressed")
+      self._writer.write(blob)
+    self._bytes += len(blob)
+    t, h, w, _ = record.latents_THWC.shape
+    self._records.append([record.file, float(record.start), t, h, w, float(record.fps), len(record.text_ids_S),
+                          record.source])
+    if self._bytes >= self._shard_bytes:
+      self.commit()
+
+  def close_file(self, file, entry):
+    """All records of `file` are added (none, if it was passed over): it is done once this shard is finished."""
+    self._open_files[file] = entry
+
+  @property
+  def pending(self):
+    """Records in the open shard, which a kill would lose."""
+    return len(self._records)
+
+  def commit(self):
+    """Finishes the open shard: data first, then its list of contents, each by rename."""
+    if not self._records and not self._open_files:
+      return
+    size = 0
+    if self._writer is not None:
+      with _full_disk(self.directory):
+        self._writer.close()
+      _sync(self._shard_path(".tmp"))
+      size = self._shard_path(".tmp").stat().st_size
+      os.replace(self._shard_path(".tmp"), self._shard_path(""))
+    shard = {"format_version": FORMAT_VERSION, "bytes": size, "records": self._records, "files": self._open_files}
+    write_json(self.directory / f"{self._name}.json", shard)
+    self._shards.append(shard)
+    self.uids.update(uid(file, start) for file, start, *_ in self._records)
+    self.files.update(self._open_files)
+    self._open_shard()
+
+  def finish(self, header: Mapping, null_text=(), null_text_SE=None):
+    """Writes the index over all finished shards -> RecordIndex. ValueError if there are no records.
+
+    header: latent_channels, vae_stride, vae_fingerprint, text_fingerprint (JSON values).
+    null_text: ids of the empty string; null_text_SE: its embedding, where texts are embedded.
+    """
+    self.commit()
+    found = [(file, start, number, position, row) for number, shard in enumerate(self._shards)
+             for position, (file, start, *row) in enumerate(shard["records"])]
+    if not found:
+      raise ValueError("no records were written")
+    found.sort(key=lambda record: record[:2])
+    sources = sorted({row[-1] for *_, row in found})
+    rows = np.array([(uid(file, start), t, h, w, sources.index(source), fps, tokens, number, position)
+                     for file, start, number, position, (t, h, w, fps, tokens, source) in found], INDEX_DTYPE)
+    if len(np.unique(rows["uid"])) != len(rows):
+      raise ValueError("two records share a uid: the same file and start twice, or a collision of 64-bit hashes")
+    if null_text_SE is not None:
+      _write_bytes(self.directory / "null_text.safetensors", safetensors.numpy.save(
+          {"text_embedding": np.ascontiguousarray(null_text_SE, ml_dtypes.bfloat16)}))
+    with open(self.directory / "index.npy.tmp", "wb") as f:
+      np.save(f, rows)
+    _sync(self.directory / "index.npy.tmp")
+    os.replace(self.directory / "index.npy.tmp", self.directory / "index.npy")
+    write_json(self.directory / "index.json", {
+        "format_version": FORMAT_VERSION, **header, "records": len(rows), "index_crc32": zlib.crc32(rows.tobytes()),
+        "sources": sources, "null_text": [int(i) for i in null_text], "null_text_embedding": null_text_SE is not None,
+        "shards": [{"name": f"{_shard_name(number)}.array_record", "records": len(shard["records"]),
+                    "bytes": shard["bytes"]} for number, shard in enumerate(self._shards)]})
+    return RecordIndex.open(self.directory)
+
+  def _shard_path(self, suffix):
+    return self.directory / f"{self._name}.array_record{suffix}"
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    """Drops the open shard, as a kill would."""
+    if self._writer is not None:
+      try:
+        self._writer.close()
+      except RuntimeError:     # a full disk: the error that counts was raised by add
+        pass
+      self._shard_path(".tmp").unlink(missing_ok=True)
+      self._writer = None
+    self._lock.close()
+
+
+class RecordIndex:
+  """The index of a directory of records: `rows` (memory-mapped, INDEX_DTYPE), `header` (dict), `len(index)`.
+
+  Opening reads no record. Threads may read at once; it pickles, for worker processes.
+  """
+
+  def __init__(self, directory, header, rows):
+    self.directory, self.header, self.rows = pathlib.Path(directory), header, rows
+    counts = [shard["records"] for shard in header["shards"]]
+    self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    # [0:n] tells the source how many records there are, so that it opens a shard only when one of them is read
+    self._blobs = ArrayRecordDataSource([f"{self.directory / shard['name']}[0:{shard['records']}]"
+                                         for shard in header["shards"]])
+
+  @classmethod
+  def open(cls, directory):
+    """BadInput, naming what is wrong, if the directory is not a whole one of this format."""
+    directory = pathlib.Path(directory)
+    path = directory / "index.json"
+    if not path.exists():
+      if (directory / "job.json").exists():
+        raise BadInput(f"{directory}: its encoding was not finished; run the same launch.encode again")
+      raise BadInput(f"{directory}: holds no records (no index.json); make them with launch.encode --out={directory}")
+    header = _read_json(path)
+    if header.get("format_version") != FORMAT_VERSION:
+      raise BadInput(f"{path}: format_version {header.get('format_version')}; this code reads {FORMAT_VERSION}; "
+                     "encode again")
+    try:
+      rows = np.load(directory / "index.npy", mmap_mode="r")
+    except (OSError, ValueError) as e:
+      raise BadInput(f"{directory / 'index.npy'}: cannot be read ({e}); run the same launch.encode again") from e
+    if rows.dtype != INDEX_DTYPE or len(rows) != header["records"] or zlib.crc32(rows) != header["index_crc32"]:
+      raise BadInput(f"{directory / 'index.npy'}: does not belong to the index.json beside it, or is damaged; "
+                     "run the same launch.encode again")
+    for shard in header["shards"]:
+      size = (directory / shard["name"]).stat().st_size if (directory / shard["name"]).exists() else None
+      if shard["records"] and size != shard["bytes"]:
+        raise BadInput(f"{directory / shard['name']}: " + ("is missing" if size is None else
+                       f"has {size} bytes of {shard['bytes']}") + "; copy it again, or encode into an empty --out")
+    return cls(directory, header, rows)
+
+  def __len__(self):
+    return len(self.rows)
+
+  def __getitem__(self, i):
+    return read(self, i)
+
+  @property
+  def null_text(self):
+    """(ids, embedding [S, E] or None) of the empty string, for caption dropout and guidance."""
+    ids = np.asarray(self.header["null_text"], np.int32)
+    if not self.header["null_text_embedding"]:
+      return ids, None
+    blob = (self.directory / "null_text.safetensors").read_bytes()
+    (size,) = struct.unpack_from("<Q", blob)
+    entry = json.loads(blob[8:8 + size])["text_embedding"]
+    return ids, np.frombuffer(blob[8 + size:], ml_dtypes.bfloat16).reshape(entry["shape"])
+
+  def describe(self, i):
+    """Names record i for a message, from the shard's list of contents (the record itself may be damaged)."""
+    row = self.rows[i]
+    shard = self.header["shards"][row["shard"]]["name"]
+    try:
+      contents = _read_json(self.directory / shard.replace(".array_record", ".json"))
+      file, start, *_ = contents["records"][row["position"]]
+      return f"record {i}: {file} at {start:g} s ({self.directory / shard}, position {row['position']})"
+    except (BadInput, OSError, LookupError):
+      return f"record {i} ({self.directory / shard}, position {row['position']})"
+
+
+def read(index, i) -> Record:
+  """Record number i of the index. DamagedRecord, naming it, if it is not what was written. Safe from many threads."""
+  if not 0 <= i < len(index):
+    raise IndexError(f"record {i} of {len(index)}")
+  row = index.rows[i]
+  try:
+    record = from_blob(index._blobs[int(index._offsets[row["shard"]] + row["position"])])
+  except (RuntimeError, ValueError, IndexError) as e:
+    raise DamagedRecord(f"{index.describe(i)}: {e}") from e
+  if record.uid != row["uid"] or record.latents_THWC.shape[:3] != (row["t"], row["h"], row["w"]):
+    raise DamagedRecord(f"{index.describe(i)}: holds {record.file} at {record.start:g} s, latents "
+                        f"{record.latents_THWC.shape}: not what the index says")
+  return record
+
+
+def write_json(path, value):
+  """Whole or not at all: a temporary file, then a rename."""
+  _write_bytes(pathlib.Path(path), json.dumps(value, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
+
+
+def _write_bytes(path, content):
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_bytes(content)
+  _sync(temporary)
+  os.replace(temporary, path)
+
+
+def _read_json(path):
+  try:
+    return json.loads(path.read_text("utf-8"))
+  except (OSError, ValueError) as e:
+    raise BadInput(f"{path}: cannot be read ({e}); encode again, into an empty --out") from e
+
+
+@contextlib.contextmanager
+def _full_disk(directory):
+  """array_record says all its troubles in RuntimeErrors; OSError where the disk is full."""
+  try:
+    yield
+  except RuntimeError as e:
+    if "No space left" in str(e):
+      raise OSError(errno.ENOSPC, "the disk is full", str(directory)) from e
+    raise
+
+
+def _sync(path):
+  with open(path, "rb+") as f:
+    os.fsync(f.fileno())
+
+
+def _shard_name(number):
+  return f"shard-{number:05d}"
+
+
+def _check_settings(path, settings):
+  """Writes the settings of a new directory; compares with those of an old one."""
+  settings = json.loads(json.dumps(settings))
+  if not path.exists():
+    write_json(path, settings)
+    return
+  old = _read_json(path)
+  changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+  if changed:
+    k = changed[0]
+    raise BadInput(f"{path.parent}: was begun with {k}={old.get(k)}, now {k}={settings.get(k)}; "
+                   "run with the same settings, or give another --out")

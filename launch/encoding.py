@@ -1,0 +1,221 @@
+"""The encoding job: a source's clips in, records and a report out. Used by launch.encode.
+
+Work is saved a shard at a time; a file is done when a shard says so. A run that was killed, and one that was not, end
+in the same records: clips are encoded in batches of a shape that depends on the size of the clip alone, and what else
+is in a batch changes nothing.
+"""
+
+import dataclasses
+import zlib
+
+import jax
+import numpy as np
+
+from data import clips, records
+from launch import build, cli
+from sora_jax import checkpoint
+from sora_jax.errors import BadInput
+from sora_jax.models import text, vae
+
+BATCH = 16                      # clips encoded at a time, if they are small
+SMALL = 17 * 96 * 96            # pixels of a small clip; a larger one is encoded by itself, four frames at a time
+UNIT_PIXELS, UNIT_CLIPS = 256 << 20, 2048      # what a kill may cost
+MAX_TEXT = 512                  # tokens of a caption, as many as Wan takes; a longer one is cut, and noted
+TEXT_BATCH, TEXT_STEP = 8, 64   # captions embedded together; rows are of these lengths, so that compilations are few
+
+
+def stamp(item):
+  """Changes when a file or its caption does."""
+  return f"{getattr(item, 'version', '')}-{zlib.crc32(item.caption.encode('utf-8', 'backslashreplace')):08x}"
+
+
+def is_done(item, writer, out):
+  """Was the file dealt with in an earlier run? BadInput if it was taken and has changed since."""
+  entry = writer.files.get(item.file)
+  if entry is None or entry["stamp"] == stamp(item):
+    return entry is not None
+  if entry["pieces"]:
+    raise BadInput(f"{item.file}: it or its caption has changed since it was encoded into {out}; give another --out")
+  return False
+
+
+class Encoder:
+  """Pixels and captions -> what records hold, by the parts in OUT.
+
+  stride (t, y, x), channels: of the latents.
+  """
+
+  def __init__(self, directory):
+    self._cfg, self._params = build.load_vae(directory / "vae")
+    self.stride, self.channels = self._cfg.stride, self._cfg.z_dim
+    self._tokenizer = text.Tokenizer(directory / "text" / "tokenizer.model")
+    frozen = (directory / "text" / checkpoint.WEIGHTS).exists()
+    self._embed = load_embedder(directory / "text") if frozen else None
+
+  def latents(self, videos):
+    """uint8 [T, H, W, 3] of one shape, at most `batch_of` it -> normalised latents, float32 [t, h, w, C] each."""
+    shape = videos[0].shape
+    video_BTHWC = np.stack([*videos, *[np.zeros(shape, np.uint8)] * (batch_of(shape) - len(videos))])
+    t = self.stride[0]
+    chunks = (video_BTHWC[:, i:i + t].astype(np.float32) / 127.5 - 1 for i in range(0, shape[0], t))
+    means = [np.asarray(mean) for mean in vae.encode_stream(self._params, chunks, self._cfg)]
+    return list(vae.normalise(np.concatenate(means, 1), self._cfg)[:len(videos)])
+
+  def texts(self, captions):
+    """-> [(ids int32 [S], at most MAX_TEXT of them, embedding [S, E] or None)]."""
+    ids = [np.asarray(self._tokenizer.encode(caption, MAX_TEXT), np.int32) for caption in captions]
+    return list(zip(ids, self._embed(ids) if self._embed else [None] * len(ids)))
+
+  def is_long(self, caption):
+    """Does it lose its end?"""
+    return len(caption) > MAX_TEXT and len(self._tokenizer.encode(caption)) > MAX_TEXT
+
+
+def load_embedder(directory):
+  """W/text of a frozen encoder -> function of lists of ids, giving float32 [S, E] each, of true length."""
+  fields, params = checkpoint.load_part(directory)
+  known = {field.name for field in dataclasses.fields(text.TextConfig)}
+  shape = {name: value for name, value in fields.items() if name in known}
+  cfg = cli.checked(lambda: text.TextConfig(**shape), directory / "config.json")
+  params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, cfg.dtype), params)
+  run = jax.jit(lambda ids_BS, prompt_BS: text.TextEncoder(cfg).apply({"params": params}, ids_BS, prompt_BS))
+
+  def embed(texts):
+    found = [None] * len(texts)
+    rows = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for batch in (rows[i:i + TEXT_BATCH] for i in range(0, len(rows), TEXT_BATCH)):
+      ids_BS = np.zeros((TEXT_BATCH, -(-len(texts[batch[-1]]) // TEXT_STEP) * TEXT_STEP), np.int32)
+      prompt_BS = np.zeros_like(ids_BS)
+      for row, i in enumerate(batch):
+        ids_BS[row, :len(texts[i])], prompt_BS[row, :len(texts[i])] = texts[i], 1
+      text_BSE = np.asarray(run(ids_BS, prompt_BS))
+      for row, i in enumerate(batch):
+        found[i] = text_BSE[row, :len(texts[i])]
+    return found
+
+  return embed
+
+
+def batch_of(shape):
+  """How many clips of [T, H, W, 3] are encoded together. By their size alone: see the head of this file."""
+  return BATCH if np.prod(shape[:3]) <= SMALL else 1
+
+
+class Unit:
+  """Clips between two savings: encoded as their batches fill, added to the writer in order."""
+
+  def __init__(self, encoder, writer):
+    self._encoder, self._writer = encoder, writer
+    self._begin()
+
+  def _begin(self):
+    self._records, self._waiting, self._entries, self._pixels = [], {}, {}, 0
+
+  @property
+  def full(self):
+    return self._pixels >= UNIT_PIXELS or len(self._records) >= UNIT_CLIPS
+
+  def add(self, clip, video_THWC, source):
+    record = records.Record(None, None, clip.caption, clip.file, clip.start, clip.fps, source)
+    batch = self._waiting.setdefault(video_THWC.shape, [])
+    batch.append((len(self._records), video_THWC))
+    self._records.append(record)
+    self._pixels += np.prod(video_THWC.shape[:3])
+    if len(batch) == batch_of(video_THWC.shape):
+      self._run(self._waiting.pop(video_THWC.shape))
+
+  def close(self, file, entry):
+    """All pieces of `file` are added."""
+    self._entries[file] = entry
+
+  def _run(self, batch):
+    for (i, _), latents in zip(batch, self._encoder.latents([video for _, video in batch])):
+      if not np.isfinite(latents).all():
+        raise BadInput(f"{self._records[i].file}: its latents are not finite; the VAE is broken: train it again")
+      self._records[i] = dataclasses.replace(self._records[i], latents_THWC=latents)
+
+  def save(self):
+    """Encodes what waits, and finishes a shard."""
+    for batch in list(self._waiting.values()):
+      self._run(batch)
+    captions = sorted({record.caption for record in self._records})
+    texts = dict(zip(captions, self._encoder.texts(captions)))
+    for record in self._records:
+      ids, embedding = texts[record.caption]
+      self._writer.add(dataclasses.replace(record, text_ids_S=ids, text_SE=embedding))
+    for file, entry in self._entries.items():
+      self._writer.close_file(file, entry)
+    self._writer.commit()
+    self._begin()
+
+
+def encode(source, items, encoder, writer, stop):
+  """All items into the writer -> True; False if `stop()` said so in between: what was encoded by then is saved."""
+  unit = Unit(encoder, writer)
+  with cli.Bar("encoding", len(items)) as bar:
+    for item in items:
+      entry = {"stamp": stamp(item), "pieces": 0}
+      try:
+        for clip in source.read(item):
+          video_THWC = clips.crop(clip.video_THWC, encoder.stride)
+          if records.uid(clip.file, clip.start) not in writer.uids:
+            unit.add(clip, video_THWC, source.name)
+          describe(entry, clip, video_THWC)
+          if unit.full:
+            unit.save()
+          if stop():
+            unit.save()
+            return False
+      except clips.BadClip as e:
+        entry["passed_over"] = f"from {entry['seconds']:.3f} s on: {e}" if entry["pieces"] else str(e)
+      if encoder.is_long(item.caption):
+        entry.setdefault("notes", []).append(f"its caption is cut to {MAX_TEXT} tokens")
+      unit.close(item.file, entry)
+      bar.advance()
+    unit.save()
+  return True
+
+
+def describe(entry, clip, video_THWC):
+  """Adds a piece to what the report says of its file."""
+  frames, *size = clip.video_THWC.shape[:3]
+  entry["pieces"] += 1
+  entry["frames"] = entry.get("frames", 0) + len(video_THWC)
+  entry["seconds"] = clip.start + frames / clip.fps
+  entry["fps"], entry["size"] = clip.fps, list(video_THWC.shape[1:3])
+  if entry["size"] != size:
+    entry["cropped"] = {"from": size, "to": entry["size"]}
+  left_out = entry.get("frames_left_out", 0) + getattr(clip, "left_out", 0) + frames - len(video_THWC)
+  if left_out:
+    entry["frames_left_out"] = left_out
+  if getattr(clip, "notes", ()):
+    entry["notes"] = list(clip.notes)
+
+
+def write_report(path, source, spec, items, writer):
+  """What was taken, and what was passed over and why, by file -> the report.
+
+  A damaged video whose beginning is good stands in both. `notes`: what the listing of the source found.
+  """
+  taken, passed_over, notes = {}, dict(getattr(source, "ignored", ())), {}
+  for file, note in getattr(source, "notes", ()):
+    notes.setdefault(file, []).append(note)
+  for item in items:
+    entry = {k: v for k, v in writer.files.get(item.file, {}).items() if k != "stamp"}
+    if "passed_over" in entry:
+      passed_over[item.file] = entry["passed_over"]
+    if entry.get("pieces"):
+      taken[item.file] = entry | {"notes": entry.get("notes", []) + notes.pop(item.file, [])}
+  report = {"format_version": 1, "source": spec, "files": len(items), "records": len(writer.uids),
+            "sizes": "height, width in pixels", "taken": taken, "passed_over": passed_over, "notes": notes}
+  records.write_json(path, report)
+  return report
+
+
+def finish(writer, encoder, out):
+  """Writes the index -> RecordIndex."""
+  (null_ids, null_embedding), = encoder.texts([""])
+  return writer.finish({
+      "latent_channels": encoder.channels, "vae_stride": list(encoder.stride),
+      "vae_fingerprint": checkpoint.fingerprint(out / "vae"), "text_fingerprint": checkpoint.fingerprint(out / "text"),
+  }, null_ids, null_embedding)

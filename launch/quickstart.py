@@ -1,0 +1,226 @@
+"""The whole story on two CPU cores: look at the model that ships, then train one from nothing, and see what it learned.
+
+  python -m launch.quickstart [--out=DIR]          (bash launch/quickstart.sh installs first)
+
+Every stage is one of the programs of launch/, run as a user would run it; a stage that is done is not done again. Ends with
+DIR/index.html: what was trained, curves, originals beside reconstructions, each prompt beside its video, scores, what to try next.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from data.sources import shapes
+from launch import cli, log, page
+from sora_jax import checkpoint
+
+OUT = flags.DEFINE_string("out", "out/quickstart", "where everything goes")
+CLIPS = flags.DEFINE_integer("clips", 4096, "clips of the embedded world to train on", lower_bound=64)
+VAE_STEPS = flags.DEFINE_integer("vae_steps", 0, "steps of the VAE; 0: as configs/vae.py says", lower_bound=0)
+STEPS = flags.DEFINE_integer("steps", 0, "steps of the DiT; 0: as configs/t2v.py says", lower_bound=0)
+PROMPTS = flags.DEFINE_integer("prompts", 64, "held-out prompts to sample and judge", lower_bound=1)
+SHOWN = 16             # videos on the page
+
+GOALS = {"shipped": {"colour": 0.98, "direction": 0.95, "shape": 0.90}, "fresh": {"colour": 0.85}}
+
+
+def stages(out):
+  """(name, what it does, program, arguments, file that is there when it is done) of each stage, in order."""
+  vae, records, dit = out / "vae", out / "records", out / "dit"
+  own = lambda name, steps: [f"--config.{name}={steps}"] if steps else []  # noqa: E731
+  found = [
+      ("vae", "a VAE learns to compress the world's clips 96 times", "train_vae",
+       [f"--config={root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *own("steps", VAE_STEPS.value)], vae / "vae" / "config.json"),
+      ("encode", f"{CLIPS.value} clips become latents", "encode",
+       [f"--source=shapes:{CLIPS.value}", f"--workdir={vae}", f"--out={records}"], records / "index.json"),
+      ("dit", "a diffusion transformer learns to make latents from captions", "train",
+       [f"--config={root() / 'configs/t2v.py'}:tiny", f"--config.data.path={records}", f"--workdir={dit}", *own("steps", STEPS.value)], None),
+      ("sample", f"{PROMPTS.value} prompts that training never saw become videos", "sample",
+       [f"--workdir={dit}", f"--requests={out / 'requests.jsonl'}", f"--out={out / 'fresh'}"], None),
+      ("evaluate", "VAE, loss by noise level and videos are measured", "evaluate",
+       [f"--workdir={dit}", f"--videos={out / 'fresh'}", f"--out={out / 'fresh.json'}"], out / "fresh.json"),
+  ]
+  if (checkpoint.shipped() / "config.json").exists():
+    ship = [("look", "the model that ships makes the same prompts: something to look at, at once", "sample",
+             [f"--requests={out / 'requests.jsonl'}", f"--out={out / 'shipped'}"], None)]
+    found = ship + found
+    found.append(("judge", "the videos of the model that ships are judged", "evaluate",
+                  [f"--videos={out / 'shipped'}", f"--out={out / 'shipped.json'}"], out / "shipped.json"))
+  return found
+
+
+def root():
+  """The folder of the repository."""
+  return pathlib.Path(__file__).resolve().parent.parent
+
+
+def main():
+  out = pathlib.Path(OUT.value).resolve()
+  cli.need_disk(out, 500e6, "the quickstart")
+  write_requests(out)
+  todo = stages(out)
+  cli.say("sora_jax quickstart: about 12 minutes on two CPU cores. It will, one after another:")
+  for number, (_, what, *_) in enumerate(todo, 1):
+    cli.say(f"  {number}. {what}")
+  cli.say(f"and write {out / 'index.html'}. Stop it at any time; run again, it goes on.")
+  times = read_times(out)
+  for number, (name, what, program, arguments, _) in enumerate(todo, 1):
+    cli.say(f"\n[{number}/{len(todo)}] {what}\n    python -m launch.{program} {' '.join(map(quoted, arguments))}")
+    began = time.monotonic()
+    code = run_program(program, arguments)
+    if code:
+      cli.say(f"stage {name} ended with exit code {code}; run the same command again to go on")
+      return code
+    times[name] = times.get(name, 0.0) + time.monotonic() - began
+    checkpoint.write_json(out / "times.json", times)
+    if name == "look":
+      show(out, times, status="This page was written while the rest is being trained; open it again in ten minutes.")
+      cli.say(f"look at {out / 'index.html'} while the rest is trained")
+  show(out, times)
+  cli.say("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()) + f"  in all {sum(times.values()) / 60:.1f} min")
+  cli.say(f"open {out / 'index.html'} in a browser")
+  return cli.OK
+
+
+def run_program(program, arguments):
+  """One program, its output passed on; a stop asked of us is asked of it. -> exit code"""
+  environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root()), os.environ.get("PYTHONPATH", "")])}
+  environment.setdefault("JAX_PLATFORMS", "cpu")
+  environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(root() / ".cache" / "jax"))
+  environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+  child = subprocess.Popen([sys.executable, "-m", f"launch.{program}", *arguments], env=environment)
+  while True:
+    try:
+      return child.wait(timeout=0.5)
+    except subprocess.TimeoutExpired:
+      if cli.stop_requested():
+        child.terminate()
+        return child.wait()
+
+
+def quoted(argument):
+  return f"'{argument}'" if " " in argument else argument
+
+
+def write_requests(out):
+  """The held-out prompts as a file of requests."""
+  path = out / "requests.jsonl"
+  lines = [json.dumps(request) + "\n" for request in shapes.held_out_requests(PROMPTS.value)]
+  path.write_text("".join(lines))
+
+
+def read_times(out):
+  path = out / "times.json"
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def read_report(path):
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def show(out, times, status=None):
+  """Writes OUT/index.html from what is there."""
+  reports = {key: read_report(out / f"{key}.json") for key in ("shipped", "fresh")}
+  requests = [json.loads(line) for line in open(out / "requests.jsonl")]
+  story = {
+      "title": "sora_jax: a text-to-video model, trained while you waited",
+      "lede": "A causal video VAE and a diffusion transformer on packed spacetime patches, trained on a small generated world of coloured "
+              "shapes. Every prompt below names a combination that neither model met in training.",
+      "machine": f"{os.cpu_count()} CPU cores", "command": "bash launch/quickstart.sh",
+      "models": [{"key": "shipped", "name": "the model that ships", "detail": "configs/t2v.py:world"},
+                 {"key": "fresh", "name": "trained just now", "detail": "configs/t2v.py:tiny"}],
+      "phases": [{"name": name, "seconds": seconds} for name, seconds in times.items()],
+      "prompts": [prompt_entry(request, out, reports) for request in requests[:SHOWN]],
+      "scores": score_entries(reports), "curves": curve_entries(out), "bars": sigma_bars(reports),
+      "reconstructions": reconstruction_entries(out, reports["fresh"]),
+      "facts": facts(out, reports["fresh"]), "next": next_commands(out),
+  }
+  story = {name: value for name, value in story.items() if value}
+  if status:
+    story["status"] = status
+  page.write_page(out / "index.html", story)
+
+
+def prompt_entry(request, out, reports):
+  """One prompt with its video and verdicts from each model."""
+  suffix = ".png" if request["frames"] == 1 else ".mp4"
+  videos, verdicts = {}, {}
+  for key, report in reports.items():
+    path = out / key / (request["id"] + suffix)
+    videos[key] = path if path.exists() else None
+    judged = report.get("videos", {}).get(request["id"])
+    if judged:
+      verdicts[key] = judged
+  return {"prompt": request["prompt"], "videos": videos, "verdicts": verdicts}
+
+
+def score_entries(reports):
+  """The world's scores beside chance and goal, and the VAE's."""
+  names = list(dict.fromkeys(name for report in reports.values() for name in report.get("scores", {})))
+  entries = []
+  for name in names:
+    found = {key: report["scores"][name] for key, report in reports.items() if name in report.get("scores", {})}
+    entries.append({"name": name, "unit": "%", "values": {key: score["share"] for key, score in found.items()},
+                    "chance": next(iter(found.values()))["chance"], "goals": {key: goal[name] for key, goal in GOALS.items() if name in goal}})
+  vae = reports["fresh"].get("vae")
+  if vae:
+    entries.append({"name": "VAE: PSNR on held-out clips", "unit": "dB", "values": {"fresh": vae["psnr"]}, "goals": {"fresh": 28.0}, "most": 45.0})
+    entries.append({"name": "VAE: SSIM on held-out clips", "unit": "", "values": {"fresh": vae["ssim"]}, "goals": {"fresh": 0.9}, "most": 1.0})
+  return entries
+
+
+def curve_entries(out):
+  """Loss curves from metrics.jsonl."""
+  curves = []
+  for folder, title, name, unit in (("vae", "VAE: PSNR on training crops", "psnr", "dB"), ("dit", "DiT: loss", "loss", "")):
+    lines = [line for line in log.read_metrics(out / folder) if line.get(name) is not None]
+    if lines:
+      curves.append({"title": title, "unit": unit, "series": [
+          {"key": "fresh", "name": "trained just now", "x": [line["step"] for line in lines], "y": [line[name] for line in lines]}]})
+  return curves
+
+
+def sigma_bars(reports):
+  """Held-out loss by noise level."""
+  losses = reports["fresh"].get("loss_by_sigma")
+  if not losses:
+    return []
+  return [{"title": "held-out loss by noise level", "x": "sigma (0 data, 1 noise)", "labels": list(losses),
+           "series": [{"key": "fresh", "name": "trained just now", "y": list(losses.values())}]}]
+
+
+def reconstruction_entries(out, report):
+  """Originals beside what the VAE makes of them."""
+  return [{**entry, **{name: out / entry[name] for name in ("original", "reconstruction")}} for entry in report.get("reconstructions", ())]
+
+
+def facts(out, report):
+  """The few numbers in large type."""
+  found = []
+  lines = log.read_metrics(out / "dit")
+  if report.get("vae"):
+    found.append({"name": "VAE, held-out PSNR", "value": f"{report['vae']['psnr']:.1f} dB"})
+  if lines and lines[-1].get("fill"):
+    found.append({"name": "of every row is tokens, not padding", "value": f"{100 * lines[-1]['fill']:.1f} %"})
+  if "colour" in report.get("scores", {}):
+    found.append({"name": "of the prompts get their colour", "value": f"{100 * report['scores']['colour']['share']:.0f} %"})
+  return found
+
+
+def next_commands(out):
+  """What to try."""
+  return [
+      {"say": "Ask the model that ships for something", "command": 'python -m launch.sample --prompt="a red ball moves left" --out=out/mine'},
+      {"say": "Ask the one just trained", "command": f'python -m launch.sample --workdir={out / "dit"} --prompt="a blue square moves up" --out=out/mine'},
+      {"say": "Train it for longer", "command": f"python -m launch.train --config=configs/t2v.py:tiny --config.steps=2000 --config.data.path={out / 'records'} --workdir=out/longer"},
+      {"say": "Encode a folder of your own clips", "command": "python -m launch.encode --source=CLIPS --out=out/my-records"},
+  ]
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,41 @@
+"""The text-to-video model: a DiT and, where it is trained with it, a text encoder. Weights are keyed "dit" and "text"."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sora_jax.layout import Layout
+from sora_jax.models.dit import DiT, DiTConfig
+from sora_jax.models.text import TextConfig, TextEncoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Configs of the parts and where their arrays live; hashable, so it is static under jit. `text` None: embeddings come with the batch."""
+  dit: DiTConfig
+  text: TextConfig | None = None
+  layout: Layout | None = None
+
+  def init(self, key):
+    """Boxed weights (see layout.param): {"dit": ..., "text": ...}."""
+    dit_key, text_key = jax.random.split(key)
+    row = jnp.zeros((1, 1), jnp.int32)
+    params = {"dit": DiT(self.dit, self.layout).init(
+        dit_key, jnp.zeros((1, 1, self.dit.values_in)), jnp.zeros((1, 1, 3)), row, jnp.zeros((1, 2)), row,
+        jnp.zeros((1, 1, self.dit.text_width)), row, row)["params"]}
+    if self.text is not None:
+      params["text"] = TextEncoder(self.text, self.layout).init(text_key, row, row)["params"]
+    return params
+
+  def embed_text(self, params, batch):
+    """Text embeddings of a batch, [B, S, E]: the batch's own, or its ids through the encoder."""
+    if self.text is None:
+      return batch.text_BSE
+    return TextEncoder(self.text, self.layout).apply({"params": params["text"]}, batch.text_BS, batch.prompt_BS)
+
+  def velocity(self, params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE):
+    """The predicted velocity of every token, [B, L, P] float32."""
+    return DiT(self.dit, self.layout).apply(
+        {"params": params["dit"]}, x_BLP, batch.coords_BL3, batch.segment_BL, sigma_BU, sigma_index_BL, text_BSE,
+        batch.prompt_BL, batch.prompt_BS, batch.cond_BLQ)

@@ -1,0 +1,257 @@
+"""The video VAE: causal in time, an image is a video of one frame. Architecture of the public Wan VAEs, so that their weights load.
+
+  video [B, 1 + 4n, H, W, 3] in [-1, 1]  <->  latents [B, 1 + n, H / s, W / s, z]
+
+The first frame has a latent frame of its own; then four frames share one. Later frames never change earlier latents. Two kinds, by one
+config: the plain one (Wan 2.1: 4 x 8 x 8, 16 channels; arXiv:2503.20314 sec. 4.1) and the residual one with shortcuts past each
+resampling, on patches of pixels (Wan 2.2: 4 x 16 x 16, 48 channels). `SIZES` holds both, and our own.
+
+Latents of `encode` and `decode` are as the network has them; records and the DiT use `normalise(latents, cfg)`, of mean 0 and standard
+deviation 1 in each channel over a corpus.
+
+Everything is computed in the dtype of the array that is given (norms and softmax in float32).
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sora_jax.layout import Layout, unbox
+from sora_jax.models.vae_blocks import Conv, Decoder, Encoder, by_rows
+
+LOGVAR_RANGE = (-30.0, 20.0)      # as the public ones clip it
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+  """Widths and strides. Level i of the encoder is base_dim * dim_mult[i] wide; between levels height and width halve, and the frames
+  too where temporal_downsample[i]. The decoder mirrors it from decoder_base_dim (None: base_dim). Before all, patch_size x patch_size
+  pixels become channels. The mean and standard deviation of latents default to 0 and 1."""
+  base_dim: int = 96
+  decoder_base_dim: int | None = None
+  z_dim: int = 16
+  dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+  num_res_blocks: int = 2
+  temporal_downsample: tuple[bool, ...] = (False, True, True)
+  is_residual: bool = False
+  patch_size: int = 1
+  latents_mean: tuple[float, ...] = ()
+  latents_std: tuple[float, ...] = ()
+
+  def __post_init__(self):
+    put = functools.partial(object.__setattr__, self)
+    put("dim_mult", tuple(self.dim_mult))
+    put("temporal_downsample", tuple(bool(t) for t in self.temporal_downsample))
+    put("latents_mean", tuple(self.latents_mean) or (0.0,) * self.z_dim)
+    put("latents_std", tuple(self.latents_std) or (1.0,) * self.z_dim)
+    if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+      raise ValueError(f"VAEConfig: temporal_downsample has {len(self.temporal_downsample)} entries; {len(self.dim_mult) - 1} lie "
+                       f"between the {len(self.dim_mult)} levels of dim_mult")
+    if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
+      raise ValueError(f"VAEConfig: latents_mean and latents_std need {self.z_dim} values, one for each latent channel; got "
+                       f"{len(self.latents_mean)} and {len(self.latents_std)}")
+
+  @property
+  def stride(self):
+    """(frames, rows, columns) of pixels to one latent, after the first frame."""
+    space = self.patch_size * 2 ** (len(self.dim_mult) - 1)
+    return 2 ** sum(self.temporal_downsample), space, space
+
+
+def _published(mean, std):
+  return dict(latents_mean=tuple(map(float, mean.split())), latents_std=tuple(map(float, std.split())))
+
+
+SIZES = {
+    # Ours: no convolution at full resolution, so that minutes on two CPU cores are enough.
+    "tiny": VAEConfig(base_dim=32, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
+                      is_residual=True, patch_size=4),
+    "world": VAEConfig(base_dim=40, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
+                       is_residual=True, patch_size=4),
+    # The public ones; latent statistics as in their config.json (Wan-AI/Wan2.1-T2V-14B-Diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers).
+    "wan2.1": VAEConfig(**_published(
+        "-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508 .4134 -.0715 .5517 -.3632 -.1922 -.9497 .2503 -.2921",
+        "2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743 3.2687 2.1526 2.8652 1.5579 1.6382 1.1253 2.8251 1.9160")),
+    "wan2.2": VAEConfig(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, patch_size=2, **_published(
+        "-.2289 -.0052 -.1323 -.2339 -.2799 .0174 .1838 .1557 -.1382 .0542 .2813 .0891 .1570 -.0098 .0375 -.1825 "
+        "-.2246 -.1207 -.0698 .5109 .2665 -.2108 -.2158 .2502 -.2055 -.0322 .1109 .1567 -.0729 .0899 -.2799 -.1230 "
+        "-.0313 -.1649 .0117 .0723 -.2839 -.2083 -.0520 .3748 .0152 .1957 .1433 -.2944 .3573 -.0548 -.1681 -.0667",
+        ".4765 1.0364 .4514 1.1677 .5313 .4990 .4818 .5013 .8158 1.0344 .5894 1.0901 .6885 .6165 .8454 .4978 "
+        ".5759 .3523 .7135 .6804 .5833 1.4146 .8986 .5659 .7069 .5338 .4889 .4917 .4069 .4999 .6866 .4093 "
+        ".5709 .6065 .6415 .4944 .5726 1.2042 .5458 1.6887 .3971 1.0600 .3943 .5537 .5444 .4089 .7468 .7744")),
+}
+
+
+class VAE(nn.Module):
+  """The network. Use `encode`, `decode` and their streaming kin below; this is for `init`, and for training (no clipping)."""
+  cfg: VAEConfig
+  layout: Layout | None = None
+
+  def setup(self):
+    cfg, kind = self.cfg, self.cfg.is_residual
+    down = (cfg.base_dim, *(cfg.base_dim * m for m in cfg.dim_mult))
+    up = (cfg.dim_mult[-1], *reversed(cfg.dim_mult))
+    up = tuple((cfg.decoder_base_dim or cfg.base_dim) * m for m in up)
+    times = cfg.temporal_downsample
+    self.encoder = Encoder(down, times, cfg.num_res_blocks, 2 * cfg.z_dim, kind, self.layout)
+    self.decoder = Decoder(up, times[::-1], cfg.num_res_blocks, 3 * cfg.patch_size ** 2, kind, self.layout)
+    self.quant = Conv(2 * cfg.z_dim, (1, 1, 1))
+    self.post_quant = Conv(cfg.z_dim, (1, 1, 1))
+
+  def encode(self, video_BTHWC, first=True):
+    """A chunk of video -> (mean, log variance) of its latents."""
+    moments = self.quant(self.encoder(to_patches(by_rows(self.layout, video_BTHWC), self.cfg.patch_size), first))
+    mean, logvar = jnp.split(moments, 2, -1)
+    return mean, jnp.clip(logvar, *LOGVAR_RANGE)
+
+  def decode(self, latents_BTHWC, first=True):
+    """A chunk of latents -> video, not clipped."""
+    latents = self.post_quant(by_rows(self.layout, latents_BTHWC))
+    return from_patches(self.decoder(latents, first), self.cfg.patch_size)
+
+  def __call__(self, video_BTHWC):
+    return self.decode(self.encode(video_BTHWC)[0])
+
+
+def to_patches(video_BTHWC, patch):
+  """[B, T, H, W, 3] -> [B, T, H/p, W/p, 3 p p]; channels in the order (colour, column, row) of the public VAE."""
+  B, T, H, W, C = video_BTHWC.shape
+  x = video_BTHWC.reshape(B, T, H // patch, patch, W // patch, patch, C)
+  return x.transpose(0, 1, 2, 4, 6, 5, 3).reshape(B, T, H // patch, W // patch, C * patch * patch)
+
+
+def from_patches(x_BTHWC, patch):
+  """The inverse of `to_patches`."""
+  B, T, H, W, C = x_BTHWC.shape
+  x = x_BTHWC.reshape(B, T, H, W, C // patch ** 2, patch, patch)
+  return x.transpose(0, 1, 2, 6, 3, 5, 4).reshape(B, T, H * patch, W * patch, C // patch ** 2)
+
+
+def init(key, cfg):
+  """Random weights, plain arrays. All kernels are cut from one draw: `VAE(cfg).init` has the same law, but minutes of compilation."""
+  video = jax.ShapeDtypeStruct((1, 1, *cfg.stride[1:], 3), jnp.float32)
+  shapes = unbox(jax.eval_shape(VAE(cfg).init, key, video))["params"]
+  leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+  stops = np.cumsum([leaf.size if path[-1].key == "kernel" else 0 for path, leaf in leaves])
+  draw = jax.random.normal(key, (stops[-1],))
+
+  def weight(path, leaf, stop):
+    if path[-1].key != "kernel":
+      return jnp.full(leaf.shape, 1.0 if path[-1].key == "scale" else 0.0)
+    return draw[stop - leaf.size:stop].reshape(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5     # as KERNEL: 1 / fan in
+  return tree.unflatten(weight(path, leaf, stop) for (path, leaf), stop in zip(leaves, stops, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layout"))
+def encode(params, video_BTHWC, cfg, layout=None):
+  """Whole video [B, 1 + 4n, H, W, 3] in [-1, 1] -> (mean, log variance), each [B, 1 + n, h, w, z], of raw latents.
+
+  ValueError where the frames are not 1 + 4n, or the stride does not divide height and width: the caller crops, pads or repeats.
+  """
+  check_size(video_BTHWC.shape, cfg, first=True)
+  return VAE(cfg, layout).apply({"params": params}, video_BTHWC, method="encode")
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layout"))
+def decode(params, latents_BTHWC, cfg, layout=None):
+  """Raw latents [B, 1 + n, h, w, z] -> video [B, 1 + 4n, H, W, 3], clipped to [-1, 1]."""
+  return jnp.clip(VAE(cfg, layout).apply({"params": params}, latents_BTHWC, method="decode"), -1, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layout", "first"), donate_argnames=("stream",))
+def encode_chunk(params, stream, video_BTHWC, cfg, layout=None, *, first):
+  """One chunk of a video, 1 + 4n frames if `first` (stream None), else 4n -> (stream, mean, log variance)."""
+  check_size(video_BTHWC.shape, cfg, first)
+  (mean, logvar), stream = _run(params, stream, video_BTHWC, cfg, layout, first, "encode")
+  return stream, mean, logvar
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "layout", "first"), donate_argnames=("stream",))
+def decode_chunk(params, stream, latents_BTHWC, cfg, layout=None, *, first):
+  """One chunk of latents, 1 + n if `first` (stream None), else n -> (stream, video clipped to [-1, 1])."""
+  video, stream = _run(params, stream, latents_BTHWC, cfg, layout, first, "decode")
+  return stream, jnp.clip(video, -1, 1)
+
+
+def _run(params, stream, x, cfg, layout, first, method):
+  variables = {"params": params} if first else {"params": params, "stream": stream}
+  out, kept = VAE(cfg, layout).apply(variables, x, first=first, method=method, mutable=["stream"])
+  return out, kept["stream"]
+
+
+def encode_stream(params, chunks, cfg, layout=None):
+  """Encode a video of any length in constant memory: yields the mean [B, 1, h, w, z] of each latent frame.
+
+  chunks: iterable of frames [B, t, H, W, 3] in [-1, 1], t as it comes; taken one frame, then four at a time, so that there are two
+  compilations for a size. ValueError at the end when the frames were not 1 + 4n in all: what is left over is never dropped in silence.
+  """
+  stream = None
+  for video in regroup(chunks, 1, cfg.stride[0]):
+    stream, mean, _ = encode_chunk(params, stream, video, cfg, layout, first=stream is None)
+    yield mean
+
+
+def decode_stream(params, chunks, cfg, layout=None):
+  """Decode latents of any length in constant memory: yields [B, 1, H, W, 3], then [B, 4, H, W, 3] for each latent frame.
+
+  chunks: iterable of raw latents [B, n, h, w, z], n as it comes.
+  """
+  stream = None
+  for latents in regroup(chunks, 1, 1):
+    stream, video = decode_chunk(params, stream, latents, cfg, layout, first=stream is None)
+    yield video
+
+
+def regroup(chunks, head, step):
+  """Arrays [B, any, ...] -> the same frames as [B, head, ...], then [B, step, ...]. ValueError when some are left over."""
+  want, held = head, None
+  for chunk in chunks:
+    held = chunk if held is None or held.shape[1] == 0 else np.concatenate([held, chunk], 1)
+    while held.shape[1] >= want:
+      yield held[:, :want]
+      held, want = held[:, want:], step
+  if held is not None and held.shape[1]:
+    raise ValueError(f"video: {held.shape[1]} frames left over; a video has {head} + {step} n frames; cut or extend it first")
+
+
+def check_size(shape, cfg, first):
+  """ValueError unless a chunk of video of this shape fits the strides."""
+  frames, height, width = shape[1:4]
+  t, h, w = cfg.stride
+  if (frames - first) % t or frames < 1 or height % h or width % w or not height or not width:
+    raise ValueError(f"video: {frames} frames of {height} x {width}; this VAE takes {'1 + ' if first else ''}{t} n frames, height a "
+                     f"multiple of {h}, width of {w}; crop or pad it first")
+
+
+def normalise(latents_BTHWC, cfg):
+  """Raw latents -> mean 0, standard deviation 1 in each channel, by the config's statistics. numpy or jnp."""
+  dtype = latents_BTHWC.dtype
+  return (latents_BTHWC - np.asarray(cfg.latents_mean, dtype)) / np.asarray(cfg.latents_std, dtype)
+
+
+def denormalise(latents_BTHWC, cfg):
+  """The inverse of `normalise`."""
+  dtype = latents_BTHWC.dtype
+  return latents_BTHWC * np.asarray(cfg.latents_std, dtype) + np.asarray(cfg.latents_mean, dtype)
+
+
+def config_to_dict(cfg, size=None):
+  """What stands in `W/vae/config.json`."""
+  return {"format_version": 1, "size": size, **dataclasses.asdict(cfg)}
+
+
+def config_from_dict(fields):
+  """The inverse of `config_to_dict`; ValueError for a later format or fields that are not known."""
+  fields = dict(fields)
+  fields.pop("size", None)
+  if fields.pop("format_version", 1) != 1:
+    raise ValueError("vae/config.json: format_version is not 1; it was written by a later version of this program")
+  known = {field.name for field in dataclasses.fields(VAEConfig)}
+  if set(fields) - known:
+    raise ValueError(f"vae/config.json: unknown fields {sorted(set(fields) - known)}; known: {sorted(known)}")
+  return VAEConfig(**fields)

@@ -1,0 +1,312 @@
+"""The parts of the video VAE: causal convolutions with a memory, resampling in space and time, residual blocks.
+
+Time runs one way. A video goes in as chunks; the first holds 1 + s n frames, later ones s n (s: the temporal stride; after each
+temporal down-sampling 1 + n, then n). Each layer that looks back keeps the last frames of its input in the linen collection
+"stream", when the caller makes that mutable, and finds them there when the next chunk comes (`first=False`). A whole video is one
+first chunk: the same sums as the same video in pieces, with no loop over pieces.
+
+What happens at the first frame follows the public Wan VAEs (arXiv:2503.20314 sec. 4.1; diffusers `AutoencoderKLWan`), for their
+weights are to load here:
+  convolution       zeros before the first frame
+  down-sampling     frame 0 passes through; frame k sees 2k-2, 2k-1, 2k
+  up-sampling       frame 0 passes through, once; frame 1 sees zeros before it, not frame 0
+  shortcuts         averages are padded in front; repeats of frame 0 lose all but the last
+
+Weights are (time, height, width, in, out). Arrays are BTHWC.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from sora_jax.layout import Layout, param
+
+PLANE = ("NHWC", "HWIO", "NHWC")
+VOLUME = ("NDHWC", "DHWIO", "NDHWC")
+KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+ATTENTION_SCORES = 2 ** 24        # held at once; above that, frame by frame in blocks of queries
+
+
+def recall(module, x_BTHWC, n, first):
+  """The n frames before this chunk (None: it is the first), and remember the last n up to its end for the next one."""
+  before = None if first else module.get_variable("stream", "tail")
+  if module.is_mutable_collection("stream"):
+    missing = max(n - x_BTHWC.shape[1], 0)
+    joined = jnp.pad(x_BTHWC, _in_front(missing)) if first else jnp.concatenate([before, x_BTHWC], 1)
+    module.put_variable("stream", "tail", joined[:, joined.shape[1] - n:])
+  return before
+
+
+def _in_front(n):
+  """Padding widths that put n frames before a video."""
+  return ((0, 0), (n, 0), (0, 0), (0, 0), (0, 0))
+
+
+def plane_conv(x_BTHWC, kernel, stride=1, padding=((1, 1), (1, 1))):
+  """A 2-D convolution of every frame; kernel (height, width, in, out)."""
+  flat = x_BTHWC.reshape(-1, *x_BTHWC.shape[2:])
+  y = jax.lax.conv_general_dilated(flat, kernel, (stride, stride), padding, dimension_numbers=PLANE)
+  return y.reshape(*x_BTHWC.shape[:2], *y.shape[1:])
+
+
+def causal_conv(before, x_BTHWC, kernel):
+  """3 x 3 x 3 convolution over this frame and the two before it; `before` holds the two before the chunk, None for zeros.
+
+  On CPU as 2-D convolutions summed over time taps, several times faster there than XLA's 3-D one (and a tap that would meet
+  nothing but the zeros before the video is left out: one tap in place of three for an image); elsewhere the 3-D one.
+  """
+  frames = x_BTHWC.shape[1]
+
+  def by_taps(x, kernel, *before):
+    x = jnp.concatenate([*before, x], 1)
+    y = 0
+    for tap in range(3):
+      seen = min(frames, x.shape[1] - 2 + tap)
+      if seen > 0:
+        stop = x.shape[1] - 2 + tap
+        y += jnp.pad(plane_conv(x[:, stop - seen:stop], kernel[tap]), _in_front(frames - seen))
+    return y
+
+  def by_volume(x, kernel, *before):
+    front = 0 if before else 2
+    return jax.lax.conv_general_dilated(
+        jnp.concatenate([*before, x], 1), kernel, (1, 1, 1), ((front, 0), (1, 1), (1, 1)), dimension_numbers=VOLUME)
+
+  args = (x_BTHWC, kernel) if before is None else (x_BTHWC, kernel, before)
+  return jax.lax.platform_dependent(*args, cpu=by_taps, default=by_volume)
+
+
+def double(x_BTHWC):
+  """Every pixel four times: nearest neighbour, twice the height and width."""
+  return jnp.repeat(jnp.repeat(x_BTHWC, 2, 2), 2, 3)
+
+
+def average_down(x_BTHWC, features, time, space):
+  """Shortcut past a down-sampling: pixels of a block become channels, and groups of channels their mean. [.., C] -> [.., features]."""
+  x = jnp.pad(x_BTHWC, _in_front(-x_BTHWC.shape[1] % time))
+  B, T, H, W, C = x.shape
+  x = x.reshape(B, T // time, time, H // space, space, W // space, space, C)
+  x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)                  # a channel's pixels stay together
+  return x.reshape(*x.shape[:4], features, -1).mean(-1)
+
+
+def duplicate_up(x_BTHWC, features, time, space, first):
+  """Shortcut past an up-sampling: channels, repeated as needed, become the pixels of a block. The inverse layout of `average_down`."""
+  B, T, H, W, C = x_BTHWC.shape
+  x = jnp.repeat(x_BTHWC, features * time * space * space // C, -1)
+  x = x.reshape(B, T, H, W, features, time, space, space).transpose(0, 1, 5, 2, 6, 3, 7, 4)
+  x = x.reshape(B, T * time, H * space, W * space, features)
+  return x[:, time - 1:] if first else x
+
+
+class Norm(nn.Module):
+  """Root mean square norm over channels, no bias; float32 inside."""
+
+  @nn.compact
+  def __call__(self, x):
+    gamma = param(self, "scale", nn.initializers.ones, (x.shape[-1],), (None,))
+    x32 = x.astype(jnp.float32)
+    power = jnp.maximum(jnp.mean(x32 * x32, -1, keepdims=True), 1e-24 / x.shape[-1])     # torch's normalize: eps 1e-12 on the norm
+    return (x32 * jax.lax.rsqrt(power) * gamma).astype(x.dtype)
+
+
+class Conv(nn.Module):
+  """A convolution with bias. `size` (3, 3, 3) is causal and remembers; (3, 3) works frame by frame; all ones mixes channels."""
+  features: int
+  size: tuple[int, ...] = (3, 3, 3)
+
+  @nn.compact
+  def __call__(self, x_BTHWC, first=True, stride=1, padding=((1, 1), (1, 1))):
+    kernel = _weight(self, "kernel", self.size, x_BTHWC, self.features)
+    bias = _bias(self, x_BTHWC, self.features)
+    if self.size == (3, 3, 3):
+      return causal_conv(recall(self, x_BTHWC, 2, first), x_BTHWC, kernel) + bias
+    if set(self.size) == {1}:
+      return x_BTHWC @ kernel.reshape(kernel.shape[-2:]) + bias
+    return plane_conv(x_BTHWC, kernel, stride, padding) + bias
+
+
+def _weight(module, name, size, x, features):
+  """A kernel (*size, in, out), in the dtype that x is computed in."""
+  axes = (*[None] * len(size), "conv_in", "conv_out")
+  return param(module, name, KERNEL, (*size, x.shape[-1], features), axes).astype(x.dtype)
+
+
+def _bias(module, x, features):
+  return param(module, "bias", nn.initializers.zeros, (features,), ("conv_out",)).astype(x.dtype)
+
+
+class TimeDown(nn.Module):
+  """Half the frames: 1 + 2n -> 1 + n in a first chunk, 2n -> n after it."""
+
+  @nn.compact
+  def __call__(self, x_BTHWC, first):
+    features = x_BTHWC.shape[-1]
+    kernel = _weight(self, "kernel", (3, 1, 1), x_BTHWC, features)[:, 0, 0]
+    bias = _bias(self, x_BTHWC, features)
+    before = recall(self, x_BTHWC, 1, first)
+    x = x_BTHWC if first else jnp.concatenate([before, x_BTHWC], 1)
+    half = (x.shape[1] - 1) // 2
+    y = sum(x[:, tap:tap + 2 * half:2] @ kernel[tap] for tap in range(3)) + bias
+    return jnp.concatenate([x[:, :1], y], 1) if first else y
+
+
+class TimeUp(nn.Module):
+  """Twice the frames: 1 + n -> 1 + 2n in a first chunk, n -> 2n after it. Frame 0 is no part of the convolution's past."""
+
+  @nn.compact
+  def __call__(self, x_BTHWC, first):
+    features = x_BTHWC.shape[-1]
+    kernel = _weight(self, "kernel", (3, 1, 1), x_BTHWC, 2 * features)[:, 0, 0]
+    bias = _bias(self, x_BTHWC, 2 * features)
+    late = x_BTHWC[:, 1:] if first else x_BTHWC
+    before = recall(self, late, 2, first)
+    x = jnp.pad(late, _in_front(2)) if first else jnp.concatenate([before, late], 1)
+    B, T, H, W, C = late.shape
+    y = sum(x[:, tap:tap + T] @ kernel[tap] for tap in range(3)) + bias
+    y = y.reshape(B, T, H, W, 2, C).transpose(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, H, W, C)
+    return jnp.concatenate([x_BTHWC[:, :1], y], 1) if first else y
+
+
+class ResBlock(nn.Module):
+  """norm, silu, convolution, twice, beside a shortcut (1 x 1 x 1 where the width changes)."""
+  features: int
+
+  @nn.compact
+  def __call__(self, x_BTHWC, first):
+    h = Conv(self.features, name="conv_0")(nn.silu(Norm(name="norm_0")(x_BTHWC)), first)
+    h = Conv(self.features, name="conv_1")(nn.silu(Norm(name="norm_1")(h)), first)
+    if x_BTHWC.shape[-1] != self.features:
+      x_BTHWC = Conv(self.features, (1, 1, 1), name="shortcut")(x_BTHWC)
+    return x_BTHWC + h
+
+
+class FrameAttention(nn.Module):
+  """Self-attention with one head among the pixels of one frame."""
+
+  @nn.compact
+  def __call__(self, x_BTHWC):
+    B, T, H, W, C = x_BTHWC.shape
+    qkv = Conv(3 * C, (1, 1), name="qkv")(Norm(name="norm")(x_BTHWC))
+    query, key, value = jnp.split(qkv.reshape(B * T, H * W, 3 * C), 3, -1)
+    out = attend_in_frames(query, key, value).reshape(x_BTHWC.shape)
+    return x_BTHWC + Conv(C, (1, 1), name="out")(out)
+
+
+def attend_in_frames(query, key, value):
+  """Softmax attention of [frames, pixels, C] within each frame; in blocks of queries where the scores would be large."""
+  frames, pixels, C = query.shape
+
+  def attend(query, key, value):
+    scores = jnp.einsum("...qc,...kc->...qk", query, key, preferred_element_type=jnp.float32) * C ** -0.5
+    return jnp.einsum("...qk,...kc->...qc", jax.nn.softmax(scores).astype(value.dtype), value)
+
+  if frames * pixels * pixels <= ATTENTION_SCORES:
+    return attend(query, key, value)
+  block = max(ATTENTION_SCORES // pixels, 1)
+
+  @jax.checkpoint
+  def one_frame(args):
+    query, key, value = args
+    return jax.lax.map(lambda q: attend(q[None], key, value)[0], query, batch_size=min(block, pixels))
+  return jax.lax.map(one_frame, (query, key, value))
+
+
+class Middle(nn.Module):
+  """The blocks at the lowest resolution."""
+
+  @nn.compact
+  def __call__(self, x_BTHWC, first):
+    x = ResBlock(x_BTHWC.shape[-1], name="block_0")(x_BTHWC, first)
+    x = FrameAttention(name="attention")(x)
+    return ResBlock(x_BTHWC.shape[-1], name="block_1")(x, first)
+
+
+class Down(nn.Module):
+  """A level of the encoder: residual blocks, then (not at the last) half the height and width, and half the frames if `time`."""
+  features: int
+  blocks: int
+  space: bool
+  time: bool
+  residual: bool
+
+  @nn.compact
+  def __call__(self, x_BTHWC, first):
+    x = x_BTHWC
+    for i in range(self.blocks):
+      x = ResBlock(self.features, name=f"block_{i}")(x, first)
+    if self.space:
+      x = Conv(self.features, (3, 3), name="resample")(x, stride=2, padding=((0, 1), (0, 1)))
+    if self.time:
+      x = TimeDown(name="time")(x, first)
+    if self.residual:
+      x += average_down(x_BTHWC, self.features, 1 + self.time, 1 + self.space)
+    return x
+
+
+class Up(nn.Module):
+  """A level of the decoder: residual blocks, then (not at the last) twice the frames if `time`, and twice the height and width."""
+  features: int
+  blocks: int
+  space: bool
+  time: bool
+  residual: bool
+
+  @nn.compact
+  def __call__(self, x_BTHWC, first):
+    x = x_BTHWC
+    for i in range(self.blocks + 1):
+      x = ResBlock(self.features, name=f"block_{i}")(x, first)
+    if self.time:
+      x = TimeUp(name="time")(x, first)
+    if self.space:
+      features = self.features if self.residual else self.features // 2
+      x = Conv(features, (3, 3), name="resample")(double(x))
+      if self.residual:
+        x += duplicate_up(x_BTHWC, features, 1 + self.time, 2, first)
+    return x
+
+
+class Encoder(nn.Module):
+  """Patches of pixels -> 2 z channels. `widths` and `times` are those of the levels."""
+  widths: tuple[int, ...]
+  times: tuple[bool, ...]
+  blocks: int
+  features: int
+  residual: bool
+  layout: Layout | None = None
+
+  @nn.compact
+  def __call__(self, x_BTHWC, first):
+    x = Conv(self.widths[0], name="conv_in")(x_BTHWC, first)
+    last = len(self.widths) - 2
+    for i, width in enumerate(self.widths[1:]):
+      x = Down(width, self.blocks, i < last, i < last and self.times[i], self.residual, name=f"down_{i}")(x, first)
+      x = by_rows(self.layout, x)
+    x = Middle(name="middle")(x, first)
+    return Conv(self.features, name="conv_out")(nn.silu(Norm(name="norm_out")(x)), first)
+
+
+class Decoder(nn.Module):
+  """z channels -> patches of pixels."""
+  widths: tuple[int, ...]
+  times: tuple[bool, ...]
+  blocks: int
+  features: int
+  residual: bool
+  layout: Layout | None = None
+
+  @nn.compact
+  def __call__(self, z_BTHWC, first):
+    x = Conv(self.widths[0], name="conv_in")(z_BTHWC, first)
+    x = Middle(name="middle")(x, first)
+    last = len(self.widths) - 2
+    for i, width in enumerate(self.widths[1:]):
+      x = Up(width, self.blocks, i < last, i < last and self.times[i], self.residual, name=f"up_{i}")(x, first)
+      x = by_rows(self.layout, x)
+    return Conv(self.features, name="conv_out")(nn.silu(Norm(name="norm_out")(x)), first)
+
+
+def by_rows(layout, x):
+  """x, whose batch is dealt over the mesh's data and fsdp axes."""
+  return x if layout is None else layout.constrain(x, "act_batch", *[None] * (x.ndim - 1))

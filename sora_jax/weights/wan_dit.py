@@ -1,0 +1,127 @@
+"""Weights of `WanTransformer3DModel` (diffusers 0.42.1; folders `transformer`, `transformer_2` of the Wan models) <-> `models.dit`.
+
+Their patches go in as (C, pt, ph, pw) and come out as (pt, ph, pw, C); ours are (pt, ph, pw, C) both ways. Their rotary pairs are
+neighbours, ours stand half a head apart: queries and keys of self-attention, and their norms, are permuted.
+"""
+
+import numpy as np
+
+from sora_jax.errors import BadInput
+from sora_jax.models.dit import DiTConfig
+from sora_jax.weights import table
+
+# N heads, k pairs of entries, p the 2 of a pair, K head size; D and e width; s parts of a modulation; t h w patch; C, Q channels
+_HEADS = {"self": ("attn1", "(Nkp)", "N (pk)"), "cross": ("attn2", "(NK)", "N K")}
+
+
+def _linear(ours, their, their_in, their_out, our_in=None, our_out=None):
+  """A torch Linear, [out, in] and [out], as two rows of the table."""
+  *path, name = ours
+  return [((*path, name), f"{their}.weight", f"{their_out} {their_in}", f"{our_in or their_in} {our_out or their_out}"),
+          ((*path, f"{name}_bias"), f"{their}.bias", their_out, our_out or their_out)]
+
+
+def _attention(ours):
+  their, pairs, our_pairs = _HEADS[ours]
+  path, their = ("blocks", ours), f"blocks.{{}}.{their}"
+  return [
+      *_linear((*path, "query"), f"{their}.to_q", "D", pairs, our_out=our_pairs),
+      *_linear((*path, "key"), f"{their}.to_k", "D", pairs, our_out=our_pairs),
+      *_linear((*path, "value"), f"{their}.to_v", "D", "(NK)", our_out="N K"),
+      *_linear((*path, "out"), f"{their}.to_out.0", "(NK)", "D", our_in="N K"),
+      ((*path, "query_norm"), f"{their}.norm_q.weight", pairs, our_pairs),
+      ((*path, "key_norm"), f"{their}.norm_k.weight", pairs, our_pairs),
+  ]
+
+
+TABLE = [
+    (("patch",), "patch_embedding.weight", "D C t h w", "(thwC) D"),
+    (("patch_bias",), "patch_embedding.bias", "D", "D"),
+    *_linear(("time", "in"), "condition_embedder.time_embedder.linear_1", "f", "D"),
+    *_linear(("time", "out"), "condition_embedder.time_embedder.linear_2", "D", "e"),
+    *_linear(("time", "change"), "condition_embedder.time_proj", "D", "(se)", our_out="s e"),
+    *_linear(("text", "in"), "condition_embedder.text_embedder.linear_1", "E", "D"),
+    *_linear(("text", "out"), "condition_embedder.text_embedder.linear_2", "D", "e"),
+    (("blocks", "table"), "blocks.{}.scale_shift_table", "o s D", "s D"),
+    *_attention("self"), *_attention("cross"),
+    *_linear(("blocks", "mlp", "in"), "blocks.{}.ffn.net.0.proj", "D", "F"),
+    *_linear(("blocks", "mlp", "out"), "blocks.{}.ffn.net.2", "F", "D"),
+    (("table",), "scale_shift_table", "o r D", "r D"),
+    *_linear(("velocity",), "proj_out", "D", "(thwC)"),
+]
+CROSS_NORM = [
+    (("blocks", "cross_scale"), "blocks.{}.norm2.weight", "D", "D"),
+    (("blocks", "cross_shift"), "blocks.{}.norm2.bias", "D", "D"),
+]
+COND = [(("patch_cond",), "patch_embedding.weight[cond]", "D Q t h w", "(thwQ) D")]
+
+
+def _table(cfg):
+  rows = TABLE + CROSS_NORM * cfg.cross_norm + COND * (cfg.cond_channels > 0)
+  t, h, w = cfg.patch
+  sizes = {"D": cfg.width, "e": cfg.width, "N": cfg.heads, "K": cfg.head_size, "k": cfg.head_size // 2, "p": 2, "F": cfg.mlp, "s": 6, "r": 2,
+           "E": cfg.text_width, "f": cfg.time_freqs, "C": cfg.channels, "Q": cfg.cond_channels, "t": t, "h": h, "w": w, "o": 1}
+  return rows, sizes, cfg.depth
+
+
+def to_ours(tensors, cfg, dtype=np.float32):
+  """Mapping of their names to arrays -> params of a DiT. Raises BadInput that names what does not fit."""
+  if cfg.cond_channels and "patch_embedding.weight" in tensors:
+    tensors = _Split(tensors, cfg.channels)
+  return table.to_ours(tensors, *_table(cfg), dtype)
+
+
+def to_theirs(params, cfg):
+  """Params of a DiT -> iterator of (their name, numpy array)."""
+  parts = []
+  for name, value in table.to_theirs(params, *_table(cfg)):
+    if cfg.cond_channels and name.startswith("patch_embedding.weight"):
+      parts.append(value)
+      if len(parts) < 2:
+        continue
+      name, value = "patch_embedding.weight", np.concatenate(parts, axis=1)
+    yield name, value
+
+
+class _Split(dict):
+  """Their tensors with the input channels of the patch embedding in two: latents, then conditions."""
+
+  def __init__(self, tensors, channels):
+    super().__init__(dict.fromkeys([*tensors, "patch_embedding.weight[cond]"]))
+    self._tensors, self._channels = tensors, channels
+
+  def __getitem__(self, name):
+    value = self._tensors[name.removesuffix("[cond]")]
+    if not name.startswith("patch_embedding.weight"):
+      return value
+    return value[:, self._channels:] if name.endswith("[cond]") else value[:, :self._channels]
+
+
+def config_to_ours(theirs, expand_timesteps=False):
+  """Their config.json -> DiTConfig. `expand_timesteps` stands in model_index.json: true for TI2V-5B, which knows a sigma for each token.
+
+  Raises BadInput for a Wan 2.1 image-to-video model (it reads CLIP features of the image, which we do not compute).
+  """
+  for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+    if theirs.get(name) is not None:
+      raise BadInput(f"weights: {name}={theirs[name]!r} (image features by cross-attention, Wan 2.1 I2V); it must be null; "
+                     "use the Wan 2.2 models")
+  if theirs.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
+    raise BadInput(f"weights: qk_norm={theirs['qk_norm']!r}; only rms_norm_across_heads is known")
+  out = theirs.get("out_channels") or theirs["in_channels"]
+  cond = theirs["in_channels"] - out
+  return DiTConfig(
+      depth=theirs["num_layers"], heads=theirs["num_attention_heads"], head_size=theirs["attention_head_dim"], mlp=theirs["ffn_dim"],
+      channels=out, patch=tuple(theirs["patch_size"]), text_width=theirs["text_dim"], cond_channels=cond,
+      time_freqs=theirs["freq_dim"], cross_norm=theirs["cross_attn_norm"], eps=theirs["eps"], text_pad=512,
+      conditioning="channels" if cond else "token_sigma" if expand_timesteps else "replacement")
+
+
+def config_to_theirs(cfg):
+  """DiTConfig -> their config.json."""
+  return {
+      "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.42.1", "added_kv_proj_dim": None,
+      "attention_head_dim": cfg.head_size, "cross_attn_norm": cfg.cross_norm, "eps": cfg.eps, "ffn_dim": cfg.mlp, "freq_dim": cfg.time_freqs,
+      "image_dim": None, "in_channels": cfg.channels + cfg.cond_channels, "num_attention_heads": cfg.heads, "num_layers": cfg.depth,
+      "out_channels": cfg.channels, "patch_size": list(cfg.patch), "pos_embed_seq_len": None, "qk_norm": "rms_norm_across_heads",
+      "rope_max_seq_len": 1024, "text_dim": cfg.text_width}

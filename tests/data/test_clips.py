@@ -1,0 +1,81 @@
+"""Cutting and cropping: what is left out is little, at the end or the edge, and counted."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from data.clips import BadClip, crop, pieces, whole_frames
+
+
+def images(count):
+  return (np.full((2, 3, 3), i % 256, np.uint8) for i in range(count))
+
+
+@settings(max_examples=200, deadline=None)
+@given(count=st.integers(0, 200), fps=st.sampled_from([1, 8, 23.976, 25, 30000 / 1001]),
+       seconds=st.sampled_from([0, 0.1, 0.5, 0.68, 1, 2, 1000]))
+def test_pieces_are_consecutive_and_lose_nothing_but_the_end(count, fps, seconds):
+  """Put together again, the pieces are the video, but for at most 4 frames at its end, which are counted."""
+  found = list(pieces(images(count), fps, seconds))
+  assert (count == 0) == (not found)
+  at = 0
+  for clip, start, left_out in found:
+    assert len(clip) == whole_frames(len(clip))
+    assert not seconds or len(clip) <= max(1, seconds * fps + 1e-3)
+    assert start == pytest.approx(at / fps)
+    np.testing.assert_array_equal(clip[:, 0, 0, 0], np.arange(at, at + len(clip)) % 256)
+    at += len(clip) + left_out
+  assert at == count
+  assert all(left_out == 0 for _, _, left_out in found[:-1])
+  assert not found or found[-1][2] <= 4
+  assert len({len(clip) for clip, _, _ in found[:-1]}) <= 1
+  if len(found) > 1 and len(found[0][0]) > 1:
+    assert len(found[-1][0]) >= 5, "the end of a video is no still"
+
+
+def test_17_frames():
+  """0.68 s at 25 frames a second, and at 29.97, are 17 frames: floats are forgiven."""
+  for fps in (25, 30000 / 1001):
+    assert [len(clip) for clip, _, _ in pieces(images(40), fps, 0.68)] == [17, 17, 5]
+
+
+def test_one_piece_is_held_at_a_time():
+  drawn = 0
+
+  def counted():
+    nonlocal drawn
+    for image in images(1000):
+      drawn += 1
+      yield image
+
+  found = pieces(counted(), 8, 2)
+  for n in range(1, 6):
+    assert len(next(found)[0]) == 13
+    assert drawn == 13 * n + 5, "a piece and five frames"
+
+
+def test_damage_spares_what_was_whole_before_it():
+  def damaged(count):
+    yield from images(count)
+    raise BadClip("corrupt")
+
+  for count, whole in ((0, 0), (12, 0), (13, 1), (25, 1), (26, 2), (30, 2)):
+    taken = []
+    with pytest.raises(BadClip):
+      for clip, _, _ in pieces(damaged(count), 8, 2):
+        taken.append(len(clip))
+    assert taken == [13] * whole, count
+
+
+def test_crop_takes_the_middle():
+  video = np.arange(7 * 37 * 50 * 3).reshape(7, 37, 50, 3)
+  np.testing.assert_array_equal(crop(video, (4, 16, 16)), video[:5, 2:34, 1:49])
+  assert crop(video[:5, :32, :48], (4, 16, 16)).shape == (5, 32, 48, 3)
+  with pytest.raises(BadClip, match="50 x 37 pixels; at least 64 x 64"):
+    crop(video, (4, 64, 64))
+
+
+def test_a_bad_clip_says_why():
+  assert str(BadClip("truncated", "3 of 40 frames")) == "truncated: 3 of 40 frames"
+  with pytest.raises(ValueError, match="known: unreadable"):
+    BadClip("ugly")

@@ -1,0 +1,200 @@
+"""Laws of the plan: every clip once an epoch, within budgets, the same from any cursor on."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from data.plan import Cursor, Plan, mix64, shuffle
+from data.records import INDEX_DTYPE
+from sora_jax.batch import RowShape
+from sora_jax.errors import BadInput
+
+
+def make_index(sizes, text_tokens=8):
+  """An index of latent sizes [N, 3]."""
+  index = np.zeros(len(sizes), INDEX_DTYPE)
+  index["t"], index["h"], index["w"] = np.asarray(sizes).T
+  index["text_tokens"], index["uid"], index["fps"] = text_tokens, np.arange(len(sizes)) + 1, 8
+  return index
+
+
+def world_index(n, seed=0):
+  """Sizes of the embedded world at strides (4, 16, 16): 12 to 120 tokens."""
+  rng = np.random.default_rng(seed)
+  frames = np.array([(4, 4), (3, 4), (4, 3), (3, 5), (5, 3), (4, 6)])[rng.integers(6, size=n)]
+  return make_index(np.column_stack([rng.choice([1, 3, 5], n, p=(0.2, 0.46, 0.34)), frames]), rng.integers(4, 16, n))
+
+
+def web_index(n, seed=0):
+  """Images of 256 to 2048 pixels, clips of 1 to 20 s, 240p to 1080p, at strides 4, 8, 8, patch 2: to 40,960 tokens."""
+  rng, found = np.random.default_rng(seed), []
+  while sum(map(len, found)) < n:
+    image = rng.random(n) < 0.35
+    short = np.exp(rng.uniform(np.log(256), np.log(2048), n))
+    short = np.where(image, short, rng.choice([240, 360, 480, 720, 1080], n))
+    aspect = np.clip(np.exp(rng.normal(0.3, 0.35, n)), 0.5, 2.4)
+    seconds = np.clip(np.exp(rng.normal(1.5, 0.7, n)), 1, 20)
+    frames = np.where(image, 1, 1 + seconds * rng.choice([16, 24, 30], n) // 4)
+    height, width = (short * np.maximum(1, a) // 16 * 2 for a in (1 / aspect, aspect))
+    sizes = np.column_stack([frames, height, width]).astype(int)
+    found.append(sizes[sizes.prod(axis=1) // 4 <= 40960])
+  sizes = np.concatenate(found)[:n]
+  return make_index(sizes, np.clip(np.exp(rng.normal(4.3, 0.6, n)), 4, 512).astype(int))
+
+
+def make_plan(index, rows_per_step=4, length=64, clips=6, text=64, patch=(1, 1, 1), seed=0, **options):
+  shape = RowShape(length, clips, text)
+  return Plan(index, rows_per_step=rows_per_step, shape=shape, patch=patch, seed=seed, **options)
+
+
+def clips_of(steps):
+  return [clip for _, step in steps for row in step.rows for clip in row]
+
+
+sides = st.integers(1, 4)
+indexes = st.lists(st.tuples(st.integers(1, 5), sides, sides, st.integers(0, 20)), min_size=1, max_size=80)
+
+
+@given(sizes=indexes, rows_per_step=st.integers(1, 5), window=st.integers(1, 90), seed=st.integers(-5, 2**40),
+       epochs=st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_every_clip_exactly_once_an_epoch(sizes, rows_per_step, window, seed, epochs):
+  """Whatever the sizes: none dropped, none repeated, all rows within their three budgets."""
+  sizes = np.array(sizes)
+  index = make_index(sizes[:, :3], sizes[:, 3])
+  plan = make_plan(index, rows_per_step, 80, clips=4, text=40, seed=seed, null_text_tokens=2, window_clips=window)
+  steps = list(plan.steps(epochs=epochs))
+  assert sorted(clips_of(steps)) == sorted(itertools.product(range(len(index)), range(epochs)))
+  tokens, text, _ = plan.sizes(slice(None))
+  assert text.min() >= 2
+  for _, step in steps:
+    assert len(step.rows) == rows_per_step
+    for row, load, cost in zip(step.rows, step.tokens, step.costs, strict=True):
+      places = [position for position, _ in row]
+      assert load == tokens[places].sum() <= 80 and len(row) <= 4 and text[places].sum() <= 40
+      assert cost == (tokens[places] ** 2).sum()
+  assert all(all(step.rows) for _, step in steps[:-1])       # the last step alone has empty rows
+
+
+@given(n=st.integers(1, 60), rows_per_step=st.integers(1, 4), window=st.integers(8, 60), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_resumes_from_any_cursor(n, rows_per_step, window, data):
+  """The steps after a cursor do not depend on how one came to it; it survives JSON; nothing is lost between windows."""
+  make = lambda: make_plan(world_index(n), rows_per_step, length=130, seed=5, window_clips=window)  # noqa: E731
+  steps = list(itertools.islice(make().steps(), 30))
+  at = data.draw(st.integers(0, 28))
+  cursor = Cursor.from_json(json.loads(json.dumps(steps[at][0].to_json())))
+  assert cursor == steps[at][0]
+  assert list(itertools.islice(make().steps(cursor), 29 - at)) == steps[at + 1:]
+  seen = clips_of(steps)
+  assert len(set(seen)) == len(seen)
+  for k, (cursor, _) in enumerate(steps):
+    if cursor.step == 0:       # at the end of a window, all that was drawn is done, or carried over
+      drawn = range(cursor.window * window)
+      positions, epochs = make().clips([d for d in drawn if d not in cursor.carried])
+      assert sorted(zip(positions.tolist(), epochs.tolist(), strict=True)) == sorted(clips_of(steps[:k + 1]))
+
+
+def test_nothing_waits_for_ever():
+  """A clip that no other goes with is always in the emptiest row; it is carried over once, not for ever."""
+  index = make_index([(1, 1, 20)] + [(1, 1, 64)] * 200)
+  plan = make_plan(index, rows_per_step=3, window_clips=50)
+  waits, carried_twice = {}, set()
+  for cursor, _ in itertools.islice(plan.steps(), 400):
+    if cursor.step == 0:
+      carried_twice |= {draw for draw in cursor.carried if draw < (cursor.window - 1) * 50}
+      waits.update(dict.fromkeys(cursor.carried, cursor.window))
+  assert waits and not carried_twice
+
+
+def test_a_cursor_of_another_plan_is_refused():
+  index = world_index(50)
+  cursor, _ = next(make_plan(index, length=130).steps())
+  next(make_plan(index, length=130).steps(cursor))
+  other = index.copy()
+  other["t"][7] += 1
+  for plan in (make_plan(index, length=131), make_plan(index, 5, length=130), make_plan(index, length=130, seed=1),
+               make_plan(other, length=130)):
+    with pytest.raises(BadInput, match="cursor: it belongs to another"):
+      next(plan.steps(cursor))
+  with pytest.raises(BadInput, match="format_version 0"):
+    Cursor.from_json({**cursor.to_json(), "format_version": 0})
+
+
+def test_misfits_are_named_and_left_out():
+  index = make_index([(1, 4, 4), (5, 4, 4), (1, 3, 4), (1, 4, 4), (1, 2, 2)], [3, 3, 3, 99, 0])
+  plan = make_plan(index, length=19, patch=(1, 2, 2), text=20, null_text_tokens=4)
+  assert [(m.position, m.tokens, m.reason) for m in plan.misfits] == [
+      (1, 20, "20 tokens, a row holds 19"), (2, 2, "latent size (1, 3, 4) is not a whole number of patches (1, 2, 2)"),
+      (3, 4, "99 text tokens, a row holds 20")]
+  assert sorted(clips_of(plan.steps(epochs=2))) == [(0, 0), (0, 1), (4, 0), (4, 1)]
+
+
+@pytest.mark.parametrize("index, match", [
+    (make_index([(9, 9, 9)] * 3), "none of its 3 clips fits a row; the first: 729 tokens, a row holds 64; raise what"),
+    (make_index(np.zeros((0, 3), int)), "holds no clips")])
+def test_bad_indexes(index, match):
+  with pytest.raises(BadInput, match=match):
+    next(make_plan(index).steps())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 17, 100, 4097])
+def test_shuffle_is_a_permutation_and_another_one_each_epoch(n):
+  orders = [shuffle(np.arange(n), n, 7, 1, epoch) for epoch in range(3)]
+  for order in orders:
+    np.testing.assert_array_equal(np.sort(order), np.arange(n))
+  if n > 10:
+    assert (orders[0] != orders[1]).mean() > 0.5 and (orders[1] != orders[2]).mean() > 0.5
+
+
+def test_shuffle_is_fair():
+  """Each of 5 clips is at each place about equally often, over 4,000 epochs; neighbours do not stay neighbours."""
+  epochs = np.repeat(np.arange(4000), 5)
+  order = shuffle(np.tile(np.arange(5), 4000), 5, 0, 1, epochs).reshape(4000, 5)
+  counts = np.array([np.bincount(order[:, place], minlength=5) for place in range(5)])
+  assert ((counts - 800) ** 2 / 800).sum() < 45         # chi-squared, 16 degrees of freedom: 39 at one in a thousand
+  large = shuffle(np.arange(100_000), 100_000, 0, 1, 0)
+  assert abs(np.corrcoef(large, np.arange(100_000))[0, 1]) < 0.02
+  assert (np.abs(np.diff(large)) < 100).mean() < 0.005
+
+
+def test_a_thousand_million_clips():
+  """No array of that size is made: neither a permutation, nor a copy of the index (here one clip, 10^9 times over)."""
+  places = shuffle(np.arange(999_990_000, 1_000_000_000), 10**9, 3, 1, 0)
+  assert len(np.unique(places)) == 10_000 and places.min() >= 0 and places.max() < 10**9
+  index = np.broadcast_to(make_index([(2, 3, 4)]), 10**9)
+  first = list(itertools.islice(make_plan(index).steps(), 2))
+  assert len(set(clips_of(first))) == 2 * 4 * 2
+  later = make_plan(index).steps(Cursor(window=900_000, plan=first[0][0].plan))
+  assert len(set(clips_of(itertools.islice(later, 2)))) == 2 * 4 * 2
+
+
+def test_hash_tells_its_words_apart():
+  hashes = {int(mix64(*words)[0]) for words in itertools.product(range(8), repeat=3)}
+  assert len(hashes) == 512
+  assert mix64(-1, 2**63) == mix64(2**64 - 1, 2**63)
+
+
+@pytest.mark.parametrize("index, length, clips, text, patch, rows, padding, balance", [
+    (world_index(3000), 300, 12, 160, (1, 1, 1), 20, 0.01, 1.02),          # goal of the quickstart: 0.02
+    (world_index(3000), 256, 12, 128, (1, 1, 1), 20, 0.015, 1.02),
+    (web_index(20000), 81920, 64, 8192, (1, 2, 2), 32, 0.005, 1.02)])
+def test_rows_are_full_and_ranks_finish_together(index, length, clips, text, patch, rows, padding, balance):
+  """Padding, and the dearest row of a step over its mean row, on the embedded world and on a mixture as on the web."""
+  plan = make_plan(index, rows, length, clips, text, patch, seed=1)
+  steps = [step for _, step in itertools.islice(plan.steps(), 60)]
+  costs_BR = np.array([step.costs for step in steps])
+  dearest = lambda costs_BR: np.mean(costs_BR.max(axis=1) / costs_BR.mean(axis=1))  # noqa: E731
+  assert 1 - np.mean([step.tokens for step in steps]) / length < padding
+  assert dearest(costs_BR) < balance
+  assert dearest(np.random.default_rng(0).permuted(costs_BR.ravel()).reshape(costs_BR.shape)) > 1.05    # not grouped
+
+
+def test_a_small_dataset_fills_its_rows():
+  """Three clips, rows for eight steps' worth of them: a window runs over many epochs."""
+  plan = make_plan(make_index([(1, 4, 4), (3, 4, 4), (5, 4, 3)]), rows_per_step=8, length=128, clips=8)
+  for _, step in itertools.islice(plan.steps(), 40):
+    assert np.mean(step.tokens) > 0.95 * 128

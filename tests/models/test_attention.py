@@ -1,0 +1,104 @@
+"""Attention by segments: both kernels against plain softmax, what is skipped, what has no key, and its memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.layout import Layout, make_mesh
+from sora_jax.models import attention
+
+
+def plain(query, key, value, segment_BL, segment_BM, scale):
+  score = jnp.einsum("BLNK,BMNK->BNLM", query, key) * scale
+  same = (segment_BL[:, None, :, None] == segment_BM[:, None, None, :]) & (segment_BL[:, None, :, None] > 0)
+  weight = jnp.where(same, jax.nn.softmax(jnp.where(same, score, -1e9)), 0)
+  return jnp.einsum("BNLM,BMNK->BLNK", weight, value)
+
+
+def inputs(B, L, M, N, K):
+  keys = jax.random.split(jax.random.key(0), 4)
+  return [jax.random.normal(k, (B, n, N, K)) for k, n in zip(keys, (L, M, M, L), strict=True)]
+
+
+def segments(*rows):
+  """Run lengths by row, as (id, count) pairs -> int32 ids."""
+  return jnp.asarray([np.concatenate([np.full(n, i) for i, n in row]) for row in rows], jnp.int32)
+
+
+# two rows; in the second, segment 2 has no key, and the keys' ids do not ascend
+QUERIES = segments([(1, 70), (2, 50), (3, 9), (0, 21)], [(1, 33), (2, 40), (4, 77)])
+KEYS = segments([(1, 3), (2, 90), (3, 30), (0, 7)], [(4, 20), (1, 60), (3, 50)])
+
+
+@pytest.mark.parametrize("kernel", ["blocks", "splash_interpret"])
+@pytest.mark.parametrize("cross", [False, True])
+def test_a_query_sees_the_keys_of_its_segment(kernel, cross):
+  """Output and gradients are those of plain softmax, also for queries that have no key (zeros) and for padding."""
+  query, key, value, weight = inputs(2, 150, 130 if cross else 150, 2, 16)
+  ids = (QUERIES, KEYS) if cross else (QUERIES, QUERIES)
+  def run(f):
+    return jax.jit(lambda *a: jax.value_and_grad(lambda *a: (lambda o: ((o * weight).sum(), o))(f(*a)), (0, 1, 2), has_aux=True)(*a))
+  (_, ours), grads = run(lambda q, k, v: attention.attend(q, k, v, *ids, kernel=kernel))(query, key, value)
+  (_, theirs), expected = run(lambda q, k, v: plain(q, k, v, *ids, 16 ** -0.5))(query, key, value)
+  np.testing.assert_allclose(ours, theirs, atol=2e-6)
+  for ours, theirs in zip(grads, expected, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+  if cross:
+    assert not np.any(np.asarray(grads[0])[1, 33:73])        # finite, and nothing flows
+
+
+def test_merged_segments_differ():
+  query, key, value, _ = inputs(2, 150, 150, 2, 16)
+  apart = attention.attend(query, key, value, QUERIES, QUERIES)
+  merged = attention.attend(query, key, value, jnp.minimum(QUERIES, 1), jnp.minimum(QUERIES, 1))
+  assert np.abs(apart - merged)[0, :120].max() > 1e-2
+
+
+def test_a_long_row_in_tiles():
+  """Beyond 1,024 tokens: tiles of 256, head by head; same answer, and no array of the size of length x length."""
+  query, key, value, weight = inputs(1, 1500, 1500, 2, 8)
+  ids = segments([(1, 700), (2, 130), (3, 600), (0, 70)])
+  def loss(q, k, v, f):
+    return (f(q, k, v) * weight).sum()
+  ours = jax.jit(jax.grad(lambda *a: loss(*a, lambda q, k, v: attention.attend(q, k, v, ids, ids)), (0, 1, 2)))
+  theirs = jax.jit(jax.grad(lambda *a: loss(*a, lambda q, k, v: plain(q, k, v, ids, ids, 8 ** -0.5)), (0, 1, 2)))
+  for a, b in zip(ours(query, key, value), theirs(query, key, value), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+  needs = lambda f: f.lower(query, key, value).compile().memory_analysis().temp_size_in_bytes  # noqa: E731
+  assert needs(ours) < 4e6 < needs(theirs)
+
+
+def test_tiles_of_other_segments_are_passed_over():
+  """Poisoned keys in tiles that no query of ours meets: were they multiplied, NaN would come out."""
+  query, key, value, _ = inputs(1, 256, 256, 1, 8)
+  ids = segments([(1, 64), (2, 128), (3, 64)])
+  key = key.at[:, 64:192].set(jnp.nan)
+  out = attention.attend(query, key, value, ids, ids)
+  assert np.isfinite(out[0, :64]).all() and np.isfinite(out[0, 192:]).all() and np.isnan(out[0, 64:192]).all()
+  meet = attention.tiles_meet(ids.reshape(4, 64), ids.reshape(4, 64))
+  np.testing.assert_array_equal(meet, [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
+  assert not attention.tiles_meet(jnp.zeros((1, 64), int), ids.reshape(4, 64)).any()        # padding meets nothing
+
+
+def test_bias_is_added_to_scores():
+  query, key, value, _ = inputs(2, 40, 40, 2, 8)
+  ids = segments([(1, 20), (2, 15), (0, 5)], [(1, 40)])
+  same_bias = attention.attend(query, key, value, ids, ids, bias=jnp.full((2, 40, 40), 3.0))
+  np.testing.assert_allclose(same_bias, attention.attend(query, key, value, ids, ids), atol=2e-6)
+  only_self = attention.attend(query, key, value, ids, ids, bias=jnp.where(jnp.eye(40, dtype=bool), 0.0, -1e4))
+  np.testing.assert_allclose(only_self, jnp.where(ids[..., None, None] > 0, value, 0), atol=1e-6)
+
+
+def test_sharded_is_unsharded():
+  """Rows over data, tokens over context, heads over tensor: 8 virtual devices, one answer, outputs and gradients."""
+  layout = Layout(make_mesh(data=2, context=2, tensor=2))
+  query, key, value, weight = inputs(2, 150, 150, 2, 16)
+  def grads(layout):
+    f = lambda *a: (attention.attend(*a, QUERIES, QUERIES, layout=layout) * weight).sum()  # noqa: E731
+    return jax.jit(jax.value_and_grad(f, (0, 1, 2)))
+  if layout:
+    place = lambda x: jax.device_put(x, layout.sharding("act_batch", "act_length", "act_heads", None))  # noqa: E731
+    cut = grads(layout)(*map(place, (query, key, value)))
+  for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(grads(None)(query, key, value)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)

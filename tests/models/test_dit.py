@@ -1,0 +1,177 @@
+"""The DiT: a clip does not know its neighbours, sigma belongs to tokens, every size has its shape, and Wan's weights give Wan's answer."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax import layout as layouts
+from sora_jax import patches
+from sora_jax.models import dit
+from sora_jax.weights import files, wan_dit
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "dit"
+CFG = dit.DiTConfig(depth=2, heads=2, head_size=16, mlp=48, channels=4, text_width=8, time_freqs=32)
+GRIDS, PROMPTS, SIGMAS = [(2, 2, 3), (1, 3, 2), (3, 2, 2)], [3, 5, 4], [0.2, 0.5, 0.8]       # three clips: size, text tokens, noise level
+LENGTH, TEXT = 33, 15
+TOKENS = [slice(0, 12), slice(12, 18), slice(18, 30)]
+
+
+def row_of(numbers):
+  """Inputs of the numbered clips packed into one row of fixed shape; the first two tokens of each are given (sigma 0)."""
+  row = {"tokens": np.zeros((1, LENGTH, CFG.values_in), np.float32), "coords": np.zeros((1, LENGTH, 3), np.float32),
+         "segment": np.zeros((1, LENGTH), np.int32), "sigma": np.zeros((1, 4), np.float32), "index": np.zeros((1, LENGTH), np.int32),
+         "text": np.zeros((1, TEXT, CFG.text_width), np.float32), "prompt": np.zeros((1, LENGTH), np.int32), "prompt_text": np.zeros((1, TEXT), np.int32)}
+  at = text_at = 0
+  for i, number in enumerate(numbers, start=1):
+    rng, coords = np.random.default_rng(number), patches.coords(GRIDS[number])
+    tokens, text = slice(at, at + len(coords)), slice(text_at, text_at + PROMPTS[number])
+    row["tokens"][0, tokens] = rng.normal(size=(len(coords), CFG.values_in))
+    row["text"][0, text] = rng.normal(size=(PROMPTS[number], CFG.text_width))
+    row["coords"][0, tokens], row["sigma"][0, i] = coords, SIGMAS[number]
+    row["segment"][0, tokens] = row["prompt"][0, tokens] = row["prompt_text"][0, text] = i
+    row["index"][0, at + 2:tokens.stop] = i
+    at, text_at = tokens.stop, text.stop
+  return row
+
+
+def args(row):
+  return [row[name] for name in ("tokens", "coords", "segment", "sigma", "index", "text", "prompt", "prompt_text")]
+
+
+def run(params, row, cfg=CFG, layout=None):
+  return dit.DiT(cfg, layout).apply({"params": params}, *args(row))
+
+
+def loss(params, row, cfg=CFG):
+  return jnp.sum(jnp.where(row["segment"][..., None] > 0, (run(params, row, cfg) - row["tokens"]) ** 2, 0))
+
+
+velocity, gradient = jax.jit(run), jax.jit(jax.value_and_grad(loss))
+ROW = row_of([0, 1, 2])
+
+
+@pytest.fixture(scope="module")
+def new_params():
+  return layouts.unbox(jax.jit(dit.DiT(CFG).init)(jax.random.key(0), *args(ROW)))["params"]
+
+
+@pytest.fixture(scope="module")
+def params(new_params):
+  """Initial weights, every one moved, so that gates, tables and the last layer all matter."""
+  rng = np.random.default_rng(0)
+  return jax.tree.map(lambda x: np.asarray(x) + 0.2 * rng.normal(size=x.shape).astype(np.float32), new_params)
+
+
+def assert_close(trees, others):
+  """Trees of gradients to 1e-5 of the largest entry of each leaf."""
+  for (path, a), b in zip(jax.tree.leaves_with_path(trees), jax.tree.leaves(others), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_clip_does_not_see_its_neighbours(params):
+  """Velocity of each clip of a row is that of the clip alone in a row; merge the segments or the prompts and it is not."""
+  together = velocity(params, ROW)
+  for number, tokens in enumerate(TOKENS):
+    alone = velocity(params, row_of([number]))[:, :tokens.stop - tokens.start]
+    np.testing.assert_allclose(together[:, tokens], alone, atol=1e-5)
+  for names in (("segment",), ("prompt", "prompt_text")):
+    merged = velocity(params, ROW | {name: np.minimum(ROW[name], 1) for name in names})
+    assert np.abs(merged[:, TOKENS[2]] - alone).max() > 1e-3, names
+
+
+def test_loss_and_gradients_of_a_row_are_the_sum_of_its_clips(params):
+  together, alone = gradient(params, ROW), [gradient(params, row_of([number])) for number in range(3)]
+  assert_close(together, jax.tree.map(lambda *g: sum(g), *alone))
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(together))       # every weight matters
+
+
+def test_padding_does_not_matter(params):
+  pads, text_pads = ROW["segment"] == 0, ROW["prompt_text"] == 0
+  other = ROW | {"coords": np.where(pads[..., None], np.float32(9), ROW["coords"]), "tokens": np.where(pads[..., None], np.float32(7), ROW["tokens"]),
+                 "index": np.where(pads, 2, ROW["index"]), "text": np.where(text_pads[..., None], np.float32(5), ROW["text"])}
+  jax.tree.map(np.testing.assert_array_equal, gradient(params, ROW), gradient(params, other))
+
+
+def test_sigma_belongs_to_tokens(params):
+  """All tokens at one sigma: whichever entry of the table holds it. Change the sigma of one token, and the answer changes."""
+  sigma = lambda *values: {"sigma": np.asarray([values], np.float32)}  # noqa: E731
+  same = velocity(params, ROW | sigma(0.4, 0.4, 0.4, 0.4))
+  np.testing.assert_array_equal(same, velocity(params, ROW | sigma(0.9, 0.4, 0.1, 0.2) | {"index": np.ones_like(ROW["index"])}))
+  index = np.where(np.arange(LENGTH) == 5, 1, 0)[None]
+  assert np.abs(velocity(params, ROW | sigma(0.4, 0.9, 0.4, 0.4) | {"index": index}) - same)[:, 6:12].max() > 1e-3
+
+
+def test_text_can_be_prepared_once(params):
+  @jax.jit
+  def prepared(params, row):
+    text_kv = dit.text_kv(CFG, params, row["text"])
+    return dit.DiT(CFG).apply({"params": params}, *args(row | {"text": None}), text_kv=text_kv)
+  np.testing.assert_allclose(prepared(params, ROW), velocity(params, ROW), atol=1e-5)
+
+
+def test_remat_changes_nothing_but_memory(params):
+  cfg = dataclasses.replace(CFG, remat="full")
+  assert_close(jax.jit(jax.value_and_grad(lambda p: loss(p, ROW, cfg)))(params), gradient(params, ROW))
+
+
+def test_sharded_is_unsharded(params):
+  """Weights, rows, tokens and heads cut over 8 virtual devices: the same velocity, and the weights really lie apart."""
+  layout = layouts.Layout(layouts.make_mesh(fsdp=2, context=2, tensor=2))
+  boxed = jax.eval_shape(lambda: dit.DiT(CFG, layout).init(jax.random.key(0), *args(ROW)))["params"]
+  cut = jax.device_put(params, layouts.shardings(boxed, layout))
+  assert cut["blocks"]["self"]["query"].addressable_shards[0].data.shape == (2, 16, 1, 16)
+  two = jax.tree.map(lambda *x: np.concatenate(x), ROW, row_of([2, 0]))
+  sharded = jax.jit(lambda p, row: run(p, row, layout=layout))(cut, two)
+  np.testing.assert_allclose(sharded[:1, :30], velocity(params, ROW)[:, :30], atol=1e-5)
+  np.testing.assert_allclose(sharded[1:, :24], velocity(params, row_of([2, 0]))[:, :24], atol=1e-5)
+
+
+def test_a_new_model_says_zero_and_learns(new_params):
+  """From nothing: the first velocity is 0, and one step of descent lowers the loss."""
+  assert not np.any(velocity(new_params, ROW))
+  before, grads = gradient(new_params, ROW)
+  assert gradient(jax.tree.map(lambda p, g: p - 1e-3 * g, new_params, grads), ROW)[0] < before
+
+
+@pytest.mark.parametrize("name", dit.SIZES)
+def test_every_size(name):
+  """Number of weights, without making them; the public sizes are those of their checkpoints (counted in tests/oracle)."""
+  count = dit.count_params(dit.SIZES[name])
+  public = {"wan-1.3b": 1_418_996_800, "wan-5b": 4_999_787_712, "wan-14b": 14_288_491_584, "wan-14b-i2v": 14_288_901_184}
+  if name in public:
+    assert count == public[name]
+  else:
+    low, high = {"tiny": (1.4e6, 1.8e6), "world": (3e6, 3.4e6), "S": (4e7, 7e7), "B": (1e8, 1.5e8), "L": (3.5e8, 5e8), "XL": (9e8, 1.3e9)}[name]
+    assert low <= count <= high
+    assert name in ("tiny", "world") or dit.SIZES[name].head_size == 256
+
+
+@pytest.mark.parametrize("wrong", [{"head_size": 15}, {"depth": 0}, {"remat": "some"}, {"dtype": "int8"}, {"conditioning": "channels"}, {"patch": (1, 2)}])
+def test_a_config_that_cannot_be_built_says_so(wrong):
+  with pytest.raises(ValueError, match=next(iter(wrong))):
+    dataclasses.replace(CFG, **wrong)
+
+
+def test_wan_weights_give_wan_answers():
+  """Weights and output of diffusers' own class (0.42.1; origin: a random WanTransformer3DModel saved in four shards)."""
+  cfg = wan_dit.config_to_ours(files.read_config(GOLDEN))
+  tensors = files.Tensors(GOLDEN)
+  params, golden = wan_dit.to_ours(tensors, cfg), np.load(GOLDEN / "golden.npz")
+  latents = golden["x"][0].transpose(1, 2, 3, 0)
+  tokens, coords = patches.patchify(latents, cfg.patch), patches.coords(patches.grid(latents.shape[:3], cfg.patch))
+  ones, text = np.ones((1, len(tokens)), np.int32), np.ones(golden["ctx"].shape[:2], np.int32)
+  row = {"tokens": tokens[None], "coords": coords[None], "segment": ones, "sigma": np.array([[golden["t"][0] / 1000]], np.float32),
+         "index": 0 * ones, "text": golden["ctx"], "prompt": ones, "prompt_text": text}
+  ours = patches.unpatchify(np.asarray(jax.jit(lambda p: run(p, row, cfg))(params))[0], latents.shape[:3], cfg.patch).transpose(3, 0, 1, 2)
+  np.testing.assert_allclose(ours, golden["y"][0], atol=5e-6)
+
+  back = dict(wan_dit.to_theirs(params, cfg))
+  assert back.keys() == tensors.keys()
+  for name, value in back.items():
+    np.testing.assert_array_equal(value, tensors[name])
+  theirs = files.read_config(GOLDEN)
+  assert {**wan_dit.config_to_theirs(cfg), "_diffusers_version": theirs["_diffusers_version"]} == theirs

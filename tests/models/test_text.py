@@ -1,0 +1,117 @@
+"""Prompts: cleaning, tokens from any corpus, prompts of a row that do not see each other, UMT5's own answer."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax import layout as layouts
+from sora_jax.errors import BadInput
+from sora_jax.models import text
+from sora_jax.weights import files, umt5
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "umt5"
+CFG = text.TextConfig(vocab=50, width=16, depth=2, heads=2, head_size=8, mlp=24, buckets=8, max_distance=10)
+CAPTIONS = [f"a {colour} {shape} moves {way}" for colour in ("red", "blue") for shape in ("ball", "square", "ring") for way in ("left", "right", "up")]
+
+
+def test_prompts_are_cleaned_as_wan_does():
+  assert text.clean("  a &amp;amp; b\n\t c  â€œquotedâ€\x9d ") == 'a & b c "quoted"'
+  assert text.clean("") == ""
+
+
+@pytest.mark.parametrize("captions", [CAPTIONS, CAPTIONS[:1], [], ["", "  "], ["猫が走る", "naïve 🙂"]], ids=["some", "one", "none", "blank", "not-latin"])
+def test_a_tokenizer_from_any_corpus(captions, tmp_path):
+  """Few captions or none: every prompt can be written and read back, ids end in EOS, nothing is unknown."""
+  vocab = text.train_tokenizer(captions, tmp_path / "a" / "tokenizer.model", vocab_size=400)
+  tokenizer = text.Tokenizer(tmp_path / "a" / "tokenizer.model")
+  assert vocab == tokenizer.vocab <= 400
+  for prompt in ("a red ball", "naïve 猫 🙂", "x" * 10_000):
+    ids = tokenizer.encode(prompt)
+    assert ids[-1] == text.EOS and text.UNK not in ids and max(ids) < vocab
+    assert tokenizer.decode(ids) == prompt
+  assert tokenizer.null == [text.EOS]
+  assert len(tokenizer.encode("x " * 1000, most=12)) == 12 and tokenizer.encode("x " * 1000, most=12)[-1] == text.EOS
+
+
+def test_the_same_captions_give_the_same_tokenizer(tmp_path):
+  text.train_tokenizer(CAPTIONS, tmp_path / "1")
+  text.train_tokenizer(reversed(CAPTIONS), tmp_path / "2")
+  assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+  text.train_tokenizer(CAPTIONS[1:], tmp_path / "3")
+  assert (tmp_path / "1").read_bytes() != (tmp_path / "3").read_bytes()
+  assert len(text.Tokenizer(tmp_path / "1").encode("a blue ring moves up")) == 6       # words, not letters
+
+
+def test_a_file_that_is_no_tokenizer(tmp_path):
+  (tmp_path / "x.model").write_bytes(b"no model")
+  for name in ("x.model", "missing.model"):
+    with pytest.raises(BadInput, match=name):
+      text.Tokenizer(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def params():
+  row = jnp.ones((1, 4), jnp.int32)
+  return layouts.unbox(jax.jit(text.TextEncoder(CFG).init)(jax.random.key(0), row, row))["params"]
+
+
+@jax.jit
+def encode(params, ids, prompt):
+  return text.TextEncoder(CFG).apply({"params": params}, ids, prompt)
+
+
+def test_a_prompt_does_not_see_its_neighbours(params):
+  """Two prompts in a row, padding behind: each as if alone, wherever it stands; padding is zero."""
+  ids = jax.random.randint(jax.random.key(1), (2, 24), 3, CFG.vocab)
+  prompt = jnp.asarray([[1] * 9 + [2] * 12 + [0] * 3, [3] * 24])
+  out = encode(params, ids, prompt)
+  alone = encode(params, jnp.pad(ids[:1, 9:21], [(0, 1), (0, 12)]), jnp.asarray([[1] * 12 + [0] * 12, [0] * 24]))
+  np.testing.assert_allclose(out[0, 9:21], alone[0, :12], atol=1e-5)
+  assert not np.any(out[0, 21:]) and not np.any(alone[1])
+  merged = encode(params, ids, jnp.asarray([[1] * 21 + [0] * 3, [3] * 24]))
+  assert np.abs(merged[0, 9:21] - alone[0, :12]).max() > 1e-3
+
+
+def test_position_matters_and_gradients_are_finite(params):
+  ids, prompt = jnp.arange(3, 27)[None].repeat(2, 0), jnp.asarray([[1] * 24, [1] * 8 + [0] * 16])
+  assert np.abs(encode(params, ids[:, ::-1], prompt)[0, ::-1] - encode(params, ids, prompt)[0]).max() > 1e-3
+  grads = jax.jit(jax.grad(lambda p: jnp.sum(encode(p, ids, prompt) ** 2)))(params)
+  assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+def test_sizes():
+  """umt5-xxl has the 5.68 billion weights of google/umt5-xxl's encoder; tiny is small."""
+  assert text.count_params(text.SIZES["umt5-xxl"]) == 5_680_910_336
+  assert text.count_params(text.SIZES["tiny"]) < 5e5
+
+
+def test_umt5_weights_give_umt5_answers():
+  """Weights and output of transformers' own class (5.23.0; origin: a random UMT5EncoderModel), its prompt behind another in one row."""
+  cfg = umt5.config_to_ours(files.read_config(GOLDEN))
+  tensors, golden = files.Tensors(GOLDEN), np.load(GOLDEN / "golden.npz")
+  weights, ids = umt5.to_ours(tensors, cfg), golden["ids"][0][golden["mask"][0] > 0]
+  row = np.concatenate([[9, 8, 7], ids])[None].astype(np.int32)
+  prompt = np.asarray([[1] * 3 + [2] * len(ids)], np.int32)
+  ours = jax.jit(lambda w: text.TextEncoder(cfg).apply({"params": w}, row, prompt))(weights)
+  np.testing.assert_allclose(ours[0, 3:], golden["h"][0][golden["mask"][0] > 0], atol=5e-6)
+
+  back = dict(umt5.to_theirs(weights, cfg))
+  assert set(tensors) <= {*back, *umt5.EMBEDDINGS}
+  for name, value in back.items():
+    np.testing.assert_array_equal(value, tensors[name if name in tensors else umt5.EMBEDDINGS[1]])
+  theirs = files.read_config(GOLDEN)
+  assert {k: theirs.get(k) for k in umt5.config_to_theirs(cfg)} == umt5.config_to_theirs(cfg)
+
+
+def test_weights_that_do_not_fit_are_named():
+  cfg, tensors = umt5.config_to_ours(files.read_config(GOLDEN)), dict(files.Tensors(GOLDEN))
+  with pytest.raises(BadInput, match="encoder.final_layer_norm.weight"):
+    umt5.to_ours({k: v for k, v in tensors.items() if k != "encoder.final_layer_norm.weight"}, cfg)
+  with pytest.raises(BadInput, match="bogus"):
+    umt5.to_ours(tensors | {"bogus": np.zeros(1)}, cfg)
+  name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+  with pytest.raises(BadInput, match=f"{name}.*shape"):
+    umt5.to_ours(tensors | {name: np.zeros((2, 2))}, cfg)
