@@ -46,10 +46,11 @@ def tiny():
   config.data.source = "shapes"        # data/sources/NAME.py
   config.data.path = ""                # the folder of clips, for source "folder"
   config.data.count = 4000             # clips of the embedded world
-  config.data.crop = (64, 64)          # height, width in pixels
+  config.data.max_seconds = 2.0        # a folder's videos are read in pieces of so many seconds
+  config.data.crop = (48, 48)          # height, width in pixels
   config.data.frames = 9
   config.data.clips = 8
-  config.data.images = 0               # the first frame of a clip is an image to a causal VAE
+  config.data.images = 8
   config.data.threads = 2
 
   config.optim = ml_collections.ConfigDict()
@@ -70,8 +71,9 @@ def world():
   """The VAE of the small model that ships."""
   config = tiny()
   config.model = "world"
-  config.steps = 4000
+  config.steps = 5000
   config.eval_every = 500
+  config.checkpoint_every = 250
   config.ema_decay = 0.999
   config.data.count = 40_000
   return config

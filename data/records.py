@@ -338,7 +338,16 @@ def read(index, i) -> Record:
 
 def write_json(path, value):
   """Whole or not at all: a temporary file, then a rename."""
-  _write_bytes(pathlib.Path(path), json.dumps(value, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace"))
+  _write_bytes(pathlib.Path(path), (_dump(value) + "\n").encode("utf-8", "backslashreplace"))
+
+
+def _dump(value, depth=0):
+  """JSON text with a line for each entry of a dict, and of the dicts in it."""
+  if depth > 1 or not isinstance(value, dict) or not value:
+    return json.dumps(value, ensure_ascii=False)
+  margin = " " * depth
+  lines = (f"\n{margin} {json.dumps(name, ensure_ascii=False)}: {_dump(entry, depth + 1)}" for name, entry in value.items())
+  return "{" + ",".join(lines) + f"\n{margin}}}"
 
 
 def _write_bytes(path, content):

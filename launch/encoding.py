@@ -55,7 +55,8 @@ class Encoder:
   def latents(self, videos):
     """uint8 [T, H, W, 3] of one shape, at most `batch_of` it -> normalised latents, float32 [t, h, w, C] each."""
     shape = videos[0].shape
-    video_BTHWC = np.stack([*videos, *[np.zeros(shape, np.uint8)] * (batch_of(shape) - len(videos))])
+    missing = batch_of(shape) - len(videos)
+    video_BTHWC = np.stack([*videos, *[np.zeros(shape, np.uint8)] * missing]) if batch_of(shape) > 1 else videos[0][None]
     t = self.stride[0]
     chunks = (video_BTHWC[:, i:i + t].astype(np.float32) / 127.5 - 1 for i in range(0, shape[0], t))
     means = [np.asarray(mean) for mean in vae.encode_stream(self._params, chunks, self._cfg)]
@@ -78,7 +79,7 @@ def load_embedder(directory):
   shape = {name: value for name, value in fields.items() if name in known}
   cfg = cli.checked(lambda: text.TextConfig(**shape), directory / "config.json")
   params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, cfg.dtype), params)
-  run = jax.jit(lambda ids_BS, prompt_BS: text.TextEncoder(cfg).apply({"params": params}, ids_BS, prompt_BS))
+  run = jax.jit(lambda params, *row: text.TextEncoder(cfg).apply({"params": params}, *row))
 
   def embed(texts):
     found = [None] * len(texts)
@@ -88,7 +89,7 @@ def load_embedder(directory):
       prompt_BS = np.zeros_like(ids_BS)
       for row, i in enumerate(batch):
         ids_BS[row, :len(texts[i])], prompt_BS[row, :len(texts[i])] = texts[i], 1
-      text_BSE = np.asarray(run(ids_BS, prompt_BS))
+      text_BSE = np.asarray(run(params, ids_BS, prompt_BS))
       for row, i in enumerate(batch):
         found[i] = text_BSE[row, :len(texts[i])]
     return found
@@ -161,6 +162,7 @@ def encode(source, items, encoder, writer, stop):
           if records.uid(clip.file, clip.start) not in writer.uids:
             unit.add(clip, video_THWC, source.name)
           describe(entry, clip, video_THWC)
+          bar.advance(0, f"{item.file} up to {entry['seconds']:.1f} s")
           if unit.full:
             unit.save()
           if stop():

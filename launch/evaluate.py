@@ -1,4 +1,4 @@
-"""Measures a work directory, a folder of videos, or both: a table, and the same as JSON. Done once, it is not done again.
+"""Measures a work directory, a folder of videos, or both: a table, and the same as JSON. Done once, never done again.
 
   python -m launch.evaluate --workdir=W --out=FILE.json                 # the VAE; of a DiT, its loss and its videos
   python -m launch.evaluate --videos=DIR --out=FILE.json                # what launch.sample wrote
@@ -16,7 +16,6 @@ What is in FILE.json, each where it applies:
 
 import collections
 import dataclasses
-import math
 import pathlib
 import zlib
 
@@ -27,7 +26,7 @@ from absl import flags
 
 from data import clips, records
 from data.sources import folder, shapes, shapes_judge
-from launch import build, cli, sampling
+from launch import build, cli, encoding, sampling
 from sora_jax import batch as batches, checkpoint, metrics, patches, train, video
 from sora_jax.errors import BadInput
 from sora_jax.models import vae
@@ -42,7 +41,6 @@ SEED = flags.DEFINE_integer("seed", 0, "of the held-out clips, and of the noise 
 
 SIGMAS = tuple(round(0.1 * i, 1) for i in range(1, 10))
 SHOWN = 6                       # reconstructions kept as files
-BATCH, SMALL = 16, 17 * 96 * 96        # as launch.encode batches, so that its compilations serve here
 
 
 def main():
@@ -152,7 +150,7 @@ def encode(cfg, params, videos):
     by_shape[clip.shape].append(i)
   with cli.Bar("encoding", len(videos)) as bar:
     for shape, members in by_shape.items():
-      size = BATCH if math.prod(shape[:3]) <= SMALL else 1
+      size = encoding.batch_of(shape)        # as launch.encode, so that its compilations serve here
       for some in (members[i:i + size] for i in range(0, len(members), size)):
         check_stop()
         video_BTHWC = np.zeros((size, *shape), np.uint8)
@@ -175,15 +173,16 @@ def decode(cfg, params, latents_THWC):
 def measure_vae(cfg, params, raw, latents, out):
   """PSNR and SSIM of every clip against its reconstruction; a few of them become files in OUT's folder."""
   scores, kept = [], []
+  shown = sorted(range(len(raw)), key=lambda i: len(raw[i].video_THWC) == 1)[:SHOWN]        # what moves comes first
   where = out.with_suffix("").with_name(out.stem + "-reconstructions")
   with cli.Bar("decoding", len(raw)) as bar:
-    for clip, mean in zip(raw, latents):
+    for i, (clip, mean) in enumerate(zip(raw, latents)):
       check_stop()
       again = decode(cfg, params, mean)
       a, b = (pixels / 255 for pixels in (clip.video_THWC, again))
       scores.append((metrics.psnr(a, b), metrics.ssim(a, b)))
-      if len(kept) < SHOWN and (len(a) > 1 or len(kept) == SHOWN - 1):
-        names = [write(where / f"{len(kept)}-{name}", pixels, clip.fps)
+      if i in shown:
+        names = [write(where / f"{i}-{name}", pixels, clip.fps)
                  for name, pixels in (("original", clip.video_THWC), ("reconstruction", again))]
         kept.append({"caption": clip.caption, "original": names[0], "reconstruction": names[1],
                      "psnr": scores[-1][0], "ssim": scores[-1][1]})

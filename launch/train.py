@@ -13,8 +13,7 @@ from etils import epath
 
 from data import pipeline, plan, records
 from launch import build, cli, loop, sampling
-from sora_jax import batch as batches
-from sora_jax import checkpoint, train
+from sora_jax import batch as batches, checkpoint, train
 from sora_jax.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and samples go")

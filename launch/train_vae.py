@@ -4,23 +4,29 @@
   python -m launch.train_vae --config=configs/vae.py:base --config.data.source=folder --config.data.path=CLIPS --workdir=W
 """
 
+import dataclasses
 import functools
 import importlib
+import zlib
 
 import jax
+import ml_collections
 import numpy as np
 from absl import flags
 from etils import epath
 
-from data import crops
+from data import clips, crops
 from launch import build, cli, loop
-from sora_jax import checkpoint, metrics, optim, train_vae
+from sora_jax import checkpoint, metrics, train_vae
 from sora_jax.errors import BadInput
 from sora_jax.models import vae
+from sora_jax.weights import vgg16
 
 WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and the VAE go")
 FREE = ("steps", "log_every", "checkpoint_every", "eval_every", "max_bad_steps", "data.path", "data.threads", "mesh.")
+HELD_OUT, MOST = 48, (17, 256, 256)        # clips that measure quality, and how much of each: frames, height, width
 SOURCES = ("shapes", "folder")
+REST = ("step", "opt", "bad", "critic", "critic_opt")        # of the state, beside params and ema
 
 
 def main():
@@ -31,8 +37,7 @@ def main():
   where = build.make_layout(config)
   losses = cli.checked(lambda: train_vae.loss_config(config), "config")
   tx = build.make_optimizer(config)
-  source = open_source(config, config.data.count, "train")
-  held_out = open_source(config, 48, "held_out")
+  source, apart = open_sources(config)
   cli.claim_workdir(workdir, config, FREE)
   checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
   target = train_vae.abstract_state(cfg, tx, losses, where)
@@ -46,11 +51,17 @@ def main():
 
   stream = crops.Crops(source, seed=config.seed, step=step, clips=config.data.clips, images=config.data.images, frames=config.data.frames,
                        size=config.data.crop, on_bad=cli.say)
+  features = None
+  if losses.perceptual_weight:
+    if not config.perceptual.weights:
+      raise BadInput("config.perceptual.weight is set and config.perceptual.weights is empty; give a safetensors file of VGG16")
+    features = vgg16.load(config.perceptual.weights)
   update = functools.partial(jax.jit(train_vae.train_step, static_argnames=("cfg", "tx", "losses", "ema_decay", "layout"), donate_argnums=0),
-                             key=jax.random.key(config.seed), cfg=cfg, tx=tx, losses=losses, ema_decay=config.ema_decay, layout=where)
+                             key=jax.random.key(config.seed), cfg=cfg, tx=tx, losses=losses, ema_decay=config.ema_decay, features=features,
+                             layout=where)
   batches = ((jax.tree.map(lambda x: jax.make_array_from_process_local_data(where.fitted(x.shape, "act_batch"), x), batch), number)
              for number, batch in enumerate(stream, step + 1))
-  evaluate = functools.partial(held_out_quality, held_out, cfg, config)
+  evaluate = functools.partial(held_out_quality, clips_of(apart, cfg, HELD_OUT), cfg)
   state, code = loop.run_steps(config, workdir, state, batches, update, first_step=step, checkpoints=checkpoints, items=items,
                                hooks=((config.eval_every, evaluate),))
   checkpoints.close()
@@ -59,19 +70,42 @@ def main():
   return code
 
 
-def open_source(config, count, split):
-  """The source that the config names; count and split are for the embedded world."""
+def open_sources(config):
+  """-> (what to train on, what is held out). Of a folder every twentieth file is held out, by its name; at least one is trained on."""
   build.pick(dict.fromkeys(SOURCES), config.data.source, "config.data.source")
   module = importlib.import_module(f"data.sources.{config.data.source}")
-  settings = config.data.copy_and_resolve_references()
-  with settings.unlocked():
-    settings.count, settings.split, settings.seed = count, split, config.seed
-  return module.open_source(settings)
+  settings = {"path": config.data.path, "max_seconds": config.data.max_seconds, "fps": 0.0, "seed": config.seed}
+  if config.data.source == "shapes":
+    return tuple(module.open_source(ml_collections.ConfigDict(settings | {"count": count, "split": split}))
+                 for count, split in ((config.data.count, "train"), (HELD_OUT, "held_out")))
+  if not config.data.path:
+    raise BadInput("no --config.data.path; give the folder of clips")
+  source = module.open_source(ml_collections.ConfigDict(settings))
+  files = sorted(source.items(), key=lambda item: zlib.crc32(item.file.encode("utf-8", "backslashreplace")))
+  apart = len(files) // 20 or min(1, len(files) - 1)
+  return Some(source, files[apart:]), Some(source, files[:apart])
+
+
+@dataclasses.dataclass(frozen=True)
+class Some:
+  """Some of the items of a source."""
+  source: object
+  chosen: list
+
+  @property
+  def name(self):
+    return self.source.name
+
+  def items(self):
+    return sorted(self.chosen, key=lambda item: item.file)
+
+  def read(self, item):
+    return self.source.read(item)
 
 
 def items(state):
   """What a checkpoint holds, by name."""
-  return {"params": state.params, "ema": state.ema, "rest": {f: getattr(state, f) for f in train_vae.REST}}
+  return {"params": state.params, "ema": state.ema, "rest": {name: getattr(state, name) for name in REST}}
 
 
 def resume(checkpoints, target):
@@ -84,36 +118,37 @@ def resume(checkpoints, target):
   return train_vae.VAETrainState(params=found["params"], ema=found["ema"], **found["rest"]), step
 
 
-def clips_of(source, cfg, crop, count):
-  """The first `count` clips of a source that hold one crop, as float [1 + 4n, H, W, 3] in [-1, 1], cut to whole strides."""
+def clips_of(source, cfg, count):
+  """The first `count` clips of a source as float [1 + 4n, H, W, 3] in [-1, 1]: their middle, at most MOST frames, height and width, in
+  whole strides. One a file, and files that cannot be read are passed over."""
   found = []
-  for item in source.items():
-    for raw in source.read(item):
-      t = 1 + (len(raw.video_THWC) - 1) // cfg.stride[0] * cfg.stride[0]
-      h, w = (n // s * s for n, s in zip(raw.video_THWC.shape[1:3], cfg.stride[1:], strict=True))
-      if min(h, w) > 0:
-        found.append(raw.video_THWC[:t, :h, :w].astype(np.float32) / 127.5 - 1)
-      if len(found) == count:
-        return found
+  for item in source.items()[:count]:
+    try:
+      raw = next(iter(source.read(item)))
+      video_THWC = clips.crop(raw.video_THWC[:MOST[0]], cfg.stride)
+    except (clips.BadClip, StopIteration):
+      continue
+    top, left = (max(0, have - most) // 2 // s * s for have, most, s in zip(video_THWC.shape[1:3], MOST[1:], cfg.stride[1:], strict=True))
+    video_THWC = video_THWC[:, top:top + MOST[1], left:left + MOST[2]]
+    found.append(video_THWC.astype(np.float32) / 127.5 - 1)
   return found
 
 
-def held_out_quality(source, cfg, config, step, state):
-  """PSNR and SSIM of the EMA weights on held-out clips."""
+def held_out_quality(held_out, cfg, step, state):
+  """Mean PSNR and SSIM of the EMA weights on held-out clips; clips are streamed, so that few shapes are compiled."""
   del step
   scores = []
-  for clip in clips_of(source, cfg, config.data.crop, 48):
-    mean, _ = vae.encode(state.ema, clip[None], cfg)
-    again = np.asarray(vae.decode(state.ema, mean, cfg))[0]
-    a, b = (np.clip((x + 1) / 2, 0, 1) for x in (clip, again))
+  for clip_THWC in held_out:
+    mean = np.concatenate([np.asarray(z) for z in vae.encode_stream(state.ema, [clip_THWC[None]], cfg)], 1)
+    again = np.concatenate([np.asarray(x) for x in vae.decode_stream(state.ema, [mean], cfg)], 1)[0]
+    a, b = ((x + 1) / 2 for x in (clip_THWC, again))
     scores.append((float(np.mean(metrics.psnr(a, b))), float(np.mean(metrics.ssim(a, b)))))
-  return dict(zip(("held_out_psnr", "held_out_ssim"), np.mean(scores, 0).tolist(), strict=True))
+  return dict(zip(("held_out_psnr", "held_out_ssim"), np.mean(scores, 0).tolist(), strict=True)) if scores else {}
 
 
 def finish(state, cfg, config, source, workdir):
   """Measures the latents' mean and standard deviation once, and writes W/vae."""
-  clips = clips_of(source, cfg, config.data.crop, 256)
-  cfg = train_vae.with_statistics(state.ema, clips, cfg)
+  cfg = train_vae.with_statistics(state.ema, clips_of(source, cfg, 256), cfg)
   checkpoint.save_part(epath.Path(workdir) / "vae", vae.config_to_dict(cfg, config.model), jax.device_get(state.ema))
   cli.say(f"done: {config.steps} steps; the VAE is in {workdir}/vae. Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
 

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax import batch as batches
-from sora_jax import patches
+from sora_jax import batch as batches, patches
 from sora_jax.diffusion import flow, guidance
 from sora_jax.diffusion.samplers import SAMPLERS
 

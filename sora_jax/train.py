@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sora_jax import layout as layouts
-from sora_jax import optim
+from sora_jax import layout as layouts, optim
 from sora_jax.diffusion import flow
 
 

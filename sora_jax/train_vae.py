@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sora_jax import layout as layouts
-from sora_jax import optim
+from sora_jax import layout as layouts, optim
 from sora_jax.models import critics, vae
 from sora_jax.models.vae_blocks import by_rows
 

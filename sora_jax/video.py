@@ -12,6 +12,7 @@ format says otherwise, and `Reader.notes` says so.
 import contextlib
 import os
 import pathlib
+import struct
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import NamedTuple
@@ -64,6 +65,8 @@ class Reader:
   def __init__(self, path):
     self.path = pathlib.Path(path)
     self.notes = []
+    with _libav_errors("opening"):
+      _check_bytes(self.path)
     with _libav_errors("opening"), av.open(str(self.path)) as container:
       stream = _video_stream(container)
       self.still = container.format.name in _STILL_FORMATS
@@ -81,7 +84,6 @@ class Reader:
       raise BadClip("no frames")
     if self._declared > len(times):
       raise BadClip("truncated", f"{len(times)} of {self._declared} frames are in the file")
-    _check_bytes(self.path)
     if self.still:
       return
     if None in times:
@@ -91,7 +93,8 @@ class Reader:
       raise BadClip("bad times", f"{len(times)} frames within {float(span):g} s")
     interval = span / (len(times) - 1) if span else last * time_base
     end = float(span + last * time_base)
-    if not self._declared and declared_seconds and declared_seconds - end > 3 * interval + 0.01:
+    slack = float(3 * interval) if span else 0.5         # a single frame may not say how long it is shown
+    if not self._declared and declared_seconds and declared_seconds - end > slack + 0.01:
       raise BadClip("truncated", f"ends at {end:.3f} s of {declared_seconds:.3f} s")
     self.fps = float(1 / interval) if span else None
 
@@ -327,15 +330,36 @@ def _declared_seconds(container, stream):
 
 
 def _check_bytes(path):
-  """What libavformat does not see: to it, a GIF cut short is a shorter GIF, and an animated WebP a broken still."""
+  """What libavformat does not see, or does not say: files cut short, and an animated WebP, which it cannot decode."""
+  size = os.path.getsize(path)
   with open(path, "rb") as f:
     head = f.read(64)
-    f.seek(-min(64, os.path.getsize(path)), os.SEEK_END)
+    f.seek(-min(64, size), os.SEEK_END)
     tail = f.read()
+    if head[4:8] == b"ftyp":
+      _check_boxes(f, size)
   if head[:3] == b"GIF" and b"\x3b" not in tail:                # the trailer: GIF89a, section 27
     raise BadClip("truncated", "a GIF without its end")
   if head[8:12] == b"WEBP" and b"ANIM" in head:
     raise BadClip("not supported", "an animated webp; convert it to mp4 or gif")
+
+
+def _check_boxes(f, size):
+  """An mp4 or mov is a row of boxes, among them the index, `moov` (ISO/IEC 14496-12, 4.2)."""
+  at, kinds = 0, set()
+  while at + 8 <= size:
+    f.seek(at)
+    length, kind = struct.unpack(">I4s", f.read(8))
+    if length == 1 and at + 16 <= size:
+      (length,) = struct.unpack(">Q", f.read(8))
+    if 0 < length < 8:
+      break                                                    # no box: something was appended
+    at += length or size - at                                  # 0: up to the end of the file
+    if at > size and kind in (b"mdat", b"moov"):
+      raise BadClip("truncated", f"{size} of {at} bytes")
+    kinds.add(kind)
+  if b"moov" not in kinds:
+    raise BadClip("truncated", "its index is missing")
 
 
 @contextlib.contextmanager

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from sora_jax import batch as batches
-from sora_jax import patches
+from sora_jax import batch as batches, patches
 
 
 def clip(uid, n, texts=((1, 2),), prompt_L=None, embed=None):

@@ -65,9 +65,12 @@ def look(video_THWC) -> Seen:
   wanted = np.array(list(COLOURS.values()), np.float32) / 255
   wanted = wanted - wanted.mean(-1, keepdims=True) - np.median(border, axis=0)
   size = np.linalg.norm(wanted, axis=-1)
-  along = chroma @ (wanted / size[:, None]).T                       # [T, H, W, colours]
-  label = along.argmax(-1)
-  share = np.take_along_axis(along / size, label[..., None], -1)[..., 0]
+  strong = (chroma ** 2).sum(-1) > (STRONG * size.min()) ** 2
+  along = chroma[strong] @ (wanted / size[:, None]).T               # [strong pixels, colours]
+  label = np.full(strong.shape, -1)
+  label[strong] = along.argmax(-1)
+  share = np.zeros(strong.shape, np.float32)
+  share[strong] = (along / size)[np.arange(len(along)), label[strong]]
   things = []
   for index, colour in enumerate(COLOURS):
     votes = (label == index) & (share > STRONG)
@@ -263,9 +266,10 @@ def _flow(seen, reach=12):
 
 def _grow(mask_THW, by):
   """The mask with all pixels within `by` rows and columns of it."""
-  padded = np.pad(mask_THW, ((0, 0), (by, by), (by, by)))
   t, h, w = mask_THW.shape
-  return np.logical_or.reduce([padded[:, y:y + h, x:x + w] for y in range(2 * by + 1) for x in range(2 * by + 1)])
+  padded = np.pad(mask_THW, ((0, 0), (by, by), (by, by)))
+  tall = np.logical_or.reduce([padded[:, y:y + h] for y in range(2 * by + 1)])
+  return np.logical_or.reduce([tall[:, :, x:x + w] for x in range(2 * by + 1)])
 
 
 # --- answers against the caption

@@ -18,12 +18,16 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+  splash_attention_kernel as splash_kernel,
+  splash_attention_mask_info as splash_mask,
+)
 
 PAST = jnp.iinfo(jnp.int32).max
-MASKED, LOWEST = -1e30, -1e20       # a masked score, and where the running maximum starts: exp(MASKED - LOWEST) is 0
-LANES = 128                         # splash takes lengths and head sizes in multiples of it
+MASKED, LOWEST = -1e30, -1e20  # a masked score, and where the running maximum starts: exp(MASKED - LOWEST) is 0
+SAVED = "attention"  # name of output and logsumexp, for remat policies that keep them
+LANES = 128  # splash takes lengths and head sizes in multiples of it
 
 
 def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=None, bias=None, layout=None, kernel=None):
@@ -51,6 +55,7 @@ def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=No
 
 def _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias_NLM):
   """Row by row with all scores of the row at once; the scores are recomputed in the backward pass."""
+
   @jax.checkpoint
   def row(args):
     query_LNK, key_MNK, value_MNK, segment_L, segment_M = args
@@ -61,6 +66,7 @@ def _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias
     total_NL1 = weight_NLM.sum(-1, keepdims=True)
     weight_NLM = weight_NLM / jnp.where(total_NL1 > 0, total_NL1, 1)
     return jnp.einsum("NLM,MNK->LNK", weight_NLM.astype(value_MNK.dtype), value_MNK)
+
   return lax.map(row, (query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM))
 
 
@@ -87,22 +93,25 @@ def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale):
   B, L, N, K = query_BLNK.shape
   M = key_BMNK.shape[1]
   ids = jnp.maximum(segment_BL.max(), segment_BM.max()) + 1
-  def tiles(x, tile):                                  # [B, L, ...] -> [n, tile, ...]
+
+  def tiles(x, tile):  # [B, L, ...] -> [n, tile, ...]
     flat = x.reshape(-1, *x.shape[2:])
     flat = jnp.pad(flat, [(0, -flat.shape[0] % tile)] + [(0, 0)] * (flat.ndim - 1))
     return flat.reshape(-1, tile, *flat.shape[1:])
+
   def number(segment):
     return jnp.where(segment > 0, segment + ids * jnp.arange(B, dtype=segment.dtype)[:, None], 0)
+
   short = L * M <= 1024 * 1024
   tile = 64 if short else 256
   segment_q, segment_k = tiles(number(segment_BL), tile), tiles(number(segment_BM), tile)
-  heads = [jnp.moveaxis(tiles(x.astype(jnp.float32), tile), 2, 1) for x in (query_BLNK * scale, key_BMNK, value_BMNK)]    # [n, N, tile, K]
+  heads = [jnp.moveaxis(tiles(x.astype(jnp.float32), tile), 2, 1) for x in (query_BLNK * scale, key_BMNK, value_BMNK)]  # [n, N, tile, K]
   if short:
     out = _flash(*heads, segment_q, segment_k)
   else:
     out = lax.map(lambda one: _flash(*(x[:, None] for x in one), segment_q, segment_k)[:, 0], [jnp.moveaxis(x, 1, 0) for x in heads])
     out = jnp.moveaxis(out, 0, 1)
-  return jnp.moveaxis(out, 1, 2).reshape(-1, N, K)[:B * L].reshape(B, L, N, K).astype(query_BLNK.dtype)
+  return jnp.moveaxis(out, 1, 2).reshape(-1, N, K)[: B * L].reshape(B, L, N, K).astype(query_BLNK.dtype)
 
 
 def _key_bounds(segment_q, segment_k):
@@ -130,6 +139,7 @@ def _flash_forward(query, key, value, segment_q, segment_k):
 
   def tile(args):
     query, ids, start, stop = args
+
     def step(j, carry):
       top, total, out = carry
       score = _scores(query, at(key, j), ids, at(segment_k, j))
@@ -137,12 +147,13 @@ def _flash_forward(query, key, value, segment_q, segment_k):
       weight, shrink = jnp.exp(score - new_top[..., None]), jnp.exp(top - new_top)
       out = out * shrink[..., None] + jnp.einsum("Nqm,NmK->NqK", weight, at(value, j))
       return new_top, total * shrink + weight.sum(-1), out
+
     empty = jnp.zeros(query.shape[:2])
     top, total, out = lax.fori_loop(start, stop, step, (empty + LOWEST, empty, jnp.zeros_like(query)))
     total = jnp.where(total > 0, total, 1)
     return out / total[..., None], top + jnp.log(total)
 
-  out, logsumexp = lax.map(tile, (query, segment_q, *_key_bounds(segment_q, segment_k)))
+  out, logsumexp = checkpoint_name(lax.map(tile, (query, segment_q, *_key_bounds(segment_q, segment_k))), SAVED)
   return out, (query, key, value, segment_q, segment_k, out, logsumexp)
 
 
@@ -152,21 +163,26 @@ def _flash_backward(saved, d_out):
 
   def tile(carry, args):
     query, ids, start, stop, logsumexp, d_out, delta = args
+
     def step(j, carry):
       d_query, d_key, d_value = carry
       weight = jnp.exp(_scores(query, at(key, j), ids, at(segment_k, j)) - logsumexp[..., None])
       d_weight = jnp.einsum("NqK,NmK->Nqm", d_out, at(value, j))
       d_score = weight * (d_weight - delta[..., None])
       add = lambda x, dx: lax.dynamic_update_index_in_dim(x, at(x, j) + dx, j, 0)  # noqa: E731
-      return (d_query + jnp.einsum("Nqm,NmK->NqK", d_score, at(key, j)),
-              add(d_key, jnp.einsum("Nqm,NqK->NmK", d_score, query)),
-              add(d_value, jnp.einsum("Nqm,NqK->NmK", weight, d_out)))
+      return (
+        d_query + jnp.einsum("Nqm,NmK->NqK", d_score, at(key, j)),
+        add(d_key, jnp.einsum("Nqm,NqK->NmK", d_score, query)),
+        add(d_value, jnp.einsum("Nqm,NqK->NmK", weight, d_out)),
+      )
+
     d_query, *carry = lax.fori_loop(start, stop, step, (jnp.zeros_like(query), *carry))
     return tuple(carry), d_query
 
   delta = (out * d_out).sum(-1)
-  (d_key, d_value), d_query = lax.scan(tile, (jnp.zeros_like(key), jnp.zeros_like(value)), (
-      query, segment_q, *_key_bounds(segment_q, segment_k), logsumexp, d_out, delta))
+  (d_key, d_value), d_query = lax.scan(
+    tile, (jnp.zeros_like(key), jnp.zeros_like(value)), (query, segment_q, *_key_bounds(segment_q, segment_k), logsumexp, d_out, delta)
+  )
   return d_query, d_key, d_value, None, None
 
 
@@ -186,8 +202,13 @@ def _tile_mask(meet, by_query):
   following = lax.cummin(jnp.where(flat, at, order.size), reverse=True)
   fetch = jnp.where(following < order.size, following % order.shape[1], 0).reshape(order.shape).astype(jnp.int16)
   return splash_mask.MaskInfo(
-      data_next=(fetch if by_query else fetch.T)[None], mask_next=None, block_mask=jnp.where(meet, 2, 0).astype(jnp.int8)[None],
-      partial_mask_blocks=None, q_sequence=None, is_dynamic_mask=True)
+    data_next=(fetch if by_query else fetch.T)[None],
+    mask_next=None,
+    block_mask=jnp.where(meet, 2, 0).astype(jnp.int8)[None],
+    partial_mask_blocks=None,
+    q_sequence=None,
+    is_dynamic_mask=True,
+  )
 
 
 def _tile_size(length):
@@ -201,25 +222,42 @@ def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, int
   tile_q, tile_k = _tile_size(query_BLNK.shape[1]), _tile_size(key_BMNK.shape[1])
   pad = lambda x, tile: jnp.pad(x, [(0, -x.shape[0] % tile)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
   sizes = splash_kernel.BlockSizes(
-      block_q=tile_q, block_kv=tile_k, block_kv_compute=tile_k, block_q_dkv=tile_q, block_kv_dkv=tile_k, block_kv_dkv_compute=tile_k,
-      block_q_dq=tile_q, block_kv_dq=tile_k)       # no fused backward: it keeps one dq for each key tile
+    block_q=tile_q,
+    block_kv=tile_k,
+    block_kv_compute=tile_k,
+    block_q_dkv=tile_q,
+    block_kv_dkv=tile_k,
+    block_kv_dkv_compute=tile_k,
+    block_q_dq=tile_q,
+    block_kv_dq=tile_k,
+  )  # no fused backward: it keeps one dq for each key tile
 
   def row(args):
     *heads, segment_L, segment_M = args
     query_NLK, key_NMK, value_NMK = (
-        jnp.pad(jnp.moveaxis(pad(x, tile), 1, 0), [(0, 0), (0, 0), (0, -K % LANES)])
-        for x, tile in zip(heads, (tile_q, tile_k, tile_k), strict=True))
+      jnp.pad(jnp.moveaxis(pad(x, tile), 1, 0), [(0, 0), (0, 0), (0, -K % LANES)])
+      for x, tile in zip(heads, (tile_q, tile_k, tile_k), strict=True)
+    )
     ids_q, ids_k = pad(segment_L, tile_q), pad(segment_M, tile_k)
     meet = tiles_meet(ids_q.reshape(-1, tile_q), ids_k.reshape(-1, tile_k))
     run = splash_kernel.SplashAttentionKernel(
-        _tile_mask(meet, True), _tile_mask(meet, True), _tile_mask(meet, False), block_sizes=sizes, is_mqa=False,
-        save_residuals=False, mask_value=splash_kernel.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
-        residual_checkpoint_name=None, mask_function=None, interpret=interpret)
+      _tile_mask(meet, True),
+      _tile_mask(meet, True),
+      _tile_mask(meet, False),
+      block_sizes=sizes,
+      is_mqa=False,
+      save_residuals=False,
+      mask_value=splash_kernel.DEFAULT_MASK_VALUE,
+      attn_logits_soft_cap=None,
+      residual_checkpoint_name=SAVED,
+      mask_function=None,
+      interpret=interpret,
+    )
     out_NLK = run(query_NLK * scale, key_NMK, value_NMK, splash_kernel.SegmentIds(ids_q, ids_k))
-    out_LNK = jnp.moveaxis(out_NLK, 0, 1)[:segment_L.shape[0], :, :K]
+    out_LNK = jnp.moveaxis(out_NLK, 0, 1)[: segment_L.shape[0], :, :K]
     keys = jnp.sort(segment_M)
     has_key = (segment_L > 0) & (keys[jnp.clip(jnp.searchsorted(keys, segment_L), max=keys.size - 1)] == segment_L)
-    return jnp.where(has_key[:, None, None], out_LNK, 0).astype(query_BLNK.dtype)       # the kernel gives such queries anything
+    return jnp.where(has_key[:, None, None], out_LNK, 0).astype(query_BLNK.dtype)  # the kernel gives such queries anything
 
   args = query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM
   if query_BLNK.shape[0] == 1:

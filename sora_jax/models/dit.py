@@ -27,12 +27,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from sora_jax.layout import Layout, param
-from sora_jax.models.attention import attend
+from sora_jax.models.attention import SAVED, attend
 
-REMAT = {          # what a block keeps for its backward pass
-    "none": None,                                                             # everything
-    "full": jax.checkpoint_policies.nothing_saveable,                         # its input
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,         # its input and the products with weights
+REMAT = {  # what a block keeps for its backward pass
+  "none": None,  # everything
+  "full": jax.checkpoint_policies.nothing_saveable,  # its input
+  "dots": jax.checkpoint_policies.save_from_both_policies(  # its input, the products with weights, attention's output
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
+  ),
 }
 CONDITIONING = ("token_sigma", "channels", "replacement")
 
@@ -40,20 +42,21 @@ CONDITIONING = ("token_sigma", "channels", "replacement")
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
   """Shape of a DiT, and how it is to be fed. Raises ValueError when it cannot be built."""
+
   depth: int
   heads: int
   head_size: int
-  mlp: int                             # width of the mlp
-  channels: int = 32                   # of a latent
-  patch: tuple = (1, 1, 1)             # latents in a token: t, y, x
+  mlp: int  # width of the mlp
+  channels: int = 32  # of a latent
+  patch: tuple = (1, 1, 1)  # latents in a token: t, y, x
   text_width: int = 128
-  cond_channels: int = 0               # joined to each latent: cond_BLQ, Q = patch values times these
-  time_freqs: int = 256                # sinusoids of the noise level
-  cross_norm: bool = True              # affine norm before cross-attention
+  cond_channels: int = 0  # joined to each latent: cond_BLQ, Q = patch values times these
+  time_freqs: int = 256  # sinusoids of the noise level
+  cross_norm: bool = True  # affine norm before cross-attention
   eps: float = 1e-6
-  conditioning: str = "token_sigma"    # how given tokens enter: at sigma 0 | joined channels | replaced by noised truth at each step
-  text_pad: int = 0                    # every prompt is padded with zeros to so many tokens, and they are attended to (Wan: 512); 0 not
-  dtype: str = "float32"               # of activations; weights are float32
+  conditioning: str = "token_sigma"  # how given tokens enter: at sigma 0 | joined channels | replaced by noised truth at each step
+  text_pad: int = 0  # every prompt is padded with zeros to so many tokens, and they are attended to (Wan: 512); 0 not
+  dtype: str = "float32"  # of activations; weights are float32
   remat: str = "none"
 
   def __post_init__(self):
@@ -83,29 +86,45 @@ class DiTConfig:
 
 
 def _ours(depth, heads):
-  return DiTConfig(depth=depth, heads=heads, head_size=256, mlp=heads * 1024, channels=48, patch=(1, 2, 2), text_width=4096, dtype="bfloat16",
-                   remat="dots")
+  return DiTConfig(
+    depth=depth, heads=heads, head_size=256, mlp=heads * 1024, channels=48, patch=(1, 2, 2), text_width=4096, dtype="bfloat16", remat="dots"
+  )
 
 
 def _wan(depth, heads, mlp, channels=16, conditioning="replacement", **kwargs):
-  return DiTConfig(depth=depth, heads=heads, head_size=128, mlp=mlp, channels=channels, patch=(1, 2, 2), text_width=4096, text_pad=512,
-                   conditioning=conditioning, dtype="bfloat16", remat="full", **kwargs)
+  return DiTConfig(
+    depth=depth,
+    heads=heads,
+    head_size=128,
+    mlp=mlp,
+    channels=channels,
+    patch=(1, 2, 2),
+    text_width=4096,
+    text_pad=512,
+    conditioning=conditioning,
+    dtype="bfloat16",
+    remat="full",
+    **kwargs,
+  )
 
 
 SIZES = {
-    "tiny": DiTConfig(depth=5, heads=3, head_size=48, mlp=432),            # of the quickstart: minutes on two CPU cores
-    "world": DiTConfig(depth=5, heads=4, head_size=48, mlp=768),           # ships with the repo
-    "S": _ours(12, 2), "B": _ours(12, 3), "L": _ours(24, 4), "XL": _ours(28, 6),      # head size 256: the width of the MXU on v6e, v7x
-    "wan-1.3b": _wan(30, 12, 8960),
-    "wan-5b": _wan(30, 24, 14336, channels=48, conditioning="token_sigma"),           # Wan 2.2 TI2V
-    "wan-14b": _wan(40, 40, 13824),                                                   # Wan 2.1 T2V; each expert of Wan 2.2 T2V-A14B
-    "wan-14b-i2v": _wan(40, 40, 13824, conditioning="channels", cond_channels=20),    # each expert of I2V-A14B: 16 + 4 + 16 channels
+  "tiny": DiTConfig(depth=5, heads=3, head_size=48, mlp=432, remat="dots"),  # of the quickstart: minutes on two CPU cores
+  "world": DiTConfig(depth=5, heads=4, head_size=48, mlp=768, remat="dots"),  # ships with the repo
+  "S": _ours(12, 2),
+  "B": _ours(12, 3),
+  "L": _ours(24, 4),
+  "XL": _ours(28, 6),  # head size 256: the width of the MXU on v6e, v7x
+  "wan-1.3b": _wan(30, 12, 8960),
+  "wan-5b": _wan(30, 24, 14336, channels=48, conditioning="token_sigma"),  # Wan 2.2 TI2V
+  "wan-14b": _wan(40, 40, 13824),  # Wan 2.1 T2V; each expert of Wan 2.2 T2V-A14B
+  "wan-14b-i2v": _wan(40, 40, 13824, conditioning="channels", cond_channels=20),  # each expert of I2V-A14B: 16 + 4 + 16 channels
 }
 
 
 def normal(fan_in, scale=1.0):
   """Normal initial weights of variance scale^2 / fan_in."""
-  return nn.initializers.normal(scale * fan_in ** -0.5)
+  return nn.initializers.normal(scale * fan_in**-0.5)
 
 
 def rotary(coords_BL3, head_size, theta=10_000.0):
@@ -114,8 +133,10 @@ def rotary(coords_BL3, head_size, theta=10_000.0):
   The K/2 pairs of a head are shared out as in Wan: y and x get K // 6 each, t the rest; within an axis of n pairs, theta ** (-i / n).
   """
   space = head_size // 6
-  angles = [coords_BL3[..., axis, None] * theta ** (-jnp.arange(n, dtype=jnp.float32) / n)
-            for axis, n in enumerate((head_size // 2 - 2 * space, space, space))]
+  angles = [
+    coords_BL3[..., axis, None] * theta ** (-jnp.arange(n, dtype=jnp.float32) / n)
+    for axis, n in enumerate((head_size // 2 - 2 * space, space, space))
+  ]
   angle_BL1K = jnp.concatenate(angles, axis=-1)[:, :, None]
   return jnp.cos(angle_BL1K), jnp.sin(angle_BL1K)
 
@@ -162,6 +183,7 @@ def rms_norm(x_BLNK, weight_NK, eps):
 
 class Part(nn.Module):
   """What the modules below share: a config, a layout, and weights that say their axes."""
+
   cfg: DiTConfig
   layout: Layout | None = None
 
@@ -171,35 +193,46 @@ class Part(nn.Module):
   def shard(self, x, *axes):
     return x if self.layout is None else self.layout.constrain(x, *axes)
 
-  def linear(self, equation, x, name, shape, axes, init, bias=1):
-    """einsum with weight `name` in the compute dtype, plus a bias over its last `bias` axes."""
+  def linear(self, equation, x, name, shape, axes, init):
+    """einsum with weight `name` in the compute dtype, plus a bias over its last axis."""
     dtype = jnp.dtype(self.cfg.dtype)
     y = jnp.einsum(equation, x.astype(dtype), self.weight(name, shape, axes, init).astype(dtype))
-    return y + self.weight(f"{name}_bias", shape[-bias:], axes[-bias:]).astype(dtype)
+    return y + self.weight(f"{name}_bias", shape[-1:], axes[-1:]).astype(dtype)
 
 
 class Attention(Part):
-  """Attention with q/k RMS norm over all heads; keys and values from a source of their own, or given."""
+  """Attention with q/k RMS norm over all heads: of a row to itself, or to the text, whose keys and values may be given."""
 
   @nn.compact
-  def __call__(self, x_BLD, source_BMD, segment_BL, segment_BM, angles=None, key_value=None):
-    D, N, K = self.cfg.width, self.cfg.heads, self.cfg.head_size
-    heads = ("embed", "heads", "head_dim")
-    def project(x, name):
-      y = self.linear("BLD,DNK->BLNK", x, name, (D, N, K), heads, normal(D), bias=2)
-      return self.shard(y, "act_batch", None, "act_heads", "act_head_dim")
-    norms = {name: self.weight(f"{name}_norm", (N, K), heads[1:], nn.initializers.ones) for name in ("query", "key")}
-    query = rms_norm(project(x_BLD, "query"), norms["query"], self.cfg.eps)
-    if key_value is None:
-      key, value = rms_norm(project(source_BMD, "key"), norms["key"], self.cfg.eps), project(source_BMD, "value")
-    else:
-      key, value = key_value
+  def __call__(self, x_BLD, text_BSD, segment_BL, segment_BM, angles=None, text_kv=None):
+    """`text_BSD` None and no `text_kv`: self-attention, with positions."""
+    cfg = self.cfg
+    D, N, K = cfg.width, cfg.heads, cfg.head_size
+    heads, dtype = ("embed", "heads", "head_dim"), jnp.dtype(cfg.dtype)
+    kernels, biases, norms = {}, {}, {}
+    for name in ("query", "key", "value"):
+      kernels[name] = self.weight(name, (D, N, K), heads, normal(D)).astype(dtype)
+      biases[name] = self.weight(f"{name}_bias", (N, K), heads[1:]).astype(dtype)
+      if name != "value":
+        norms[name] = self.weight(f"{name}_norm", (N, K), heads[1:], nn.initializers.ones)
+
+    def project(x_BLD, *names):
+      """One product for all of them: fewer passes over x, forward and backward."""
+      kernel_DcNK, bias_cNK = jnp.stack([kernels[n] for n in names], 1), jnp.stack([biases[n] for n in names])
+      y_BLcNK = jnp.einsum("BLD,DcNK->BLcNK", x_BLD.astype(dtype), kernel_DcNK) + bias_cNK
+      y_BLcNK = self.shard(y_BLcNK, "act_batch", None, None, "act_heads", "act_head_dim")
+      return [rms_norm(y_BLcNK[:, :, i], norms[n], cfg.eps) if n in norms else y_BLcNK[:, :, i] for i, n in enumerate(names)]
+
     if angles is not None:
+      query, key, value = project(x_BLD, "query", "key", "value")
       query, key = turn(query, *angles), turn(key, *angles)
-    query, key = query.astype(value.dtype), key.astype(value.dtype)
-    out_BLNK = attend(query, key, value, segment_BL, segment_BM, layout=self.layout)
+    else:
+      (query,) = project(x_BLD, "query")
+      key, value = text_kv if text_kv is not None else project(text_BSD, "key", "value")
+    out_BLNK = attend(query.astype(dtype), key.astype(dtype), value, segment_BL, segment_BM, layout=self.layout)
     out_BLNK = self.shard(out_BLNK, "act_batch", None, "act_heads", "act_head_dim")
-    return self.linear("BLNK,NKD->BLD", out_BLNK, "out", (N, K, D), ("heads", "head_dim", "embed"), normal(D, (3 * self.cfg.depth) ** -0.5))
+    small = (3 * cfg.depth) ** -0.5
+    return self.linear("BLNK,NKD->BLD", out_BLNK, "out", (N, K, D), ("heads", "head_dim", "embed"), normal(D, small))
 
 
 class Mlp(Part):
@@ -228,15 +261,16 @@ class Block(Part):
     dtype, residual = x_BLD.dtype, lambda x: self.shard(x, "act_batch", "act_length", "act_embed")
 
     h_BLD = (layer_norm(x_BLD, cfg.eps) * (1 + change(1)) + change(0)).astype(dtype)
-    h_BLD = Attention(cfg, self.layout, name="self")(h_BLD, h_BLD, row["segment_BL"], row["segment_BL"], row["angles"])
+    h_BLD = Attention(cfg, self.layout, name="self")(h_BLD, None, row["segment_BL"], row["segment_BL"], row["angles"])
     x_BLD = residual((x_BLD + h_BLD * change(2)).astype(dtype))
 
     h_BLD = x_BLD
     if cfg.cross_norm:
       scale_D = self.weight("cross_scale", (cfg.width,), ("embed",), nn.initializers.ones)
       h_BLD = (layer_norm(x_BLD, cfg.eps) * scale_D + self.weight("cross_shift", (cfg.width,), ("embed",))).astype(dtype)
-    x_BLD = residual(x_BLD + Attention(cfg, self.layout, name="cross")(
-        h_BLD, row["text_BSD"], row["prompt_BL"], row["prompt_BS"], key_value=text_kv))
+    x_BLD = residual(
+      x_BLD + Attention(cfg, self.layout, name="cross")(h_BLD, row["text_BSD"], row["prompt_BL"], row["prompt_BS"], text_kv=text_kv)
+    )
 
     h_BLD = (layer_norm(x_BLD, cfg.eps) * (1 + change(4)) + change(3)).astype(dtype)
     x_BLD = residual((x_BLD + Mlp(cfg, self.layout, name="mlp")(h_BLD) * change(5)).astype(dtype))
@@ -247,8 +281,9 @@ class DiT(Part):
   """See the module docstring."""
 
   @nn.compact
-  def __call__(self, tokens_BLP, coords_BL3, segment_BL, sigma_BU, sigma_index_BL, text_BSE, prompt_BL, prompt_BS, cond_BLQ=None, *,
-               text_kv=None):
+  def __call__(
+    self, tokens_BLP, coords_BL3, segment_BL, sigma_BU, sigma_index_BL, text_BSE, prompt_BL, prompt_BS, cond_BLQ=None, *, text_kv=None
+  ):
     """Velocity of every token, [B, L, P] float32; anything at all in padding.
 
     sigma_BU in [0, 1], sigma_index_BL which of them is a token's; text_BSE the encoder's output. `text_kv`, from `text_kv(...)` below,
@@ -268,12 +303,25 @@ class DiT(Part):
 
     time_BUD, change_BU6D = Time(cfg, self.layout, name="time")(sigma_BU)
     text_BSD = None if text_kv is not None else Text(cfg, self.layout, name="text")(text_BSE)
-    row = {"change_BU6D": change_BU6D, "index_BL": sigma_index_BL, "angles": rotary(coords_BL3, cfg.head_size), "segment_BL": segment_BL,
-           "text_BSD": text_BSD, "prompt_BL": prompt_BL, "prompt_BS": prompt_BS}
+    row = {
+      "change_BU6D": change_BU6D,
+      "index_BL": sigma_index_BL,
+      "angles": rotary(coords_BL3, cfg.head_size),
+      "segment_BL": segment_BL,
+      "text_BSD": text_BSD,
+      "prompt_BL": prompt_BL,
+      "prompt_BS": prompt_BS,
+    }
 
     block = Block if REMAT[cfg.remat] is None else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
-    blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, nn.broadcast), length=cfg.depth,
-                     metadata_params={nn.PARTITION_NAME: "layers"})
+    blocks = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast),
+      length=cfg.depth,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
     x_BLD, _ = blocks(cfg, self.layout, name="blocks")(x_BLD, text_kv, row)
 
     change_BU2D = self.weight("table", (2, D), (None, "embed")) + time_BUD[:, :, None]
@@ -289,8 +337,10 @@ class Time(Part):
   def __call__(self, sigma_BU):
     D, freqs = self.cfg.width, self.cfg.time_freqs
     product = lambda *args: jnp.einsum(*args, precision=lax.Precision.HIGHEST)  # noqa: E731
+
     def linear(equation, x, name, shape, axes, init):
       return product(equation, x, self.weight(name, shape, axes, init)) + self.weight(f"{name}_bias", shape[1:], axes[1:])
+
     time = sinusoids(1000.0 * sigma_BU.astype(jnp.float32), freqs)
     time = nn.silu(linear("BUf,fD->BUD", time, "in", (freqs, D), ("time", "embed"), normal(freqs)))
     time = linear("BUD,De->BUe", time, "out", (D, D), ("embed", None), normal(D))
@@ -314,16 +364,28 @@ def text_kv(cfg, params, text_BSE):
   `params` are those of a DiT, unboxed. For `DiT.apply(..., text_BSE=None, ..., text_kv=this)`.
   """
   text_BSD = Text(cfg).apply({"params": params["text"]}, text_BSE)
+
   def layer(cross):
     dtype = jnp.dtype(cfg.dtype)
-    project = lambda name: (jnp.einsum("BSD,DNK->BSNK", text_BSD, cross[name].astype(dtype)) + cross[f"{name}_bias"].astype(dtype))  # noqa: E731
+    project = lambda name: jnp.einsum("BSD,DNK->BSNK", text_BSD, cross[name].astype(dtype)) + cross[f"{name}_bias"].astype(dtype)  # noqa: E731
     return rms_norm(project("key"), cross["key_norm"], cfg.eps).astype(dtype), project("value")
+
   return lax.map(layer, params["blocks"]["cross"])
 
 
 def count_params(cfg):
   """Number of weights of a DiT of this shape, without making them."""
   row = jnp.zeros((1, 1), jnp.int32)
-  shapes = jax.eval_shape(DiT(cfg).init, jax.random.key(0), jnp.zeros((1, 1, cfg.values_in)), jnp.zeros((1, 1, 3)), row,
-                          jnp.zeros((1, 1)), row, jnp.zeros((1, 1, cfg.text_width)), row, row)
+  shapes = jax.eval_shape(
+    DiT(cfg).init,
+    jax.random.key(0),
+    jnp.zeros((1, 1, cfg.values_in)),
+    jnp.zeros((1, 1, 3)),
+    row,
+    jnp.zeros((1, 1)),
+    row,
+    jnp.zeros((1, 1, cfg.text_width)),
+    row,
+    row,
+  )
   return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

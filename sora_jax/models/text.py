@@ -1,9 +1,9 @@
 """Text: cleaning and cutting prompts into tokens, and the encoder that turns tokens into embeddings.
 
-The encoder is UMT5's (arXiv:2304.09151; T5, arXiv:1910.10683; `UMT5EncoderModel` of transformers 5.23.0): no bias, no scaling of scores, RMS
-norm before each part, gated GELU, and in every layer (unlike T5) its own bias for relative positions. A row holds several prompts,
-which do not see each other; since a prompt's tokens stand together, the distance within it is the distance within the row, and
-one bias [N, S, S] serves all rows.
+The encoder is UMT5's (arXiv:2304.09151; T5, arXiv:1910.10683; `UMT5EncoderModel` of transformers 5.23.0): no bias, no scaling of
+scores, RMS norm before each part, gated GELU, and in every layer (unlike T5) its own bias for relative positions. A row holds
+several prompts, which do not see each other; since a prompt's tokens stand together, the distance within it is the distance within
+the row, and one bias [N, S, S] serves all rows.
 
 `SIZES["tiny"]` is trained together with the DiT; `umt5-xxl` is the frozen encoder of Wan (weights/umt5.py).
 """
@@ -27,20 +27,21 @@ from sora_jax.errors import BadInput
 from sora_jax.layout import Layout, param
 from sora_jax.models.attention import attend
 
-PAD, EOS, UNK = 0, 1, 2          # T5's layout of special ids; no begin of sentence
+PAD, EOS, UNK = 0, 1, 2  # T5's layout of special ids; no begin of sentence
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
   """Shape of a text encoder. Raises ValueError when it cannot be built."""
+
   vocab: int
-  width: int                     # E
+  width: int  # E
   depth: int
   heads: int
   head_size: int
   mlp: int
-  buckets: int = 32              # of relative positions
-  max_distance: int = 128        # beyond which positions are alike
+  buckets: int = 32  # of relative positions
+  max_distance: int = 128  # beyond which positions are alike
   eps: float = 1e-6
   dtype: str = "float32"
 
@@ -48,14 +49,16 @@ class TextConfig:
     if min(self.vocab, self.width, self.depth, self.heads, self.head_size, self.mlp) < 1:
       raise ValueError(f"TextConfig: sizes must be at least 1, not {self}")
     if self.buckets % 4 or self.max_distance <= self.buckets // 4:
-      raise ValueError(f"TextConfig: buckets {self.buckets} must be a multiple of 4, max_distance {self.max_distance} above a quarter of it")
+      raise ValueError(
+        f"TextConfig: buckets {self.buckets} must be a multiple of 4, max_distance {self.max_distance} above a quarter of it"
+      )
     if self.dtype not in ("float32", "bfloat16"):
       raise ValueError(f"TextConfig: dtype={self.dtype!r}; known: float32, bfloat16")
 
 
 SIZES = {
-    "tiny": TextConfig(vocab=512, width=128, depth=2, heads=4, head_size=32, mlp=256),      # vocab: what the tokenizer has
-    "umt5-xxl": TextConfig(vocab=256384, width=4096, depth=24, heads=64, head_size=64, mlp=10240, dtype="bfloat16"),
+  "tiny": TextConfig(vocab=512, width=128, depth=2, heads=4, head_size=32, mlp=256),  # vocab: what the tokenizer has
+  "umt5-xxl": TextConfig(vocab=256384, width=4096, depth=24, heads=64, head_size=64, mlp=10240, dtype="bfloat16"),
 }
 
 
@@ -75,6 +78,7 @@ def rms_norm(x, weight, eps):
 
 class Layer(nn.Module):
   """One layer: attention within a prompt, then the gated mlp."""
+
   cfg: TextConfig
   layout: Layout | None = None
 
@@ -84,16 +88,21 @@ class Layer(nn.Module):
     E, N, K, F = cfg.width, cfg.heads, cfg.head_size, cfg.mlp
     dtype = jnp.dtype(cfg.dtype)
     shard = lambda x, *axes: x if self.layout is None else self.layout.constrain(x, *axes)  # noqa: E731
-    normal = lambda fan_in: nn.initializers.normal(fan_in ** -0.5)  # noqa: E731
+    normal = lambda fan_in: nn.initializers.normal(fan_in**-0.5)  # noqa: E731
+
     def product(equation, x, name, shape, axes, init):
       return jnp.einsum(equation, x, param(self, name, init, shape, axes).astype(dtype))
+
     def norm(name):
       return rms_norm(x_BSE, param(self, name, nn.initializers.ones, (E,), ("text_embed",)), cfg.eps).astype(dtype)
 
     h_BSE = norm("attention_norm")
     query, key, value = (
-        shard(product("BSE,ENK->BSNK", h_BSE, name, (E, N, K), ("text_embed", "heads", "head_dim"), init), "act_batch", None, "act_heads", None)
-        for name, init in (("query", normal(E * K)), ("key", normal(E)), ("value", normal(E))))       # scores are not scaled: the query's init is
+      shard(
+        product("BSE,ENK->BSNK", h_BSE, name, (E, N, K), ("text_embed", "heads", "head_dim"), init), "act_batch", None, "act_heads", None
+      )
+      for name, init in (("query", normal(E * K)), ("key", normal(E)), ("value", normal(E)))
+    )  # scores are not scaled: the query's init is
     table_RN = param(self, "distance", nn.initializers.normal(0.1), (cfg.buckets, N), (None, "heads"))
     bias_NSM = jnp.moveaxis(table_RN[row["bucket_SM"]], -1, 0)
     out_BSNK = attend(query, key, value, row["prompt_BS"], row["prompt_BS"], scale=1.0, bias=bias_NSM)
@@ -111,6 +120,7 @@ class TextEncoder(nn.Module):
 
   A prompt's tokens must stand together. Results do not depend on the other prompts of the row.
   """
+
   cfg: TextConfig
   layout: Layout | None = None
 
@@ -121,8 +131,14 @@ class TextEncoder(nn.Module):
     x_BSE = vocab_VE[text_BS].astype(cfg.dtype)
     at = jnp.arange(S)
     row = {"prompt_BS": prompt_BS, "bucket_SM": relative_bucket(at[None] - at[:, None], cfg.buckets, cfg.max_distance)}
-    layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=cfg.depth,
-                     metadata_params={nn.PARTITION_NAME: "layers"})
+    layers = nn.scan(
+      Layer,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=nn.broadcast,
+      length=cfg.depth,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
     x_BSE, _ = layers(cfg, self.layout, name="layers")(x_BSE, row)
     x_BSE = rms_norm(x_BSE, param(self, "norm", nn.initializers.ones, (cfg.width,), ("text_embed",)), cfg.eps)
     return jnp.where(prompt_BS[..., None] > 0, x_BSE, 0)
@@ -146,7 +162,7 @@ class Tokenizer:
   def encode(self, prompt, most=None):
     """Prompt -> list of ids that ends in EOS; at most `most` of them, the end cut off before EOS."""
     ids = self._model.encode(clean(prompt))
-    return ids[:None if most is None else most - 1] + [EOS]
+    return ids[: None if most is None else most - 1] + [EOS]
 
   def decode(self, ids):
     """ids -> text, without special ids."""
@@ -167,13 +183,26 @@ def train_tokenizer(captions, path, vocab_size=512):
   captions in any order give the same file; a million of them at most are looked at. No captions at all give bytes and letters.
   """
   captions = sorted({clean(c) for c in captions} - {""}) or ["a b c d e f g h i j k l m n o p q r s t u v w x y z"]
-  captions = captions[::math.ceil(len(captions) / 1_000_000)]
+  captions = captions[:: math.ceil(len(captions) / 1_000_000)]
   characters = {c for caption in captions for c in caption}
   written = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(captions), model_writer=written, model_type="bpe", vocab_size=max(vocab_size, 3 + 256 + len(characters) + 16),
-      hard_vocab_limit=False, byte_fallback=True, character_coverage=1.0, pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1,
-      max_sentence_length=1 << 20, num_threads=1, shuffle_input_sentence=False, minloglevel=2)
+    sentence_iterator=iter(captions),
+    model_writer=written,
+    model_type="bpe",
+    vocab_size=max(vocab_size, 3 + 256 + len(characters) + 16),
+    hard_vocab_limit=False,
+    byte_fallback=True,
+    character_coverage=1.0,
+    pad_id=PAD,
+    eos_id=EOS,
+    unk_id=UNK,
+    bos_id=-1,
+    max_sentence_length=1 << 20,
+    num_threads=1,
+    shuffle_input_sentence=False,
+    minloglevel=2,
+  )
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")

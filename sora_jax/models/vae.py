@@ -71,7 +71,7 @@ SIZES = {
     # Ours: no convolution at full resolution, so that minutes on two CPU cores are enough.
     "tiny": VAEConfig(base_dim=32, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
                       is_residual=True, patch_size=4),
-    "world": VAEConfig(base_dim=40, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
+    "world": VAEConfig(base_dim=24, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
                        is_residual=True, patch_size=4),
     # The public ones; latent statistics as in their config.json (Wan-AI/Wan2.1-T2V-14B-Diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers).
     "wan2.1": VAEConfig(**_published(
@@ -133,7 +133,10 @@ def from_patches(x_BTHWC, patch):
 
 
 def init(key, cfg):
-  """Random weights, plain arrays. All kernels are cut from one draw: `VAE(cfg).init` has the same law, but minutes of compilation."""
+  """Random weights, plain arrays. All kernels are cut from one draw: `VAE(cfg).init` has the same law, but minutes of compilation.
+
+  Latents start with a log variance of about -6, not 0, so that they carry something before the decoder has learned to ignore them.
+  """
   video = jax.ShapeDtypeStruct((1, 1, *cfg.stride[1:], 3), jnp.float32)
   shapes = unbox(jax.eval_shape(VAE(cfg).init, key, video))["params"]
   leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
@@ -144,7 +147,9 @@ def init(key, cfg):
     if path[-1].key != "kernel":
       return jnp.full(leaf.shape, 1.0 if path[-1].key == "scale" else 0.0)
     return draw[stop - leaf.size:stop].reshape(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5     # as KERNEL: 1 / fan in
-  return tree.unflatten(weight(path, leaf, stop) for (path, leaf), stop in zip(leaves, stops, strict=True))
+  params = tree.unflatten(weight(path, leaf, stop) for (path, leaf), stop in zip(leaves, stops, strict=True))
+  params["quant"]["bias"] = params["quant"]["bias"].at[cfg.z_dim:].set(-6.0)
+  return params
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layout"))

@@ -1,8 +1,9 @@
 """Two layouts of the same weights as one table, read in either direction.
 
-A table has rows `(our path, their name, their axes, our axes)`. Axes are words of single letters: "(Nkp) D" is a matrix whose first
-axis is N, k, p merged, "D N (pk)" the same numbers as three axes, the last one merged the other way round. `{}` in a name
-stands for the number of the layer, and the letter o for an axis of length 1; our weights of all layers are one array, layers first, under "blocks".
+A table has rows `(our path, their name, their axes, our axes)`. Axes are words of single letters: "(Nkp) D" is a matrix whose
+first axis is N, k, p merged, "D N (pk)" the same numbers as three axes, the last one merged the other way round. `{}` in a name
+stands for the number of the layer, and the letter o for an axis of length 1; our weights of all layers are one array, layers
+first, under "blocks" or "layers".
 """
 
 import math
@@ -30,8 +31,10 @@ def to_ours(tensors, table, sizes, depth, dtype=np.float32):
   expected = {name for _, their, _, _ in table for name in _names(their, depth)}
   missing, extra = expected - set(tensors), set(tensors) - expected
   if missing or extra:
-    raise BadInput(f"weights: {len(missing)} tensors missing {sorted(missing)[:3]}, {len(extra)} not known {sorted(extra)[:3]}; "
-                   "is config.json of this model?")
+    raise BadInput(
+      f"weights: {len(missing)} tensors missing {sorted(missing)[:3]}, {len(extra)} not known {sorted(extra)[:3]}; "
+      "is config.json of this model?"
+    )
   params = {}
   for path, their, their_axes, our_axes in table:
     names = _names(their, depth)

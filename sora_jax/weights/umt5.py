@@ -9,18 +9,18 @@ from sora_jax.weights import table
 # V vocabulary, E width, N heads, K head size, F mlp, R buckets of distance
 _LAYER, _ATTENTION, _MLP = "encoder.block.{}.layer.", "0.SelfAttention.", "1.DenseReluDense."
 TABLE = [
-    (("vocab",), "shared.weight", "V E", "V E"),
-    *[(("layers", name), f"{_LAYER}{_ATTENTION}{name[0]}.weight", "(NK) E", "E N K") for name in ("query", "key", "value")],
-    (("layers", "out"), f"{_LAYER}{_ATTENTION}o.weight", "E (NK)", "N K E"),
-    (("layers", "distance"), f"{_LAYER}{_ATTENTION}relative_attention_bias.weight", "R N", "R N"),
-    (("layers", "attention_norm"), f"{_LAYER}0.layer_norm.weight", "E", "E"),
-    (("layers", "gate"), f"{_LAYER}{_MLP}wi_0.weight", "F E", "E F"),
-    (("layers", "in"), f"{_LAYER}{_MLP}wi_1.weight", "F E", "E F"),
-    (("layers", "out_mlp"), f"{_LAYER}{_MLP}wo.weight", "E F", "F E"),
-    (("layers", "mlp_norm"), f"{_LAYER}1.layer_norm.weight", "E", "E"),
-    (("norm",), "encoder.final_layer_norm.weight", "E", "E"),
+  (("vocab",), "shared.weight", "V E", "V E"),
+  *[(("layers", name), f"{_LAYER}{_ATTENTION}{name[0]}.weight", "(NK) E", "E N K") for name in ("query", "key", "value")],
+  (("layers", "out"), f"{_LAYER}{_ATTENTION}o.weight", "E (NK)", "N K E"),
+  (("layers", "distance"), f"{_LAYER}{_ATTENTION}relative_attention_bias.weight", "R N", "R N"),
+  (("layers", "attention_norm"), f"{_LAYER}0.layer_norm.weight", "E", "E"),
+  (("layers", "gate"), f"{_LAYER}{_MLP}wi_0.weight", "F E", "E F"),
+  (("layers", "in"), f"{_LAYER}{_MLP}wi_1.weight", "F E", "E F"),
+  (("layers", "out_mlp"), f"{_LAYER}{_MLP}wo.weight", "E F", "F E"),
+  (("layers", "mlp_norm"), f"{_LAYER}1.layer_norm.weight", "E", "E"),
+  (("norm",), "encoder.final_layer_norm.weight", "E", "E"),
 ]
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")       # the same memory; save_pretrained keeps either
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # the same memory; save_pretrained keeps either
 
 
 def _sizes(cfg):
@@ -42,8 +42,10 @@ class _OneEmbedding(dict):
 
   def __init__(self, tensors):
     super().__init__((name, name) for name in tensors if name not in EMBEDDINGS)
+    for name in EMBEDDINGS:
+      if name in tensors:
+        self[EMBEDDINGS[0]] = name
     self._tensors = tensors
-    self.update({EMBEDDINGS[0]: name for name in EMBEDDINGS if name in tensors})
 
   def __getitem__(self, name):
     return self._tensors[super().__getitem__(name)]
@@ -55,16 +57,41 @@ def config_to_ours(theirs):
     if theirs.get(name) != allowed:
       raise BadInput(f"weights: {name}={theirs.get(name)!r}; only {allowed} is known")
   return TextConfig(
-      vocab=theirs["vocab_size"], width=theirs["d_model"], depth=theirs["num_layers"], heads=theirs["num_heads"], head_size=theirs["d_kv"],
-      mlp=theirs["d_ff"], buckets=theirs["relative_attention_num_buckets"], max_distance=theirs["relative_attention_max_distance"],
-      eps=theirs["layer_norm_epsilon"])
+    vocab=theirs["vocab_size"],
+    width=theirs["d_model"],
+    depth=theirs["num_layers"],
+    heads=theirs["num_heads"],
+    head_size=theirs["d_kv"],
+    mlp=theirs["d_ff"],
+    buckets=theirs["relative_attention_num_buckets"],
+    max_distance=theirs["relative_attention_max_distance"],
+    eps=theirs["layer_norm_epsilon"],
+  )
 
 
 def config_to_theirs(cfg):
   """TextConfig -> their config.json."""
   return {
-      "architectures": ["UMT5EncoderModel"], "model_type": "umt5", "vocab_size": cfg.vocab, "d_model": cfg.width, "num_layers": cfg.depth,
-      "num_decoder_layers": cfg.depth, "num_heads": cfg.heads, "d_kv": cfg.head_size, "d_ff": cfg.mlp, "feed_forward_proj": "gated-gelu",
-      "dense_act_fn": "gelu_new", "is_gated_act": True, "relative_attention_num_buckets": cfg.buckets,
-      "relative_attention_max_distance": cfg.max_distance, "layer_norm_epsilon": cfg.eps, "dropout_rate": 0.1, "dtype": "float32",
-      "is_encoder_decoder": True, "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "tie_word_embeddings": True}
+    "architectures": ["UMT5EncoderModel"],
+    "model_type": "umt5",
+    "vocab_size": cfg.vocab,
+    "d_model": cfg.width,
+    "num_layers": cfg.depth,
+    "num_decoder_layers": cfg.depth,
+    "num_heads": cfg.heads,
+    "d_kv": cfg.head_size,
+    "d_ff": cfg.mlp,
+    "feed_forward_proj": "gated-gelu",
+    "dense_act_fn": "gelu_new",
+    "is_gated_act": True,
+    "relative_attention_num_buckets": cfg.buckets,
+    "relative_attention_max_distance": cfg.max_distance,
+    "layer_norm_epsilon": cfg.eps,
+    "dropout_rate": 0.1,
+    "dtype": "float32",
+    "is_encoder_decoder": True,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "tie_word_embeddings": True,
+  }

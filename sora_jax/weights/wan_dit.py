@@ -17,41 +17,44 @@ _HEADS = {"self": ("attn1", "(Nkp)", "N (pk)"), "cross": ("attn2", "(NK)", "N K"
 def _linear(ours, their, their_in, their_out, our_in=None, our_out=None):
   """A torch Linear, [out, in] and [out], as two rows of the table."""
   *path, name = ours
-  return [((*path, name), f"{their}.weight", f"{their_out} {their_in}", f"{our_in or their_in} {our_out or their_out}"),
-          ((*path, f"{name}_bias"), f"{their}.bias", their_out, our_out or their_out)]
+  return [
+    ((*path, name), f"{their}.weight", f"{their_out} {their_in}", f"{our_in or their_in} {our_out or their_out}"),
+    ((*path, f"{name}_bias"), f"{their}.bias", their_out, our_out or their_out),
+  ]
 
 
 def _attention(ours):
   their, pairs, our_pairs = _HEADS[ours]
   path, their = ("blocks", ours), f"blocks.{{}}.{their}"
   return [
-      *_linear((*path, "query"), f"{their}.to_q", "D", pairs, our_out=our_pairs),
-      *_linear((*path, "key"), f"{their}.to_k", "D", pairs, our_out=our_pairs),
-      *_linear((*path, "value"), f"{their}.to_v", "D", "(NK)", our_out="N K"),
-      *_linear((*path, "out"), f"{their}.to_out.0", "(NK)", "D", our_in="N K"),
-      ((*path, "query_norm"), f"{their}.norm_q.weight", pairs, our_pairs),
-      ((*path, "key_norm"), f"{their}.norm_k.weight", pairs, our_pairs),
+    *_linear((*path, "query"), f"{their}.to_q", "D", pairs, our_out=our_pairs),
+    *_linear((*path, "key"), f"{their}.to_k", "D", pairs, our_out=our_pairs),
+    *_linear((*path, "value"), f"{their}.to_v", "D", "(NK)", our_out="N K"),
+    *_linear((*path, "out"), f"{their}.to_out.0", "(NK)", "D", our_in="N K"),
+    ((*path, "query_norm"), f"{their}.norm_q.weight", pairs, our_pairs),
+    ((*path, "key_norm"), f"{their}.norm_k.weight", pairs, our_pairs),
   ]
 
 
 TABLE = [
-    (("patch",), "patch_embedding.weight", "D C t h w", "(thwC) D"),
-    (("patch_bias",), "patch_embedding.bias", "D", "D"),
-    *_linear(("time", "in"), "condition_embedder.time_embedder.linear_1", "f", "D"),
-    *_linear(("time", "out"), "condition_embedder.time_embedder.linear_2", "D", "e"),
-    *_linear(("time", "change"), "condition_embedder.time_proj", "D", "(se)", our_out="s e"),
-    *_linear(("text", "in"), "condition_embedder.text_embedder.linear_1", "E", "D"),
-    *_linear(("text", "out"), "condition_embedder.text_embedder.linear_2", "D", "e"),
-    (("blocks", "table"), "blocks.{}.scale_shift_table", "o s D", "s D"),
-    *_attention("self"), *_attention("cross"),
-    *_linear(("blocks", "mlp", "in"), "blocks.{}.ffn.net.0.proj", "D", "F"),
-    *_linear(("blocks", "mlp", "out"), "blocks.{}.ffn.net.2", "F", "D"),
-    (("table",), "scale_shift_table", "o r D", "r D"),
-    *_linear(("velocity",), "proj_out", "D", "(thwC)"),
+  (("patch",), "patch_embedding.weight", "D C t h w", "(thwC) D"),
+  (("patch_bias",), "patch_embedding.bias", "D", "D"),
+  *_linear(("time", "in"), "condition_embedder.time_embedder.linear_1", "f", "D"),
+  *_linear(("time", "out"), "condition_embedder.time_embedder.linear_2", "D", "e"),
+  *_linear(("time", "change"), "condition_embedder.time_proj", "D", "(se)", our_out="s e"),
+  *_linear(("text", "in"), "condition_embedder.text_embedder.linear_1", "E", "D"),
+  *_linear(("text", "out"), "condition_embedder.text_embedder.linear_2", "D", "e"),
+  (("blocks", "table"), "blocks.{}.scale_shift_table", "o s D", "s D"),
+  *_attention("self"),
+  *_attention("cross"),
+  *_linear(("blocks", "mlp", "in"), "blocks.{}.ffn.net.0.proj", "D", "F"),
+  *_linear(("blocks", "mlp", "out"), "blocks.{}.ffn.net.2", "F", "D"),
+  (("table",), "scale_shift_table", "o r D", "r D"),
+  *_linear(("velocity",), "proj_out", "D", "(thwC)"),
 ]
 CROSS_NORM = [
-    (("blocks", "cross_scale"), "blocks.{}.norm2.weight", "D", "D"),
-    (("blocks", "cross_shift"), "blocks.{}.norm2.bias", "D", "D"),
+  (("blocks", "cross_scale"), "blocks.{}.norm2.weight", "D", "D"),
+  (("blocks", "cross_shift"), "blocks.{}.norm2.bias", "D", "D"),
 ]
 COND = [(("patch_cond",), "patch_embedding.weight[cond]", "D Q t h w", "(thwQ) D")]
 
@@ -59,8 +62,25 @@ COND = [(("patch_cond",), "patch_embedding.weight[cond]", "D Q t h w", "(thwQ) D
 def _table(cfg):
   rows = TABLE + CROSS_NORM * cfg.cross_norm + COND * (cfg.cond_channels > 0)
   t, h, w = cfg.patch
-  sizes = {"D": cfg.width, "e": cfg.width, "N": cfg.heads, "K": cfg.head_size, "k": cfg.head_size // 2, "p": 2, "F": cfg.mlp, "s": 6, "r": 2,
-           "E": cfg.text_width, "f": cfg.time_freqs, "C": cfg.channels, "Q": cfg.cond_channels, "t": t, "h": h, "w": w, "o": 1}
+  sizes = {
+    "D": cfg.width,
+    "e": cfg.width,
+    "N": cfg.heads,
+    "K": cfg.head_size,
+    "k": cfg.head_size // 2,
+    "p": 2,
+    "F": cfg.mlp,
+    "s": 6,
+    "r": 2,
+    "E": cfg.text_width,
+    "f": cfg.time_freqs,
+    "C": cfg.channels,
+    "Q": cfg.cond_channels,
+    "t": t,
+    "h": h,
+    "w": w,
+    "o": 1,
+  }
   return rows, sizes, cfg.depth
 
 
@@ -94,7 +114,7 @@ class _Split(dict):
     value = self._tensors[name.removesuffix("[cond]")]
     if not name.startswith("patch_embedding.weight"):
       return value
-    return value[:, self._channels:] if name.endswith("[cond]") else value[:, :self._channels]
+    return value[:, self._channels :] if name.endswith("[cond]") else value[:, : self._channels]
 
 
 def config_to_ours(theirs, expand_timesteps=False):
@@ -104,24 +124,49 @@ def config_to_ours(theirs, expand_timesteps=False):
   """
   for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
     if theirs.get(name) is not None:
-      raise BadInput(f"weights: {name}={theirs[name]!r} (image features by cross-attention, Wan 2.1 I2V); it must be null; "
-                     "use the Wan 2.2 models")
+      raise BadInput(
+        f"weights: {name}={theirs[name]!r} (image features by cross-attention, Wan 2.1 I2V); it must be null; use the Wan 2.2 models"
+      )
   if theirs.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
     raise BadInput(f"weights: qk_norm={theirs['qk_norm']!r}; only rms_norm_across_heads is known")
   out = theirs.get("out_channels") or theirs["in_channels"]
   cond = theirs["in_channels"] - out
   return DiTConfig(
-      depth=theirs["num_layers"], heads=theirs["num_attention_heads"], head_size=theirs["attention_head_dim"], mlp=theirs["ffn_dim"],
-      channels=out, patch=tuple(theirs["patch_size"]), text_width=theirs["text_dim"], cond_channels=cond,
-      time_freqs=theirs["freq_dim"], cross_norm=theirs["cross_attn_norm"], eps=theirs["eps"], text_pad=512,
-      conditioning="channels" if cond else "token_sigma" if expand_timesteps else "replacement")
+    depth=theirs["num_layers"],
+    heads=theirs["num_attention_heads"],
+    head_size=theirs["attention_head_dim"],
+    mlp=theirs["ffn_dim"],
+    channels=out,
+    patch=tuple(theirs["patch_size"]),
+    text_width=theirs["text_dim"],
+    cond_channels=cond,
+    time_freqs=theirs["freq_dim"],
+    cross_norm=theirs["cross_attn_norm"],
+    eps=theirs["eps"],
+    text_pad=512,
+    conditioning="channels" if cond else "token_sigma" if expand_timesteps else "replacement",
+  )
 
 
 def config_to_theirs(cfg):
   """DiTConfig -> their config.json."""
   return {
-      "_class_name": "WanTransformer3DModel", "_diffusers_version": "0.42.1", "added_kv_proj_dim": None,
-      "attention_head_dim": cfg.head_size, "cross_attn_norm": cfg.cross_norm, "eps": cfg.eps, "ffn_dim": cfg.mlp, "freq_dim": cfg.time_freqs,
-      "image_dim": None, "in_channels": cfg.channels + cfg.cond_channels, "num_attention_heads": cfg.heads, "num_layers": cfg.depth,
-      "out_channels": cfg.channels, "patch_size": list(cfg.patch), "pos_embed_seq_len": None, "qk_norm": "rms_norm_across_heads",
-      "rope_max_seq_len": 1024, "text_dim": cfg.text_width}
+    "_class_name": "WanTransformer3DModel",
+    "_diffusers_version": "0.42.1",
+    "added_kv_proj_dim": None,
+    "attention_head_dim": cfg.head_size,
+    "cross_attn_norm": cfg.cross_norm,
+    "eps": cfg.eps,
+    "ffn_dim": cfg.mlp,
+    "freq_dim": cfg.time_freqs,
+    "image_dim": None,
+    "in_channels": cfg.channels + cfg.cond_channels,
+    "num_attention_heads": cfg.heads,
+    "num_layers": cfg.depth,
+    "out_channels": cfg.channels,
+    "patch_size": list(cfg.patch),
+    "pos_embed_seq_len": None,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 1024,
+    "text_dim": cfg.text_width,
+  }

@@ -39,7 +39,7 @@ def _plain(blocks):
   )
 
 
-def _table(cfg):
+def weight_table(cfg):
   """Rows (our path, our shape, their name, their shape) of all weights of this config."""
   video = jax.ShapeDtypeStruct((1, 1, *cfg.stride[1:], 3), jnp.float32)
   shapes = unbox(jax.eval_shape(VAE(cfg).init, jax.random.key(0), video))["params"]
@@ -59,7 +59,7 @@ def _table(cfg):
 
 def to_ours(tensors, cfg, dtype=np.float32):
   """Mapping of their names to arrays -> params of a VAE. Raises BadInput that names what does not fit."""
-  rows = _table(cfg)
+  rows = weight_table(cfg)
   expected = {name for _, _, name, _ in rows}
   missing, extra = expected - set(tensors), set(tensors) - expected
   if missing or extra:
@@ -81,7 +81,7 @@ def to_ours(tensors, cfg, dtype=np.float32):
 
 def to_theirs(params, cfg):
   """Params of a VAE -> iterator of (their name, numpy array)."""
-  for path, _, name, their_shape in _table(cfg):
+  for path, _, name, their_shape in weight_table(cfg):
     value = params
     for key in path:
       value = value[key]

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax import batch as batches
-from sora_jax import patches
+from sora_jax import batch as batches, patches
 from sora_jax.diffusion import flow
 
 PATCH = (1, 2, 2)

@@ -1,5 +1,6 @@
 """launch.encode: each clip at its native size, what was passed over named, nothing else lost, whatever is killed."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -13,6 +14,7 @@ from fractions import Fraction
 
 import av
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -21,7 +23,7 @@ from data import records
 from data.clips import Item, RawClip
 from data.sources import folder
 from launch import encoding
-from sora_jax import checkpoint, video
+from sora_jax import checkpoint, layout, video
 from sora_jax.errors import BadInput
 from sora_jax.models import text, vae
 
@@ -314,6 +316,19 @@ def test_the_program(run_program, parts, clips, tmp_path):
   assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}
   other = run_program(*arguments[:-1], "--max_seconds=1")
   assert other.returncode == 2 and "max_seconds=2.2, now max_seconds=1" in other.stderr
+
+
+def test_texts_of_a_frozen_encoder(tmp_path):
+  """Batched, sorted and padded, each embedding is what its text gives alone, and of its true length."""
+  cfg = text.TextConfig(vocab=40, width=16, depth=2, heads=2, head_size=8, mlp=32)
+  model = text.TextEncoder(cfg)
+  params = layout.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int), jnp.ones((1, 8), int))["params"])
+  checkpoint.save_part(tmp_path, dataclasses.asdict(cfg), params)
+  texts = [np.random.default_rng(i).integers(3, 40, 1 + 5 * i).astype(np.int32) for i in range(11)]
+  found = encoding.load_embedder(tmp_path)(texts)
+  assert [len(e) for e in found] == [len(i) for i in texts]
+  alone = model.apply({"params": params}, texts[4][None], np.ones((1, 21), int))[0]
+  np.testing.assert_allclose(found[4], alone, atol=1e-5)
 
 
 def start(parts, source, out):

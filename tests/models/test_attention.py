@@ -37,15 +37,17 @@ def test_a_query_sees_the_keys_of_its_segment(kernel, cross):
   """Output and gradients are those of plain softmax, also for queries that have no key (zeros) and for padding."""
   query, key, value, weight = inputs(2, 150, 130 if cross else 150, 2, 16)
   ids = (QUERIES, KEYS) if cross else (QUERIES, QUERIES)
+
   def run(f):
     return jax.jit(lambda *a: jax.value_and_grad(lambda *a: (lambda o: ((o * weight).sum(), o))(f(*a)), (0, 1, 2), has_aux=True)(*a))
+
   (_, ours), grads = run(lambda q, k, v: attention.attend(q, k, v, *ids, kernel=kernel))(query, key, value)
-  (_, theirs), expected = run(lambda q, k, v: plain(q, k, v, *ids, 16 ** -0.5))(query, key, value)
+  (_, theirs), expected = run(lambda q, k, v: plain(q, k, v, *ids, 16**-0.5))(query, key, value)
   np.testing.assert_allclose(ours, theirs, atol=2e-6)
   for ours, theirs in zip(grads, expected, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
   if cross:
-    assert not np.any(np.asarray(grads[0])[1, 33:73])        # finite, and nothing flows
+    assert not np.any(np.asarray(grads[0])[1, 33:73])  # finite, and nothing flows
 
 
 def test_merged_segments_differ():
@@ -59,10 +61,12 @@ def test_a_long_row_in_tiles():
   """Beyond 1,024 tokens: tiles of 256, head by head; same answer, and no array of the size of length x length."""
   query, key, value, weight = inputs(1, 1500, 1500, 2, 8)
   ids = segments([(1, 700), (2, 130), (3, 600), (0, 70)])
+
   def loss(q, k, v, f):
     return (f(q, k, v) * weight).sum()
+
   ours = jax.jit(jax.grad(lambda *a: loss(*a, lambda q, k, v: attention.attend(q, k, v, ids, ids)), (0, 1, 2)))
-  theirs = jax.jit(jax.grad(lambda *a: loss(*a, lambda q, k, v: plain(q, k, v, ids, ids, 8 ** -0.5)), (0, 1, 2)))
+  theirs = jax.jit(jax.grad(lambda *a: loss(*a, lambda q, k, v: plain(q, k, v, ids, ids, 8**-0.5)), (0, 1, 2)))
   for a, b in zip(ours(query, key, value), theirs(query, key, value), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
   needs = lambda f: f.lower(query, key, value).compile().memory_analysis().temp_size_in_bytes  # noqa: E731
@@ -78,7 +82,7 @@ def test_tiles_of_other_segments_are_passed_over():
   assert np.isfinite(out[0, :64]).all() and np.isfinite(out[0, 192:]).all() and np.isnan(out[0, 64:192]).all()
   meet = attention.tiles_meet(ids.reshape(4, 64), ids.reshape(4, 64))
   np.testing.assert_array_equal(meet, [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
-  assert not attention.tiles_meet(jnp.zeros((1, 64), int), ids.reshape(4, 64)).any()        # padding meets nothing
+  assert not attention.tiles_meet(jnp.zeros((1, 64), int), ids.reshape(4, 64)).any()  # padding meets nothing
 
 
 def test_bias_is_added_to_scores():
@@ -94,9 +98,11 @@ def test_sharded_is_unsharded():
   """Rows over data, tokens over context, heads over tensor: 8 virtual devices, one answer, outputs and gradients."""
   layout = Layout(make_mesh(data=2, context=2, tensor=2))
   query, key, value, weight = inputs(2, 150, 150, 2, 16)
+
   def grads(layout):
     f = lambda *a: (attention.attend(*a, QUERIES, QUERIES, layout=layout) * weight).sum()  # noqa: E731
     return jax.jit(jax.value_and_grad(f, (0, 1, 2)))
+
   if layout:
     place = lambda x: jax.device_put(x, layout.sharding("act_batch", "act_length", "act_heads", None))  # noqa: E731
     cut = grads(layout)(*map(place, (query, key, value)))

@@ -8,23 +8,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax import layout as layouts
-from sora_jax import patches
+from sora_jax import layout as layouts, patches
 from sora_jax.models import dit
 from sora_jax.weights import files, wan_dit
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "dit"
 CFG = dit.DiTConfig(depth=2, heads=2, head_size=16, mlp=48, channels=4, text_width=8, time_freqs=32)
-GRIDS, PROMPTS, SIGMAS = [(2, 2, 3), (1, 3, 2), (3, 2, 2)], [3, 5, 4], [0.2, 0.5, 0.8]       # three clips: size, text tokens, noise level
+GRIDS, PROMPTS, SIGMAS = [(2, 2, 3), (1, 3, 2), (3, 2, 2)], [3, 5, 4], [0.2, 0.5, 0.8]  # three clips: size, text tokens, noise level
 LENGTH, TEXT = 33, 15
 TOKENS = [slice(0, 12), slice(12, 18), slice(18, 30)]
 
 
 def row_of(numbers):
   """Inputs of the numbered clips packed into one row of fixed shape; the first two tokens of each are given (sigma 0)."""
-  row = {"tokens": np.zeros((1, LENGTH, CFG.values_in), np.float32), "coords": np.zeros((1, LENGTH, 3), np.float32),
-         "segment": np.zeros((1, LENGTH), np.int32), "sigma": np.zeros((1, 4), np.float32), "index": np.zeros((1, LENGTH), np.int32),
-         "text": np.zeros((1, TEXT, CFG.text_width), np.float32), "prompt": np.zeros((1, LENGTH), np.int32), "prompt_text": np.zeros((1, TEXT), np.int32)}
+  row = {
+    "tokens": np.zeros((1, LENGTH, CFG.values_in), np.float32),
+    "coords": np.zeros((1, LENGTH, 3), np.float32),
+    "segment": np.zeros((1, LENGTH), np.int32),
+    "sigma": np.zeros((1, 4), np.float32),
+    "index": np.zeros((1, LENGTH), np.int32),
+    "text": np.zeros((1, TEXT, CFG.text_width), np.float32),
+    "prompt": np.zeros((1, LENGTH), np.int32),
+    "prompt_text": np.zeros((1, TEXT), np.int32),
+  }
   at = text_at = 0
   for i, number in enumerate(numbers, start=1):
     rng, coords = np.random.default_rng(number), patches.coords(GRIDS[number])
@@ -33,7 +39,7 @@ def row_of(numbers):
     row["text"][0, text] = rng.normal(size=(PROMPTS[number], CFG.text_width))
     row["coords"][0, tokens], row["sigma"][0, i] = coords, SIGMAS[number]
     row["segment"][0, tokens] = row["prompt"][0, tokens] = row["prompt_text"][0, text] = i
-    row["index"][0, at + 2:tokens.stop] = i
+    row["index"][0, at + 2 : tokens.stop] = i
     at, text_at = tokens.stop, text.stop
   return row
 
@@ -76,7 +82,7 @@ def test_a_clip_does_not_see_its_neighbours(params):
   """Velocity of each clip of a row is that of the clip alone in a row; merge the segments or the prompts and it is not."""
   together = velocity(params, ROW)
   for number, tokens in enumerate(TOKENS):
-    alone = velocity(params, row_of([number]))[:, :tokens.stop - tokens.start]
+    alone = velocity(params, row_of([number]))[:, : tokens.stop - tokens.start]
     np.testing.assert_allclose(together[:, tokens], alone, atol=1e-5)
   for names in (("segment",), ("prompt", "prompt_text")):
     merged = velocity(params, ROW | {name: np.minimum(ROW[name], 1) for name in names})
@@ -86,13 +92,17 @@ def test_a_clip_does_not_see_its_neighbours(params):
 def test_loss_and_gradients_of_a_row_are_the_sum_of_its_clips(params):
   together, alone = gradient(params, ROW), [gradient(params, row_of([number])) for number in range(3)]
   assert_close(together, jax.tree.map(lambda *g: sum(g), *alone))
-  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(together))       # every weight matters
+  assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(together))  # every weight matters
 
 
 def test_padding_does_not_matter(params):
   pads, text_pads = ROW["segment"] == 0, ROW["prompt_text"] == 0
-  other = ROW | {"coords": np.where(pads[..., None], np.float32(9), ROW["coords"]), "tokens": np.where(pads[..., None], np.float32(7), ROW["tokens"]),
-                 "index": np.where(pads, 2, ROW["index"]), "text": np.where(text_pads[..., None], np.float32(5), ROW["text"])}
+  other = ROW | {
+    "coords": np.where(pads[..., None], np.float32(9), ROW["coords"]),
+    "tokens": np.where(pads[..., None], np.float32(7), ROW["tokens"]),
+    "index": np.where(pads, 2, ROW["index"]),
+    "text": np.where(text_pads[..., None], np.float32(5), ROW["text"]),
+  }
   jax.tree.map(np.testing.assert_array_equal, gradient(params, ROW), gradient(params, other))
 
 
@@ -110,6 +120,7 @@ def test_text_can_be_prepared_once(params):
   def prepared(params, row):
     text_kv = dit.text_kv(CFG, params, row["text"])
     return dit.DiT(CFG).apply({"params": params}, *args(row | {"text": None}), text_kv=text_kv)
+
   np.testing.assert_allclose(prepared(params, ROW), velocity(params, ROW), atol=1e-5)
 
 
@@ -145,12 +156,16 @@ def test_every_size(name):
   if name in public:
     assert count == public[name]
   else:
-    low, high = {"tiny": (1.4e6, 1.8e6), "world": (3e6, 3.4e6), "S": (4e7, 7e7), "B": (1e8, 1.5e8), "L": (3.5e8, 5e8), "XL": (9e8, 1.3e9)}[name]
+    low, high = {"tiny": (1.4e6, 1.8e6), "world": (3e6, 3.4e6), "S": (4e7, 7e7), "B": (1e8, 1.5e8), "L": (3.5e8, 5e8), "XL": (9e8, 1.3e9)}[
+      name
+    ]
     assert low <= count <= high
     assert name in ("tiny", "world") or dit.SIZES[name].head_size == 256
 
 
-@pytest.mark.parametrize("wrong", [{"head_size": 15}, {"depth": 0}, {"remat": "some"}, {"dtype": "int8"}, {"conditioning": "channels"}, {"patch": (1, 2)}])
+@pytest.mark.parametrize(
+  "wrong", [{"head_size": 15}, {"depth": 0}, {"remat": "some"}, {"dtype": "int8"}, {"conditioning": "channels"}, {"patch": (1, 2)}]
+)
 def test_a_config_that_cannot_be_built_says_so(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
     dataclasses.replace(CFG, **wrong)
@@ -164,8 +179,16 @@ def test_wan_weights_give_wan_answers():
   latents = golden["x"][0].transpose(1, 2, 3, 0)
   tokens, coords = patches.patchify(latents, cfg.patch), patches.coords(patches.grid(latents.shape[:3], cfg.patch))
   ones, text = np.ones((1, len(tokens)), np.int32), np.ones(golden["ctx"].shape[:2], np.int32)
-  row = {"tokens": tokens[None], "coords": coords[None], "segment": ones, "sigma": np.array([[golden["t"][0] / 1000]], np.float32),
-         "index": 0 * ones, "text": golden["ctx"], "prompt": ones, "prompt_text": text}
+  row = {
+    "tokens": tokens[None],
+    "coords": coords[None],
+    "segment": ones,
+    "sigma": np.array([[golden["t"][0] / 1000]], np.float32),
+    "index": 0 * ones,
+    "text": golden["ctx"],
+    "prompt": ones,
+    "prompt_text": text,
+  }
   ours = patches.unpatchify(np.asarray(jax.jit(lambda p: run(p, row, cfg))(params))[0], latents.shape[:3], cfg.patch).transpose(3, 0, 1, 2)
   np.testing.assert_allclose(ours, golden["y"][0], atol=5e-6)
 

@@ -14,7 +14,9 @@ from sora_jax.weights import files, umt5
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "umt5"
 CFG = text.TextConfig(vocab=50, width=16, depth=2, heads=2, head_size=8, mlp=24, buckets=8, max_distance=10)
-CAPTIONS = [f"a {colour} {shape} moves {way}" for colour in ("red", "blue") for shape in ("ball", "square", "ring") for way in ("left", "right", "up")]
+CAPTIONS = [
+  f"a {colour} {shape} moves {way}" for colour in ("red", "blue") for shape in ("ball", "square", "ring") for way in ("left", "right", "up")
+]
 
 
 def test_prompts_are_cleaned_as_wan_does():
@@ -22,7 +24,9 @@ def test_prompts_are_cleaned_as_wan_does():
   assert text.clean("") == ""
 
 
-@pytest.mark.parametrize("captions", [CAPTIONS, CAPTIONS[:1], [], ["", "  "], ["猫が走る", "naïve 🙂"]], ids=["some", "one", "none", "blank", "not-latin"])
+@pytest.mark.parametrize(
+  "captions", [CAPTIONS, CAPTIONS[:1], [], ["", "  "], ["猫が走る", "naïve 🙂"]], ids=["some", "one", "none", "blank", "not-latin"]
+)
 def test_a_tokenizer_from_any_corpus(captions, tmp_path):
   """Few captions or none: every prompt can be written and read back, ids end in EOS, nothing is unknown."""
   vocab = text.train_tokenizer(captions, tmp_path / "a" / "tokenizer.model", vocab_size=400)
@@ -42,7 +46,7 @@ def test_the_same_captions_give_the_same_tokenizer(tmp_path):
   assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
   text.train_tokenizer(CAPTIONS[1:], tmp_path / "3")
   assert (tmp_path / "1").read_bytes() != (tmp_path / "3").read_bytes()
-  assert len(text.Tokenizer(tmp_path / "1").encode("a blue ring moves up")) == 6       # words, not letters
+  assert len(text.Tokenizer(tmp_path / "1").encode("a blue ring moves up")) == 6  # words, not letters
 
 
 def test_a_file_that_is_no_tokenizer(tmp_path):

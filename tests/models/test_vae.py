@@ -1,0 +1,184 @@
+"""Laws of the video VAE: time runs one way, streamed is whole, an image is a short video, weights and places."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax.layout import Layout, make_mesh, shardings, unbox
+from sora_jax.models import vae, vae_blocks
+from sora_jax.weights import files, wan_vae
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+PLAIN = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
+RESIDUAL = dataclasses.replace(PLAIN, is_residual=True, patch_size=2, decoder_base_dim=8)
+KINDS = pytest.mark.parametrize("cfg", [PLAIN, RESIDUAL], ids=["plain", "residual"])
+
+
+def video(cfg, frames=9, batch=1, seed=0):
+  _, h, w = cfg.stride
+  return np.random.default_rng(seed).uniform(-1, 1, (batch, frames, h, 2 * w, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("name", "millions"), [("wan2.1", 126.9), ("wan2.2", 704.7), ("tiny", None), ("world", None)])
+def test_every_size_has_its_shapes(name, millions):
+  """Strides, latents and, for the public ones, the published number of weights (diffusers: 126.9 M and 704.7 M)."""
+  cfg = vae.SIZES[name]
+  t, h, w = cfg.stride
+  shape = jax.ShapeDtypeStruct((2, 1 + 2 * t, 2 * h, 3 * w, 3), jnp.float32)
+  params = unbox(jax.eval_shape(vae.VAE(cfg).init, jax.random.key(0), shape))["params"]
+  mean, logvar = jax.eval_shape(lambda p, v: vae.encode(p, v, cfg), params, shape)
+  assert mean.shape == logvar.shape == (2, 3, 2, 3, cfg.z_dim)
+  assert jax.eval_shape(lambda p, z: vae.decode(p, z, cfg), params, mean).shape == shape.shape
+  count = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
+  assert count < 1.2 if millions is None else round(count, 1) == millions
+  if millions is None:
+    assert cfg.stride == (4, 16, 16) and cfg.z_dim == 32
+
+
+@KINDS
+def test_streamed_is_whole_and_time_runs_one_way(cfg):
+  """1 + 4 + 4 frames give the latents, and 1 + 1 + 1 latents the frames, of all at once; later frames change nothing before them."""
+  params, clip = vae.init(jax.random.key(0), cfg), video(cfg)
+  whole, _ = vae.encode(params, clip, cfg)
+  pieces = list(vae.encode_stream(params, iter([clip[:, :3], clip[:, 3:8], clip[:, 8:]]), cfg))
+  assert [p.shape[1] for p in pieces] == [1, 1, 1]
+  np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5)
+
+  again = vae.decode(params, whole, cfg)
+  pieces = list(vae.decode_stream(params, [whole], cfg))
+  assert [p.shape[1] for p in pieces] == [1, 4, 4]
+  np.testing.assert_allclose(np.concatenate(pieces, 1), again, atol=1e-5)
+
+  other = clip.copy()
+  other[:, 5:] = video(cfg, seed=1)[:, 5:]
+  changed, _ = vae.encode(params, other, cfg)
+  np.testing.assert_array_equal(changed[:, :2], whole[:, :2])
+  assert np.abs(changed[:, 2] - whole[:, 2]).max() > 1e-3                       # the test can fail
+  redone = vae.decode(params, np.concatenate([whole[:, :2], -whole[:, 2:]], 1), cfg)
+  np.testing.assert_array_equal(redone[:, :5], again[:, :5])
+  assert np.abs(redone[:, 5:] - again[:, 5:]).max() > 1e-3
+
+
+@KINDS
+def test_an_image_is_a_video_of_one_frame(cfg):
+  params, clip = vae.init(jax.random.key(0), cfg), video(cfg)
+  whole, _ = vae.encode(params, clip, cfg)
+  image, _ = vae.encode(params, clip[:, :1], cfg)
+  np.testing.assert_allclose(image, whole[:, :1], atol=1e-5)
+  np.testing.assert_allclose(vae.decode(params, image, cfg), vae.decode(params, whole, cfg)[:, :1], atol=1e-5)
+
+
+def test_streaming_keeps_a_fixed_amount():
+  """The memory of a stream after 2 chunks is that after 3, in shapes."""
+  params, clip = vae.init(jax.random.key(0), PLAIN), video(PLAIN)
+  stream, _, _ = vae.encode_chunk(params, None, clip[:, :1], PLAIN, first=True)
+  shapes = []
+  for start in (1, 5):
+    stream, _, _ = vae.encode_chunk(params, stream, clip[:, start:start + 4], PLAIN, first=False)
+    shapes.append(jax.tree.map(jnp.shape, stream))
+  assert shapes[0] == shapes[1] and jax.tree.leaves(shapes[0])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_both_forms_of_the_convolution_agree(frames, monkeypatch):
+  """By taps (CPU) and by volume (elsewhere), in value and gradient; with and without frames before."""
+  rng = np.random.default_rng(0)
+  x, before = (jnp.asarray(rng.normal(size=(2, t, 5, 6, 3)), jnp.float32) for t in (frames, 2))
+  kernel, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 3, 3, 3, 4), (2, frames, 5, 6, 4)))
+
+  def both(before):
+    run = lambda x, kernel: jnp.sum(vae_blocks.causal_conv(before, x, kernel) * weight)  # noqa: E731
+    return vae_blocks.causal_conv(before, x, kernel), jax.grad(run, (0, 1))(x, kernel)
+
+  by_taps = both(None), both(before)
+  monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+  by_volume = both(None), both(before)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), by_taps, by_volume)
+  assert np.abs(by_taps[0][0] - by_taps[1][0]).max() > 1                        # what is before does count
+
+
+def test_attention_in_blocks_is_attention(monkeypatch):
+  query, key, value = (jax.random.normal(k, (3, 10, 8)) for k in jax.random.split(jax.random.key(0), 3))
+  direct = vae_blocks.attend_in_frames(query, key, value)
+  monkeypatch.setattr(vae_blocks, "ATTENTION_SCORES", 40)                       # blocks of 4 of the 10 queries
+  np.testing.assert_allclose(vae_blocks.attend_in_frames(query, key, value), direct, atol=1e-6)
+
+
+def test_patches_of_pixels_go_there_and_back():
+  clip = video(PLAIN)
+  there = vae.to_patches(clip, 2)
+  assert there.shape == (1, 9, 2, 4, 12)
+  np.testing.assert_array_equal(vae.from_patches(there, 2), clip)
+
+
+@pytest.mark.parametrize("name", ["vae", "vae_residual"])
+def test_golden(name):
+  """Weights, videos and latents of diffusers 0.42.1 `AutoencoderKLWan` (golden/README.md) come out the same; and back, bit for bit."""
+  folder = GOLDEN / name
+  tensors, theirs = files.Tensors(folder), files.read_config(folder)
+  golden = {key: np.moveaxis(value, 1, -1) for key, value in np.load(folder / "golden.npz").items()}
+  cfg = wan_vae.config_to_ours(theirs)
+  params = wan_vae.to_ours(tensors, cfg)
+  mean, _ = vae.encode(params, golden["vae_in"], cfg)
+  np.testing.assert_allclose(mean, golden["vae_z"], atol=1e-5 * np.abs(golden["vae_z"]).max())
+  np.testing.assert_allclose(vae.decode(params, golden["vae_z"], cfg), golden["vae_rec"], atol=1e-5)
+  back = dict(wan_vae.to_theirs(params, cfg))
+  assert back.keys() == set(tensors) and all(np.array_equal(back[key], tensors[key]) for key in back)
+  assert {key: value for key, value in wan_vae.config_to_theirs(cfg).items() if theirs.get(key) != value} == {}
+
+
+def test_foreign_weights_that_do_not_fit_are_named():
+  cfg = wan_vae.config_to_ours(files.read_config(GOLDEN / "vae"))
+  tensors = dict(files.Tensors(GOLDEN / "vae"))
+  with pytest.raises(ValueError, match="encoder.conv_in.bias"):
+    wan_vae.to_ours({name: value for name, value in tensors.items() if name != "encoder.conv_in.bias"}, cfg)
+  with pytest.raises(ValueError, match="encoder.conv_in.bias has shape"):
+    wan_vae.to_ours(tensors | {"encoder.conv_in.bias": np.zeros(3)}, cfg)
+  with pytest.raises(ValueError, match="attn_scales"):
+    wan_vae.config_to_ours({"attn_scales": [0.5]})
+
+
+def test_config_goes_through_json():
+  cfg = vae.SIZES["wan2.2"]
+  fields = json.loads(json.dumps(vae.config_to_dict(cfg, "wan2.2")))
+  assert fields["format_version"] == 1 and fields["size"] == "wan2.2" and vae.config_from_dict(fields) == cfg
+  with pytest.raises(ValueError, match="colour"):
+    vae.config_from_dict(fields | {"colour": 1})
+  with pytest.raises(ValueError, match="latents_mean"):
+    vae.VAEConfig(latents_mean=(0.0,))
+
+
+def test_sizes_that_do_not_fit_are_refused():
+  params = vae.init(jax.random.key(0), PLAIN)
+  for bad in (video(PLAIN, frames=4), video(PLAIN)[:, :, :3], video(PLAIN)[:, :, :0]):
+    with pytest.raises(ValueError, match=r"1 \+ 4 n frames"):
+      vae.encode(params, bad, PLAIN)
+  with pytest.raises(ValueError, match="2 frames left over"):
+    list(vae.regroup([np.zeros((1, 7))], 1, 4))
+
+
+def test_normalise_has_an_inverse():
+  cfg = dataclasses.replace(PLAIN, latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(0.5, 1.0, 2.0, 4.0))
+  latents = np.random.default_rng(0).normal(size=(1, 2, 2, 2, 4)).astype(np.float32)
+  np.testing.assert_allclose(vae.denormalise(vae.normalise(latents, cfg), cfg), latents, atol=1e-6)
+  np.testing.assert_allclose(vae.normalise(np.full((1, 4), 5.0, np.float32), cfg)[0], [8, 3, 1, 0.25], atol=1e-6)
+
+
+def test_sharded_is_unsharded():
+  """On 2 x 2 x 1 x 2 devices, weights cut over fsdp and tensor, rows over data and fsdp: the same latents."""
+  layout = Layout(make_mesh(data=2, fsdp=2, tensor=2))
+  clip = video(PLAIN, frames=5, batch=4)
+  boxed = jax.eval_shape(vae.VAE(PLAIN).init, jax.random.key(0), clip)["params"]
+  params = vae.init(jax.random.key(0), PLAIN)
+  alone, _ = vae.encode(params, clip, PLAIN)
+  placed = jax.device_put(params, shardings(boxed, layout))
+  mean, _ = vae.encode(placed, clip, PLAIN, layout)
+  np.testing.assert_allclose(mean, alone, atol=1e-5)
+  kernel = placed["encoder"]["middle"]["block_0"]["conv_0"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (3, 3, 3, 4, 4)             # 8 in over fsdp, 8 out over tensor
+  assert mean.sharding.shard_shape(mean.shape)[0] == 1                          # 4 rows over data and fsdp
