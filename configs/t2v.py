@@ -43,7 +43,7 @@ def tiny():
   config.data.rows = 20
   config.data.row_tokens = 320
   config.data.row_clips = 24
-  config.data.row_text = 320
+  config.data.row_text = 200
   config.data.caption_dropout = 0.1
   config.data.image_to_video = 0.15    # share of clips whose first frame is given
   config.data.base_fps = 0.0           # > 0: time coordinates count frames of a video of this rate, whatever the clip's own
@@ -51,7 +51,8 @@ def tiny():
   config.data.threads = 2
 
   config.optim = ml_collections.ConfigDict()
-  config.optim.learning_rate = 2e-3
+  config.optim.name = "muon"
+  config.optim.learning_rate = 4e-3
   config.optim.warmup = 30
   config.optim.final = 0.05
   config.optim.weight_decay = 0.01
@@ -93,7 +94,7 @@ def world():
   config.checkpoint_every = 200
   config.ema_decay = 0.999
   config.optim.warmup = 100
-  config.optim.learning_rate = 1.5e-3
+  config.optim.learning_rate = 3e-3
   return config
 
 
@@ -112,6 +113,7 @@ def base():
   config.data.row_tokens = 40_960
   config.data.row_clips = 64
   config.data.row_text = 8192
+  config.optim.name = "adamw"
   config.optim.learning_rate = 2e-4
   config.optim.warmup = 2000
   config.sigma.base_tokens = 4096

@@ -35,6 +35,7 @@ def tiny():
   config.ema_decay = 0.99
 
   config.kl_weight = 1e-4              # per pixel value; see sora_jax/train_vae.py
+  config.square_weight = 4.0           # of the squared error, beside L1
   config.adversarial = ml_collections.ConfigDict()
   config.adversarial.weight = 0.0      # 0: without
   config.adversarial.start = 0         # from this step on
@@ -54,7 +55,8 @@ def tiny():
   config.data.threads = 2
 
   config.optim = ml_collections.ConfigDict()
-  config.optim.learning_rate = 2e-3
+  config.optim.name = "muon"
+  config.optim.learning_rate = 5e-3
   config.optim.warmup = 30
   config.optim.final = 0.05
   config.optim.weight_decay = 0.0
@@ -98,6 +100,7 @@ def base():
   config.data.clips = 64
   config.data.images = 64
   config.data.threads = 16
+  config.optim.name = "adamw"
   config.optim.learning_rate = 1e-4
   config.optim.warmup = 2000
   config.mesh.fsdp = 4

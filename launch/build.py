@@ -44,9 +44,9 @@ def make_model(config, text_dir, where):
   return t2v.Model(cfg, encoder, where)
 
 
-def make_optimizer(config):
-  """config.optim -> optax transformation, over config.steps."""
-  return cli.checked(lambda: optim.optimizer(optim.OptimConfig(steps=config.steps, **config.optim)), "config.optim")
+def make_optimizer(config, boxed):
+  """config.optim and the weights with their axes -> optax transformation, over config.steps."""
+  return cli.checked(lambda: optim.optimizer(optim.OptimConfig(steps=config.steps, **config.optim), boxed), "config.optim")
 
 
 def make_sigma(config):

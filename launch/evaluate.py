@@ -14,7 +14,6 @@ What is in FILE.json, each where it applies:
   passed_over      {id: why}: videos that could not be judged
 """
 
-import collections
 import dataclasses
 import pathlib
 import zlib
@@ -79,6 +78,14 @@ def check_stop():
     raise Stopped
 
 
+def bar_or_stop(bar):
+  """A `note` that moves the bar, and ends the program where that was asked for."""
+  def note(done):
+    check_stop()
+    bar.advance(done)
+  return note
+
+
 def inputs():
   """What a report depends on: where it is the same, so is the report."""
   found = {"source": SOURCE.value, "clips": CLIPS.value, "prompts": PROMPTS.value, "seed": SEED.value}
@@ -106,7 +113,8 @@ def measure_workdir(workdir, out):
   """VAE and, where W holds a DiT, its loss; and its videos of held-out prompts, unless others are to be judged."""
   cfg, params = build.load_vae(workdir / "vae")
   raw = held_out_clips(cfg)
-  latents = encode(cfg, params, [clip.video_THWC for clip in raw])
+  with cli.Bar("encoding", len(raw)) as bar:
+    latents = encoding.encode_clips(cfg, params, [clip.video_THWC for clip in raw], bar_or_stop(bar))
   report = measure_vae(cfg, params, raw, latents, out)
   config = checkpoint.read_json(workdir / "config.json") if (workdir / "config.json").exists() else {}
   if "sample" not in config:
@@ -143,50 +151,19 @@ def held_out_clips(cfg):
   return found
 
 
-def encode(cfg, params, videos):
-  """uint8 [T, H, W, 3] each -> raw latents [t, h, w, C] each; clips of one shape together, streamed in time."""
-  found, by_shape = [None] * len(videos), collections.defaultdict(list)
-  for i, clip in enumerate(videos):
-    by_shape[clip.shape].append(i)
-  with cli.Bar("encoding", len(videos)) as bar:
-    for shape, members in by_shape.items():
-      size = encoding.batch_of(shape)        # as launch.encode, so that its compilations serve here
-      for some in (members[i:i + size] for i in range(0, len(members), size)):
-        check_stop()
-        video_BTHWC = np.zeros((size, *shape), np.uint8)
-        video_BTHWC[:len(some)] = [videos[i] for i in some]
-        chunks = (video_BTHWC[:, t:t + 4] / np.float32(127.5) - 1 for t in range(0, shape[0], 4))
-        means = np.concatenate([np.asarray(mean) for mean in vae.encode_stream(params, chunks, cfg)], axis=1)
-        for i, mean in zip(some, means):
-          found[i] = mean
-        bar.advance(len(some))
-  return found
-
-
-def decode(cfg, params, latents_THWC):
-  """Raw latents -> uint8 [T, H, W, 3]."""
-  chunks = (latents_THWC[None, t:t + 1] for t in range(len(latents_THWC)))
-  frames = np.concatenate([np.asarray(chunk)[0] for chunk in vae.decode_stream(params, chunks, cfg)])
-  return np.clip((frames + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-
-
 def measure_vae(cfg, params, raw, latents, out):
   """PSNR and SSIM of every clip against its reconstruction; a few of them become files in OUT's folder."""
   scores, kept = [], []
   shown = sorted(range(len(raw)), key=lambda i: len(raw[i].video_THWC) == 1)[:SHOWN]        # what moves comes first
   where = out.with_suffix("").with_name(out.stem + "-reconstructions")
   with cli.Bar("decoding", len(raw)) as bar:
-    for i, (clip, mean) in enumerate(zip(raw, latents)):
-      check_stop()
-      again = decode(cfg, params, mean)
-      a, b = (pixels / 255 for pixels in (clip.video_THWC, again))
-      scores.append((metrics.psnr(a, b), metrics.ssim(a, b)))
-      if i in shown:
-        names = [write(where / f"{i}-{name}", pixels, clip.fps)
-                 for name, pixels in (("original", clip.video_THWC), ("reconstruction", again))]
-        kept.append({"caption": clip.caption, "original": names[0], "reconstruction": names[1],
-                     "psnr": scores[-1][0], "ssim": scores[-1][1]})
-      bar.advance()
+    decoded = encoding.decode_clips(cfg, params, latents, bar_or_stop(bar))
+  for i, (clip, again) in enumerate(zip(raw, decoded, strict=True)):
+    a, b = (pixels / 255 for pixels in (clip.video_THWC, again))
+    scores.append((metrics.psnr(a, b), metrics.ssim(a, b)))
+    if i in shown:
+      names = [write(where / f"{i}-{name}", pixels, clip.fps) for name, pixels in (("original", clip.video_THWC), ("reconstruction", again))]
+      kept.append({"caption": clip.caption, "original": names[0], "reconstruction": names[1], "psnr": scores[-1][0], "ssim": scores[-1][1]})
   psnr, ssim = np.mean(np.minimum(scores, 100), axis=0).tolist()       # a clip that comes back exactly counts 100 dB
   return {"vae": {"psnr": psnr, "ssim": ssim, "clips": len(raw)}, "reconstructions": kept}
 

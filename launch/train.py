@@ -29,9 +29,10 @@ def main():
   if not config.data.path:
     raise BadInput("no --config.data.path; give the directory that launch.encode wrote")
   index = records.RecordIndex.open(config.data.path)
-  where, sigma, tx = build.make_layout(config), build.make_sigma(config), build.make_optimizer(config)
+  where, sigma = build.make_layout(config), build.make_sigma(config)
   source_text = epath.Path(config.data.path) / "text"
   model = build.make_model(config, source_text, where)
+  tx = build.make_optimizer(config, train.boxed_weights(model))
   rows_plan = make_plan(config, index, model)
   cli.claim_workdir(workdir, config, FREE)
   for part in ("vae", "text"):
@@ -54,7 +55,8 @@ def main():
                             embedded=model.text is None, caption_dropout=config.data.caption_dropout,
                             image_to_video=config.data.image_to_video, base_fps=config.data.base_fps or None,
                             max_damaged=config.data.max_damaged, on_damage=cli.say, threads=config.data.threads)
-  update = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), donate_argnums=0),
+  update = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), donate_argnums=0,
+                                     out_shardings=(train.shardings(model, tx), None)),
                              key=jax.random.key(config.seed), model=model, tx=tx, ema_decay=config.ema_decay, sigma=sigma)
   slots = config.data.rows * config.data.row_tokens
 

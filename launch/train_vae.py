@@ -16,7 +16,7 @@ from absl import flags
 from etils import epath
 
 from data import clips, crops
-from launch import build, cli, loop
+from launch import build, cli, encoding, loop
 from sora_jax import checkpoint, metrics, train_vae
 from sora_jax.errors import BadInput
 from sora_jax.models import vae
@@ -26,7 +26,6 @@ WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and the VA
 FREE = ("steps", "log_every", "checkpoint_every", "eval_every", "max_bad_steps", "data.path", "data.threads", "mesh.")
 HELD_OUT, MOST = 48, (17, 256, 256)        # clips that measure quality, and how much of each: frames, height, width
 SOURCES = ("shapes", "folder")
-REST = ("step", "opt", "bad", "critic", "critic_opt")        # of the state, beside params and ema
 
 
 def main():
@@ -36,7 +35,7 @@ def main():
   cfg = build.pick(vae.SIZES, config.model, "config.model")
   where = build.make_layout(config)
   losses = cli.checked(lambda: train_vae.loss_config(config), "config")
-  tx = build.make_optimizer(config)
+  tx = build.make_optimizer(config, train_vae.boxed_weights(cfg))
   source, apart = open_sources(config)
   cli.claim_workdir(workdir, config, FREE)
   checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
@@ -56,7 +55,8 @@ def main():
     if not config.perceptual.weights:
       raise BadInput("config.perceptual.weight is set and config.perceptual.weights is empty; give a safetensors file of VGG16")
     features = vgg16.load(config.perceptual.weights)
-  update = functools.partial(jax.jit(train_vae.train_step, static_argnames=("cfg", "tx", "losses", "ema_decay", "layout"), donate_argnums=0),
+  update = functools.partial(jax.jit(train_vae.train_step, static_argnames=("cfg", "tx", "losses", "ema_decay", "layout"), donate_argnums=0,
+                                     out_shardings=(train_vae.shardings(cfg, tx, losses, where), None)),
                              key=jax.random.key(config.seed), cfg=cfg, tx=tx, losses=losses, ema_decay=config.ema_decay, features=features,
                              layout=where)
   batches = ((jax.tree.map(lambda x: jax.make_array_from_process_local_data(where.fitted(x.shape, "act_batch"), x), batch), number)
@@ -105,7 +105,7 @@ class Some:
 
 def items(state):
   """What a checkpoint holds, by name."""
-  return {"params": state.params, "ema": state.ema, "rest": {name: getattr(state, name) for name in REST}}
+  return {"params": state.params, "ema": state.ema, "rest": {name: getattr(state, name) for name in train_vae.REST}}
 
 
 def resume(checkpoints, target):
@@ -119,8 +119,8 @@ def resume(checkpoints, target):
 
 
 def clips_of(source, cfg, count):
-  """The first `count` clips of a source as float [1 + 4n, H, W, 3] in [-1, 1]: their middle, at most MOST frames, height and width, in
-  whole strides. One a file, and files that cannot be read are passed over."""
+  """The first `count` clips of a source, uint8 [1 + 4n, H, W, 3]: their middle, at most MOST frames, height and width, in whole strides.
+  One a file; files that cannot be read are passed over."""
   found = []
   for item in source.items()[:count]:
     try:
@@ -129,26 +129,24 @@ def clips_of(source, cfg, count):
     except (clips.BadClip, StopIteration):
       continue
     top, left = (max(0, have - most) // 2 // s * s for have, most, s in zip(video_THWC.shape[1:3], MOST[1:], cfg.stride[1:], strict=True))
-    video_THWC = video_THWC[:, top:top + MOST[1], left:left + MOST[2]]
-    found.append(video_THWC.astype(np.float32) / 127.5 - 1)
+    found.append(video_THWC[:, top:top + MOST[1], left:left + MOST[2]])
   return found
 
 
 def held_out_quality(held_out, cfg, step, state):
-  """Mean PSNR and SSIM of the EMA weights on held-out clips; clips are streamed, so that few shapes are compiled."""
+  """Mean PSNR and SSIM of the EMA weights on held-out clips."""
   del step
+  latents = encoding.encode_clips(cfg, state.ema, held_out)
   scores = []
-  for clip_THWC in held_out:
-    mean = np.concatenate([np.asarray(z) for z in vae.encode_stream(state.ema, [clip_THWC[None]], cfg)], 1)
-    again = np.concatenate([np.asarray(x) for x in vae.decode_stream(state.ema, [mean], cfg)], 1)[0]
-    a, b = ((x + 1) / 2 for x in (clip_THWC, again))
-    scores.append((float(np.mean(metrics.psnr(a, b))), float(np.mean(metrics.ssim(a, b)))))
+  for clip_THWC, again_THWC in zip(held_out, encoding.decode_clips(cfg, state.ema, latents), strict=True):
+    a, b = (x / 255 for x in (clip_THWC, again_THWC))
+    scores.append((min(float(metrics.psnr(a, b)), 100.0), float(metrics.ssim(a, b))))
   return dict(zip(("held_out_psnr", "held_out_ssim"), np.mean(scores, 0).tolist(), strict=True)) if scores else {}
 
 
 def finish(state, cfg, config, source, workdir):
   """Measures the latents' mean and standard deviation once, and writes W/vae."""
-  cfg = train_vae.with_statistics(state.ema, clips_of(source, cfg, 256), cfg)
+  cfg = train_vae.with_statistics(encoding.encode_clips(cfg, state.ema, clips_of(source, cfg, 256)), cfg)
   checkpoint.save_part(epath.Path(workdir) / "vae", vae.config_to_dict(cfg, config.model), jax.device_get(state.ema))
   cli.say(f"done: {config.steps} steps; the VAE is in {workdir}/vae. Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
 

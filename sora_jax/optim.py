@@ -1,15 +1,26 @@
-"""The optimiser: AdamW with warm-up, a cosine to a floor, and clipping by the global norm."""
+"""The optimiser: Muon or AdamW, with warm-up, a cosine to a floor, and clipping by the global norm."""
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from sora_jax import layout as layouts
+
+NAMES = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW (arXiv:1711.05101). Steps are updates; weight decay is on matrices alone (arrays of two axes or more)."""
+  """AdamW (arXiv:1711.05101); or Muon (Jordan et al. 2024; arXiv:2502.16982) on matrices and AdamW on the rest. Steps are updates.
+
+  Muon's updates are scaled to the size of AdamW's (0.2 of root mean square, arXiv:2502.16982, eq. 4), so that one learning rate fits
+  both. Weight decay is on matrices alone.
+  """
+  name: str = "adamw"
   learning_rate: float = 1e-3
   warmup: int = 50
   steps: int = 1000                # length of the schedule
@@ -20,6 +31,8 @@ class OptimConfig:
   b2: float = 0.99
 
   def __post_init__(self):
+    if self.name not in NAMES:
+      raise ValueError(f"the optimiser is {self.name!r}; it must be one of {', '.join(NAMES)}")
     if self.learning_rate <= 0 or self.steps < 1 or self.warmup < 0 or self.clip <= 0 or not 0 <= self.final <= 1:
       raise ValueError(f"the optimiser needs learning_rate > 0, steps >= 1, warmup >= 0, clip > 0, 0 <= final <= 1; not {self}")
 
@@ -30,11 +43,35 @@ def schedule(cfg):
   return optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, warmup, cfg.steps, cfg.final * cfg.learning_rate)
 
 
-def optimizer(cfg):
-  """OptimConfig -> optax.GradientTransformation."""
-  decayed = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
-  return optax.chain(optax.clip_by_global_norm(cfg.clip),
-                     optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=decayed))
+def optimizer(cfg, boxed):
+  """OptimConfig and the weights with their logical axes (as `init` or `eval_shape(init)` gives them) -> optax transformation."""
+  roles = jax.tree.map(matrix_roles, boxed, is_leaf=is_box)
+  matrices = jax.tree.map(lambda role: role is not None, roles, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+  if cfg.name == "muon":
+    update = muon(schedule(cfg), weight_decay=cfg.weight_decay, consistent_rms=0.2, adam_b1=cfg.b1, adam_b2=cfg.b2,
+                  muon_weight_dimension_numbers=roles)
+  else:
+    update = optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=matrices)
+  return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+
+
+def is_box(leaf):
+  """Is this a weight with its logical axes (layout.param)?"""
+  return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def matrix_roles(box):
+  """Which axes of a weight are the input of a matrix and which its output; None: it is none (biases, norms, tables of modulation).
+
+  The last axis is the output, or the last two where it is (heads, head_dim); layers are so many matrices; a convolution's taps are input.
+  """
+  names = box.names
+  inside = [i for i, name in enumerate(names) if name != "layers"]
+  outputs = inside[-2:] if names[-2:] == ("heads", "head_dim") else inside[-1:]
+  inputs = [i for i in inside if i not in outputs]
+  if not inputs or all(names[i] is None for i in inputs) or names[inside[0]] == "vocab":
+    return None
+  return MuonDimensionNumbers(tuple(inputs), tuple(outputs))
 
 
 def ema_update(ema, params, step, decay):
@@ -46,3 +83,26 @@ def ema_update(ema, params, step, decay):
 def keep_if_finite(finite, new, old):
   """`new` where `finite` (a scalar) else `old`, leaf by leaf: a bad update changes nothing."""
   return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
+def abstract(tx, boxed, layout=None):
+  """-> (params, optimiser state) of ShapeDtypeStructs; with their shardings where there is a layout: the state lies as its weights do."""
+  params = layouts.unbox(boxed)
+  opt = jax.eval_shape(tx.init, params)
+  if layout is None:
+    return params, opt
+  place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+  where = layouts.shardings(boxed, layout)
+  homes = {names_of(path): sharding for path, sharding in jax.tree.leaves_with_path(where)}
+
+  def beside_its_weight(path, leaf):
+    names = names_of(path)
+    home = next((homes[names[i:]] for i in range(len(names)) if names[i:] in homes), None)
+    fits = home is not None and len(home.spec) == leaf.ndim
+    return place(leaf, home if fits else layout.fitted(leaf.shape))
+  return jax.tree.map(place, params, where), jax.tree_util.tree_map_with_path(beside_its_weight, opt)
+
+
+def names_of(path):
+  """The names on the way to a leaf, those of dicts alone."""
+  return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))

@@ -26,17 +26,17 @@ class State:
   bad: jax.Array
 
 
+def boxed_weights(model):
+  """Shapes of the weights with their logical axes."""
+  return jax.eval_shape(model.init, jax.random.key(0))
+
+
 def abstract_state(model, tx):
   """State of ShapeDtypeStructs with their shardings: what a checkpoint is restored into, and what `init_state` returns."""
-  def boxed(key):
-    params = model.init(key)
-    return State(jnp.zeros((), jnp.int32), params, params, tx.init(params), jnp.zeros((), jnp.int32))
-  shapes = jax.eval_shape(boxed, jax.random.key(0))
-  plain = layouts.unbox(shapes)
-  if model.layout is None:
-    return plain
-  return jax.tree.map(lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), plain,
-                      layouts.shardings(shapes, model.layout))
+  params, opt = optim.abstract(tx, boxed_weights(model), model.layout)
+  where = {} if model.layout is None else {"sharding": model.layout.fitted(())}
+  scalar = jax.ShapeDtypeStruct((), jnp.int32, **where)
+  return State(scalar, params, params, opt, scalar)
 
 
 def init_state(model, tx, key):
@@ -44,8 +44,12 @@ def init_state(model, tx, key):
   def build(key):
     params = layouts.unbox(model.init(key))
     return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.zeros((), jnp.int32))
-  where = None if model.layout is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx))
-  return jax.jit(build, out_shardings=where)(key)
+  return jax.jit(build, out_shardings=shardings(model, tx))(key)
+
+
+def shardings(model, tx):
+  """Where the leaves of a State live; None without a layout."""
+  return None if model.layout is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx))
 
 
 def noised(batch, key, sigma):

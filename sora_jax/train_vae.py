@@ -25,18 +25,19 @@ REST = ("step", "opt", "bad", "critic", "critic_opt")      # fields of the state
 class LossConfig:
   """Weights of the terms; 0 leaves one out. `adversarial_start` is a step."""
   kl_weight: float = 1e-4
+  square_weight: float = 4.0           # squared error beside L1, whose gradient alone keeps small things at the background for long
   adversarial_weight: float = 0.0
   adversarial_start: int = 0
   perceptual_weight: float = 0.0
 
   def __post_init__(self):
-    if min(self.kl_weight, self.adversarial_weight, self.adversarial_start, self.perceptual_weight) < 0:
+    if min(self.kl_weight, self.square_weight, self.adversarial_weight, self.adversarial_start, self.perceptual_weight) < 0:
       raise ValueError(f"weights of losses and adversarial_start are 0 or more; not {self}")
 
 
 def loss_config(config):
   """The page of configs/vae.py -> LossConfig."""
-  return LossConfig(config.kl_weight, config.adversarial.weight, config.adversarial.start, config.perceptual.weight)
+  return LossConfig(config.kl_weight, config.square_weight, config.adversarial.weight, config.adversarial.start, config.perceptual.weight)
 
 
 @jax.tree_util.register_dataclass
@@ -52,35 +53,39 @@ class VAETrainState:
   critic_opt: tuple
 
 
-def _state(params, critic, tx):
-  zero = jnp.zeros((), jnp.int32)
-  return VAETrainState(zero, params, params, tx.init(params), zero, critic, tx.init(critic))
+CRITIC = optax.adam(1e-4, b1=0.5, b2=0.9)        # taming-transformers, vqgan.py
+
+
+def boxed_weights(cfg):
+  """Shapes of the weights with their logical axes."""
+  return jax.eval_shape(vae.VAE(cfg).init, jax.random.key(0), jnp.zeros((1, 1, *cfg.stride[1:], 3)))["params"]
 
 
 def abstract_state(cfg, tx, losses, layout=None):
   """State of ShapeDtypeStructs, with shardings where there is a layout: what a checkpoint is restored into."""
-  def boxed(key):
-    video = jnp.zeros((1, 1, *cfg.stride[1:], 3))
-    critic = critics.Discriminator().init(key, video)["params"] if losses.adversarial_weight else {}
-    return _state(vae.VAE(cfg).init(key, video)["params"], critic, tx)
-  shapes = jax.eval_shape(boxed, jax.random.key(0))
-  plain = layouts.unbox(shapes)
-  if layout is None:
-    return plain
-  return jax.tree.map(lambda shape, where: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where), plain,
-                      layouts.shardings(shapes, layout))
+  critic = jax.eval_shape(critics.Discriminator().init, jax.random.key(0), jnp.zeros((1, 1, *cfg.stride[1:], 3)))["params"]
+  params, opt = optim.abstract(tx, boxed_weights(cfg), layout)
+  critic, critic_opt = optim.abstract(CRITIC, critic if losses.adversarial_weight else {}, layout)
+  scalar = jax.ShapeDtypeStruct((), jnp.int32, **({} if layout is None else {"sharding": layout.fitted(())}))
+  return VAETrainState(scalar, params, params, opt, scalar, critic, critic_opt)
 
 
 def init_state(cfg, tx, losses, key, layout=None):
   """A new state, placed by the layout."""
   params_key, critic_key = jax.random.split(key)
-  video = jnp.zeros((1, 1, *cfg.stride[1:], 3))
   critic = {}
   if losses.adversarial_weight:
-    critic = layouts.unbox(jax.jit(critics.Discriminator().init)(critic_key, video))["params"]
-  state = _state(vae.init(params_key, cfg), critic, tx)
-  where = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, tx, losses, layout))
+    critic = layouts.unbox(jax.jit(critics.Discriminator().init)(critic_key, jnp.zeros((1, 1, *cfg.stride[1:], 3))))["params"]
+  params = vae.init(params_key, cfg)
+  zero = jnp.zeros((), jnp.int32)
+  state = VAETrainState(zero, params, params, tx.init(params), zero, critic, CRITIC.init(critic))
+  where = shardings(cfg, tx, losses, layout)
   return jax.tree.map(jnp.copy, state) if layout is None else jax.device_put(state, where, may_alias=False)
+
+
+def shardings(cfg, tx, losses, layout):
+  """Where the leaves of a state live; None without a layout."""
+  return None if layout is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, tx, losses, layout))
 
 
 def gaussian_kl(mean, logvar):
@@ -120,15 +125,16 @@ def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, 
 
   def likeness(made):
     l1 = mean_over(lambda a, b: jnp.mean(jnp.abs(a - b)), made, batch)
+    loss = l1 + losses.square_weight * mean_over(lambda a, b: jnp.mean(jnp.square(a - b)), made, batch)
     if not losses.perceptual_weight:
-      return l1, {"l1": l1}
+      return loss, {"l1": l1}
     far = mean_over(lambda a, b: critics.perceptual_distance(features, a, b), made, batch)
-    return l1 + losses.perceptual_weight * far, {"l1": l1, "perceptual": far}
+    return loss + losses.perceptual_weight * far, {"l1": l1, "perceptual": far}
 
   (loss, metrics), slope = jax.value_and_grad(likeness, has_aux=True)(made)
   critic, critic_opt, finite = state.critic, state.critic_opt, True
   if losses.adversarial_weight:
-    slope, critic, critic_opt, judged = adversarial(state, made, batch, slope, pull, tx, losses, layout)
+    slope, critic, critic_opt, judged = adversarial(state, made, batch, slope, pull, losses, layout)
     finite, metrics = jnp.isfinite(judged["critic_loss"]), metrics | judged
   grads, = pull((slope, jnp.asarray(losses.kl_weight / values, kl.dtype)))
   loss += losses.kl_weight * kl / values
@@ -146,7 +152,7 @@ def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, 
   return VAETrainState(state.step + 1, params, ema, opt, state.bad + bad, critic, critic_opt), metrics
 
 
-def adversarial(state, made, batch, slope, pull, tx, losses, layout):
+def adversarial(state, made, batch, slope, pull, losses, layout):
   """The critic's part of a step -> (slope of the loss at the reconstructions with its share, critic, its optimiser, metrics).
 
   Before `adversarial_start` nothing of it runs.
@@ -163,7 +169,7 @@ def adversarial(state, made, batch, slope, pull, tx, losses, layout):
     fooling, against = jax.value_and_grad(lambda made: -mean_over(lambda video: jnp.mean(judge(state.critic, video)), made))(made)
     share = losses.adversarial_weight * jnp.clip(at_last(slope) / (at_last(against) + 1e-4), 0, 1e4)
     critic_loss, grads = jax.value_and_grad(hinge)(state.critic)
-    updates, critic_opt = tx.update(grads, state.critic_opt, state.critic)
+    updates, critic_opt = CRITIC.update(grads, state.critic_opt, state.critic)
     joint = jax.tree.map(lambda a, b: a + share * b, slope, against)
     return joint, optax.apply_updates(state.critic, updates), critic_opt, {
         "critic_loss": critic_loss, "adversarial": fooling, "adversarial_share": share}
@@ -175,21 +181,9 @@ def adversarial(state, made, batch, slope, pull, tx, losses, layout):
   return jax.lax.cond(state.step >= losses.adversarial_start, take_part, stand_by)
 
 
-def latent_statistics(params, clips, cfg):
-  """Mean and standard deviation of each latent channel over the posterior means of clips [1 + 4n, H, W, 3] -> two arrays [z], float64."""
-  total, square, count = np.zeros(cfg.z_dim), np.zeros(cfg.z_dim), 0
-  for clip in clips:
-    mean = np.asarray(vae.encode(params, clip[None], cfg)[0], np.float64)
-    total += mean.sum((0, 1, 2, 3))
-    square += (mean ** 2).sum((0, 1, 2, 3))
-    count += mean[..., 0].size
-  if not count:
-    raise ValueError("latent_statistics: no clips")
-  centre = total / count
-  return centre, np.sqrt(np.maximum(square / count - centre ** 2, 1e-12))
-
-
-def with_statistics(params, clips, cfg):
-  """cfg with latents_mean and latents_std as measured on these clips."""
-  mean, std = latent_statistics(params, clips, cfg)
-  return dataclasses.replace(cfg, latents_mean=tuple(mean.tolist()), latents_std=tuple(std.tolist()))
+def with_statistics(latents, cfg):
+  """cfg with the mean and standard deviation of each channel over raw latents, a list of [t, h, w, z]. ValueError where there are none."""
+  if not latents:
+    raise ValueError("with_statistics: no latents")
+  every_NC = np.concatenate([np.asarray(one, np.float64).reshape(-1, cfg.z_dim) for one in latents])
+  return dataclasses.replace(cfg, latents_mean=tuple(every_NC.mean(0).tolist()), latents_std=tuple(np.maximum(every_NC.std(0), 1e-6).tolist()))

@@ -60,8 +60,8 @@ def test_packed_equals_alone():
   assert abs(float(loss_and_grad()(params, batch=other, key=key)[0]) - float(results[0][0])) > 1e-4
 
 
-def step_of(where):
-  tx = optim.optimizer(optim.OptimConfig(steps=10, warmup=1))
+def step_of(where, name="adamw"):
+  tx = optim.optimizer(optim.OptimConfig(steps=10, warmup=1, name=name), train.boxed_weights(model()))
   run = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma")), key=jax.random.key(1),
                           model=model(where), tx=tx, ema_decay=0.9, sigma=SIGMA)
   return tx, run
@@ -128,7 +128,7 @@ def test_two_steps_save_restore_two_steps(tmp_path):
 
 def test_overfits_a_handful_of_clips():
   """Sixty updates on one batch at a high rate bring the loss well down: the sign of the velocity and the text are wired right."""
-  tx = optim.optimizer(optim.OptimConfig(steps=60, warmup=5, learning_rate=5e-3))
+  tx = optim.optimizer(optim.OptimConfig(steps=60, warmup=5, learning_rate=5e-3, name="muon"), train.boxed_weights(model()))
   run = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), donate_argnums=0), model=model(), tx=tx,
                           ema_decay=0.9, sigma=SIGMA, key=jax.random.key(1))
   state, batch, losses = train.init_state(model(), tx, jax.random.key(0)), batches.pack(rows(), SHAPE), []

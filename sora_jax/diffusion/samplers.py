@@ -39,9 +39,8 @@ def heun_step(velocity, x, carry, sigma, sigma_next, key):
 
 def unipc_init(x, aux=None):
   """Carry of `unipc`: what the last two evaluations predicted as data, at which sigmas, and the (corrected) x of the last one."""
-  zeros = jnp.zeros_like(x)
-  return {"aux": aux, "count": jnp.zeros((), jnp.int32), "x": zeros, "data": zeros, "sigma": zeros, "data_before": zeros,
-          "sigma_before": zeros}
+  remembered = ("x", "data", "sigma", "data_before", "sigma_before")
+  return {"aux": aux, "count": jnp.zeros((), jnp.int32), **{name: jnp.zeros_like(x) for name in remembered}}
 
 
 def unipc_step(velocity, x, carry, sigma, sigma_next, key):

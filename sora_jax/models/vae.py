@@ -145,7 +145,7 @@ def init(key, cfg):
 
   def weight(path, leaf, stop):
     if path[-1].key != "kernel":
-      return jnp.full(leaf.shape, 1.0 if path[-1].key == "scale" else 0.0)
+      return jnp.full(leaf.shape, 1.0 if path[-1].key == "scale" else 0.0, jnp.float32)
     return draw[stop - leaf.size:stop].reshape(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5     # as KERNEL: 1 / fan in
   params = tree.unflatten(weight(path, leaf, stop) for (path, leaf), stop in zip(leaves, stops, strict=True))
   params["quant"]["bias"] = params["quant"]["bias"].at[cfg.z_dim:].set(-6.0)
