@@ -72,7 +72,6 @@ def tiny():
 def world():
   """The VAE of the small model that ships."""
   config = tiny()
-  config.model = "world"
   config.steps = 5000
   config.eval_every = 500
   config.checkpoint_every = 250

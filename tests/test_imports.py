@@ -18,7 +18,7 @@ ALLOWED = {
     **{f"sora_jax.{name}": () for name in ("errors", *BASIS, "diffusion", "safety", "metrics", "video")},
     "sora_jax.optim": ("sora_jax.layout",),
     "sora_jax.models": tuple(f"sora_jax.{name}" for name in BASIS),
-    "sora_jax.weights": ("sora_jax.models",),
+    "sora_jax.weights": ("sora_jax.models", "sora_jax.layout"),
     "sora_jax.checkpoint": ("sora_jax.layout",),
     "sora_jax.tasks": tuple(f"sora_jax.{name}" for name in BASIS),
     **{

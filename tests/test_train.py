@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from sora_jax import batch as batches, checkpoint, layout, optim, patches, train
 from sora_jax.diffusion import flow
@@ -60,38 +59,45 @@ def test_packed_equals_alone():
   assert abs(float(loss_and_grad()(params, batch=other, key=key)[0]) - float(results[0][0])) > 1e-4
 
 
-def step_of(where, name="adamw"):
-  tx = optim.optimizer(optim.OptimConfig(steps=10, warmup=1, name=name), train.boxed_weights(model()))
-  run = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma")), key=jax.random.key(1),
-                          model=model(where), tx=tx, ema_decay=0.9, sigma=SIGMA)
-  return tx, run
+MESH = {"fsdp": 2, "context": 2, "tensor": 2}
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 4, "tensor": 2}, {"context": 2, "fsdp": 2}])
-def test_sharded_equals_unsharded(axes):
-  """Two updates on eight devices give the weights that one device gives, and every axis of the mesh is used."""
+@functools.cache
+def setting(sharded):
+  """(layout, tx, compiled step) on one device, or on eight; few compilations serve all tests."""
+  where = layout.Layout(layout.make_mesh(**MESH)) if sharded else layout.single_device()
+  tx = optim.optimizer(optim.OptimConfig(steps=60, warmup=5, learning_rate=5e-3, name="muon"), train.boxed_weights(model()))
+  step = jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), out_shardings=(train.shardings(model(where), tx), None))
+  return where, tx, functools.partial(step, key=jax.random.key(1), model=model(where), tx=tx, ema_decay=0.9, sigma=SIGMA)
+
+
+def start(where, tx):
+  return train.init_state(model(where), tx, jax.random.key(0)), train.place_batch(batches.pack(rows(), SHAPE), where)
+
+
+def test_sharded_equals_unsharded():
+  """Two updates on eight devices give the weights that one device gives; weights and optimiser are cut over the mesh."""
   states = []
-  for where in (layout.single_device(), layout.Layout(layout.make_mesh(**axes))):
-    tx, run = step_of(where)
-    state = train.init_state(model(where), tx, jax.random.key(0))
-    batch = train.place_batch(batches.pack(rows(), SHAPE), where)
+  for sharded in (False, True):
+    where, tx, step = setting(sharded)
+    state, batch = start(where, tx)
     for _ in range(2):
-      state, metrics = run(state, batch)
+      state, metrics = step(state, batch)
     states.append((state, metrics))
   (one, m_one), (many, m_many) = states
   np.testing.assert_allclose(m_many["loss"], m_one["loss"], rtol=2e-5)
   for a, b in zip(jax.tree.leaves(many.params), jax.tree.leaves(one.params), strict=True):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4)
-  parts = {leaf.addressable_shards[0].data.size / leaf.size for tree in (many.params, many.opt) for leaf in jax.tree.leaves(tree)}
-  assert min(parts) <= 1 / axes["fsdp"]
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-3)
+  for tree in (many.params, many.opt):
+    parts = {leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(tree)}
+    assert min(parts) <= 1 / 4, parts
 
 
 def test_a_bad_update_changes_nothing_but_the_count():
   """A batch with a NaN leaves weights, EMA and optimiser to the bit; the step goes on; a good one after it trains."""
-  tx, run = step_of(None)
-  state = train.init_state(model(), tx, jax.random.key(0))
-  good = batches.pack(rows(), SHAPE)
-  broken = dataclasses.replace(good, tokens_BLP=np.where(np.arange(48)[None, :, None] == 3, np.nan, good.tokens_BLP).astype(np.float32))
+  where, tx, run = setting(False)
+  state, good = start(where, tx)
+  broken = dataclasses.replace(good, tokens_BLP=good.tokens_BLP.at[:, 3].set(np.nan))
   after, metrics = run(state, broken)
   assert int(metrics["bad"]) == 1 and int(after.bad) == 1 and int(after.step) == 1
   for part in ("params", "ema", "opt"):
@@ -104,34 +110,28 @@ def test_a_bad_update_changes_nothing_but_the_count():
 def test_two_steps_save_restore_two_steps(tmp_path):
   """4 steps equal 2 + save + restore on another mesh + 2."""
   names = ("params", "ema", "opt", "step", "bad")
-
-  def batch(where):
-    return train.place_batch(batches.pack(rows(), SHAPE), where)
-  first, second = layout.single_device(), layout.Layout(layout.make_mesh(fsdp=8))
-  tx, run = step_of(first)
-  state = train.init_state(model(first), tx, jax.random.key(0))
+  where, tx, run = setting(False)
+  state, batch = start(where, tx)
   for step in range(1, 5):
-    state, _ = run(state, batch(first))
+    state, _ = run(state, batch)
     if step == 2:
       saved = checkpoint.Checkpoints(tmp_path)
       saved.save(2, {"state": {name: getattr(state, name) for name in names}}, {"step": 2})
       saved.close()
-  tx, run = step_of(second)
-  target = train.abstract_state(model(second), tx)
-  found = checkpoint.Checkpoints(tmp_path).restore(2, {"state": {name: getattr(target, name) for name in names}})["state"]
-  again = train.State(**found)
+  where, tx, run = setting(True)
+  target = train.abstract_state(model(where), tx)
+  again = train.State(**checkpoint.Checkpoints(tmp_path).restore(2, {"state": {name: getattr(target, name) for name in names}})["state"])
+  batch = start(where, tx)[1]
   for _ in range(2):
-    again, _ = run(again, batch(second))
+    again, _ = run(again, batch)
   for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(state.params), strict=True):
-    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=2e-4)
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-3)
 
 
 def test_overfits_a_handful_of_clips():
   """Sixty updates on one batch at a high rate bring the loss well down: the sign of the velocity and the text are wired right."""
-  tx = optim.optimizer(optim.OptimConfig(steps=60, warmup=5, learning_rate=5e-3, name="muon"), train.boxed_weights(model()))
-  run = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), donate_argnums=0), model=model(), tx=tx,
-                          ema_decay=0.9, sigma=SIGMA, key=jax.random.key(1))
-  state, batch, losses = train.init_state(model(), tx, jax.random.key(0)), batches.pack(rows(), SHAPE), []
+  where, tx, run = setting(False)
+  (state, batch), losses = start(where, tx), []
   for _ in range(60):
     state, metrics = run(state, batch)
     losses.append(float(metrics["loss"]))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.layout import Layout
-from sora_jax.models.vae_blocks import Conv, Norm, by_rows, plane_conv
+from sora_jax.models.causal_conv import plane_conv
+from sora_jax.models.vae_blocks import Conv, Norm, by_rows
 
 WIDTHS = (32, 64, 128)
 # torchvision's vgg16: index in `features` of each convolution, by stage

@@ -69,10 +69,8 @@ def _published(mean, std):
 
 SIZES = {
     # Ours: no convolution at full resolution, so that minutes on two CPU cores are enough.
-    "tiny": VAEConfig(base_dim=32, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
+    "tiny": VAEConfig(base_dim=24, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
                       is_residual=True, patch_size=4),
-    "world": VAEConfig(base_dim=24, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
-                       is_residual=True, patch_size=4),
     # The public ones; latent statistics as in their config.json (Wan-AI/Wan2.1-T2V-14B-Diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers).
     "wan2.1": VAEConfig(**_published(
         "-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508 .4134 -.0715 .5517 -.3632 -.1922 -.9497 .2503 -.2921",

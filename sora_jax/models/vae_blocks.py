@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.layout import Layout, param
+from sora_jax.models.causal_conv import SAME, causal_conv, in_front, plane_conv
 
-PLANE = ("NHWC", "HWIO", "NHWC")
-VOLUME = ("NDHWC", "DHWIO", "NDHWC")
 KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 ATTENTION_SCORES = 2 ** 24        # held at once; above that, frame by frame in blocks of queries
 
@@ -32,48 +31,9 @@ def recall(module, x_BTHWC, n, first):
   before = None if first else module.get_variable("stream", "tail")
   if module.is_mutable_collection("stream"):
     missing = max(n - x_BTHWC.shape[1], 0)
-    joined = jnp.pad(x_BTHWC, _in_front(missing)) if first else jnp.concatenate([before, x_BTHWC], 1)
+    joined = jnp.pad(x_BTHWC, in_front(missing)) if first else jnp.concatenate([before, x_BTHWC], 1)
     module.put_variable("stream", "tail", joined[:, joined.shape[1] - n:])
   return before
-
-
-def _in_front(n):
-  """Padding widths that put n frames before a video."""
-  return ((0, 0), (n, 0), (0, 0), (0, 0), (0, 0))
-
-
-def plane_conv(x_BTHWC, kernel, stride=1, padding=((1, 1), (1, 1))):
-  """A 2-D convolution of every frame; kernel (height, width, in, out)."""
-  flat = x_BTHWC.reshape(-1, *x_BTHWC.shape[2:])
-  y = jax.lax.conv_general_dilated(flat, kernel, (stride, stride), padding, dimension_numbers=PLANE)
-  return y.reshape(*x_BTHWC.shape[:2], *y.shape[1:])
-
-
-def causal_conv(before, x_BTHWC, kernel):
-  """3 x 3 x 3 convolution over this frame and the two before it; `before` holds the two before the chunk, None for zeros.
-
-  On CPU as 2-D convolutions summed over time taps, several times faster there than XLA's 3-D one (and a tap that would meet
-  nothing but the zeros before the video is left out: one tap in place of three for an image); elsewhere the 3-D one.
-  """
-  frames = x_BTHWC.shape[1]
-
-  def by_taps(x, kernel, *before):
-    x = jnp.concatenate([*before, x], 1)
-    y = 0
-    for tap in range(3):
-      seen = min(frames, x.shape[1] - 2 + tap)
-      if seen > 0:
-        stop = x.shape[1] - 2 + tap
-        y += jnp.pad(plane_conv(x[:, stop - seen:stop], kernel[tap]), _in_front(frames - seen))
-    return y
-
-  def by_volume(x, kernel, *before):
-    front = 0 if before else 2
-    return jax.lax.conv_general_dilated(
-        jnp.concatenate([*before, x], 1), kernel, (1, 1, 1), ((front, 0), (1, 1), (1, 1)), dimension_numbers=VOLUME)
-
-  args = (x_BTHWC, kernel) if before is None else (x_BTHWC, kernel, before)
-  return jax.lax.platform_dependent(*args, cpu=by_taps, default=by_volume)
 
 
 def double(x_BTHWC):
@@ -83,7 +43,7 @@ def double(x_BTHWC):
 
 def average_down(x_BTHWC, features, time, space):
   """Shortcut past a down-sampling: pixels of a block become channels, and groups of channels their mean. [.., C] -> [.., features]."""
-  x = jnp.pad(x_BTHWC, _in_front(-x_BTHWC.shape[1] % time))
+  x = jnp.pad(x_BTHWC, in_front(-x_BTHWC.shape[1] % time))
   B, T, H, W, C = x.shape
   x = x.reshape(B, T // time, time, H // space, space, W // space, space, C)
   x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)                  # a channel's pixels stay together
@@ -116,7 +76,7 @@ class Conv(nn.Module):
   size: tuple[int, ...] = (3, 3, 3)
 
   @nn.compact
-  def __call__(self, x_BTHWC, first=True, stride=1, padding=((1, 1), (1, 1))):
+  def __call__(self, x_BTHWC, first=True, stride=1, padding=SAME):
     kernel = _weight(self, "kernel", self.size, x_BTHWC, self.features)
     bias = _bias(self, x_BTHWC, self.features)
     if self.size == (3, 3, 3):
@@ -161,7 +121,7 @@ class TimeUp(nn.Module):
     bias = _bias(self, x_BTHWC, 2 * features)
     late = x_BTHWC[:, 1:] if first else x_BTHWC
     before = recall(self, late, 2, first)
-    x = jnp.pad(late, _in_front(2)) if first else jnp.concatenate([before, late], 1)
+    x = jnp.pad(late, in_front(2)) if first else jnp.concatenate([before, late], 1)
     B, T, H, W, C = late.shape
     y = sum(x[:, tap:tap + T] @ kernel[tap] for tap in range(3)) + bias
     y = y.reshape(B, T, H, W, 2, C).transpose(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, H, W, C)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sora_jax.layout import Layout, make_mesh, shardings, unbox
-from sora_jax.models import vae, vae_blocks
+from sora_jax.models import causal_conv, vae, vae_blocks
 from sora_jax.weights import files, wan_vae
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
@@ -24,7 +24,7 @@ def video(cfg, frames=9, batch=1, seed=0):
   return np.random.default_rng(seed).uniform(-1, 1, (batch, frames, h, 2 * w, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("name", "millions"), [("wan2.1", 126.9), ("wan2.2", 704.7), ("tiny", None), ("world", None)])
+@pytest.mark.parametrize(("name", "millions"), [("wan2.1", 126.9), ("wan2.2", 704.7), ("tiny", None)])
 def test_every_size_has_its_shapes(name, millions):
   """Strides, latents and, for the public ones, the published number of weights (diffusers: 126.9 M and 704.7 M)."""
   cfg = vae.SIZES[name]
@@ -35,7 +35,7 @@ def test_every_size_has_its_shapes(name, millions):
   assert mean.shape == logvar.shape == (2, 3, 2, 3, cfg.z_dim)
   assert jax.eval_shape(lambda p, z: vae.decode(p, z, cfg), params, mean).shape == shape.shape
   count = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
-  assert count < 1.2 if millions is None else round(count, 1) == millions
+  assert count < 1.7 if millions is None else round(count, 1) == millions
   if millions is None:
     assert cfg.stride == (4, 16, 16) and cfg.z_dim == 32
 
@@ -92,8 +92,8 @@ def test_both_forms_of_the_convolution_agree(frames, monkeypatch):
   kernel, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 3, 3, 3, 4), (2, frames, 5, 6, 4)))
 
   def both(before):
-    run = lambda x, kernel: jnp.sum(vae_blocks.causal_conv(before, x, kernel) * weight)  # noqa: E731
-    return vae_blocks.causal_conv(before, x, kernel), jax.grad(run, (0, 1))(x, kernel)
+    run = lambda x, kernel: jnp.sum(causal_conv.causal_conv(before, x, kernel) * weight)  # noqa: E731
+    return causal_conv.causal_conv(before, x, kernel), jax.grad(run, (0, 1))(x, kernel)
 
   by_taps = both(None), both(before)
   monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
