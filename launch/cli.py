@@ -82,13 +82,21 @@ def _parse_flags(argv):
   except flags.Error:
     raise
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    raise BadInput(f"the config does not take this: {lines[0] if lines else error!r}; "
-                   "see the config file for its names and types") from None
+    raise BadInput(f"the config does not take this: {_plainest(error)}; see the config file for its names and types") from None
   except (OSError, ImportError) as error:
     raise BadInput(f"the config file cannot be read: {error}; give --config=FILE.py or --config=FILE.py:variant") from None
   if len(rest) > 1:
     raise BadInput(f"unexpected argument {rest[1]!r}: every option is written --name=value; see --help")
+
+
+def _plainest(error):
+  """Of an error and those behind it the text that says most to a user: ml_collections hides "Did you mean" at the bottom."""
+  texts = []
+  while error is not None:
+    text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'")
+    texts.append(" ".join(text.split()).strip("\"'"))
+    error = error.__cause__ or error.__context__
+  return next((text for text in texts if "Did you mean" in text), texts[0])
 
 
 def define_config(default):

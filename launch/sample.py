@@ -25,7 +25,8 @@ def main():
   requests, broken = chosen_requests()
   workdir = WORKDIR.value or checkpoint.shipped()
   bundle = sampling.Bundle.open(workdir, WEIGHTS.value)
-  cli.say(f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with {WORKDIR.value or 'the model that ships'} (step {bundle.step}) into {OUT.value}")
+  cli.say(f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with {WORKDIR.value or 'the model that ships'} "
+          f"(step {bundle.step}) into {OUT.value}")
   if PROMPT.value is not None:
     tasks.parse_request(requests[0], bundle.defaults, sampling.SAMPLERS)      # a bad flag is told before anything runs
   counts = sampling.run_job(bundle, requests, OUT.value)

@@ -52,7 +52,8 @@ class Bundle:
     """From a work directory of launch.train, or a model that was exported or ships."""
     config = checkpoint.read_json(epath.Path(workdir) / "config.json")
     if "sample" not in config:
-      raise BadInput(f"{workdir} is no work directory of launch.train (its config.json is of {config.get('program', 'another program')}); name another --workdir")
+      raise BadInput(f"{workdir} is no work directory of launch.train (its config.json is of {config.get('program', 'another program')}); "
+                     "name another --workdir")
     settings = build.attributes(config)
     where = build.make_layout(settings)
     model = build.make_model(settings, epath.Path(workdir) / "text", where)

@@ -46,7 +46,8 @@ def main():
   state, cursor, step = resume(checkpoints, target) or begin(config, model, tx, target)
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   if step >= config.steps:
-    cli.say(f"{workdir} is already trained for {step} steps; nothing to do. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+    cli.say(f"{workdir} is already trained for {step} steps; nothing to do. "
+            f"Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
     return cli.OK
   cli.say(f"training {config.model.size} ({parameters / 1e6:.2f} M parameters) on {len(index)} clips, steps {step + 1} to {config.steps} of "
           f"{config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}")
@@ -117,7 +118,8 @@ def check_index(index, model, workdir):
   channels = index.header["latent_channels"]
   wanted = model.dit.channels
   if channels != wanted:
-    raise BadInput(f"the records have {channels} latent channels, model {wanted}; encode with the VAE that this model is for, or change --config.model.size")
+    raise BadInput(f"the records have {channels} latent channels, the model takes {wanted}; encode with the VAE that it is for, or change "
+                   "--config.model.size")
   mine = checkpoint.fingerprint(os.path.join(workdir, "vae"))
   if index.header.get("vae_fingerprint") not in (None, mine):
     raise BadInput(f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {workdir}/vae ({mine}); encode again")

@@ -42,7 +42,8 @@ def main():
   target = train_vae.abstract_state(cfg, tx, losses, where)
   state, step = resume(checkpoints, target) or (train_vae.init_state(cfg, tx, losses, jax.random.key(config.seed), where), 0)
   if step >= config.steps:
-    cli.say(f"{workdir} is already trained for {step} steps; nothing to do. Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
+    cli.say(f"{workdir} is already trained for {step} steps; nothing to do. "
+            f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
     return cli.OK
   size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   cli.say(f"training VAE {config.model} ({size / 1e6:.2f} M parameters, stride {cfg.stride}, {cfg.z_dim} channels), steps {step + 1} to "

@@ -35,7 +35,8 @@ def test_seconds_and_images():
   assert parse(task="text_to_image", frames=33).frames == 1
 
 
-@pytest.mark.parametrize("frames, size, thw", [(17, (64, 64), (5, 4, 4)), (16, (50, 90), (5, 4, 6)), (1, (33, 32), (1, 4, 2)), (18, (64, 64), (6, 4, 4))])
+@pytest.mark.parametrize("frames, size, thw", [
+    (17, (64, 64), (5, 4, 4)), (16, (50, 90), (5, 4, 6)), (1, (33, 32), (1, 4, 2)), (18, (64, 64), (6, 4, 4))])
 def test_a_canvas_covers_what_was_asked(frames, size, thw):
   made = canvas(parse(frames=frames, size=list(size)))
   assert made.latents_THWC.shape == (*thw, 3) and (made.frames, made.size) == (frames, size) and not made.given_THW.any()

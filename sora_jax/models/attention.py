@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
   splash_attention_kernel as splash_kernel,
   splash_attention_mask_info as splash_mask,
 )
+from jax.sharding import PartitionSpec
 
 PAST = jnp.iinfo(jnp.int32).max
 MASKED, LOWEST = -1e30, -1e20  # a masked score, and where the running maximum starts: exp(MASKED - LOWEST) is 0
@@ -35,7 +36,7 @@ def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=No
 
   query [B, L, N, K], key and value [B, M, N, K]; segment_BL, segment_BM int32, 0 for padding. `scale` defaults to K ** -0.5.
   `bias` [N, L, M] is added to the scores of every row; such attention is dense (for the short rows of text encoders).
-  `layout`: rows and heads stay where it says, the lengths are gathered (Ulysses, arXiv:2309.14509, when heads are cut over more axes).
+  `layout`: rows and heads are worked on where it says they are; see `_specs` for tokens that are cut over devices.
   `kernel`: "blocks" or "splash"; by default splash where the devices are TPUs.
   Returns [B, L, N, K] in the query's dtype; zeros where a query has no key, with zero gradient.
   """
@@ -48,9 +49,26 @@ def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=No
   run = lambda *args: one(*args, scale)  # noqa: E731
   if layout is None or layout.mesh.size == 1:
     return run(*args)
-  heads = layout.fitted(query_BLNK.shape, "act_batch", None, "act_heads", None).spec
-  row = layout.fitted(segment_BL.shape, "act_batch", None).spec
-  return jax.shard_map(run, mesh=layout.mesh, in_specs=(heads, heads, heads, row, row), out_specs=heads, check_vma=False)(*args)
+  query_spec, key_spec = _specs(query_BLNK.shape, key_BMNK.shape[1], layout)
+  in_specs = (query_spec, key_spec, key_spec, PartitionSpec(*query_spec[:2]), PartitionSpec(*key_spec[:2]))
+  return jax.shard_map(run, mesh=layout.mesh, in_specs=in_specs, out_specs=query_spec, check_vma=False)(*args)
+
+
+def _specs(query_shape, M, layout):
+  """Where queries and keys lie while they meet: (spec of [B, L, N, K], spec of [B, M, N, K]).
+
+  Few keys (text) come to the queries where those are. Otherwise heads are dealt over the axis that cut the tokens, so that each
+  device has whole rows of some heads (Ulysses, arXiv:2309.14509); where the heads run out, whole rows of all its heads.
+  """
+  _, L, N, _ = query_shape
+  batch, length, heads, _ = layout.fitted(query_shape, "act_batch", "act_length", "act_heads", None).spec
+  if length is not None and M * layout.ways(length) <= L:
+    return PartitionSpec(batch, length, heads, None), PartitionSpec(batch, None, heads, None)
+  names = lambda cut: () if cut is None else (cut,) if isinstance(cut, str) else tuple(cut)  # noqa: E731
+  both = names(heads) + names(length)
+  if N % layout.ways(both) == 0:
+    heads = both or None
+  return (PartitionSpec(batch, None, heads, None),) * 2
 
 
 def _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias_NLM):

@@ -14,8 +14,9 @@ the converter permutes); sigma belongs to tokens, and modulation is computed for
 each use. Scores, norms, modulation and residual sums are float32 whatever the compute dtype.
 
 Initial weights (for training from nothing): residual branches start open, gates at 1, with output weights scaled by
-(3 depth) ** -0.5, and only the last layer at zero, so that the first velocity is 0. For runs of a thousand steps: gates that start
-at 0 (adaLN-zero) spend many of them opening.
+(3 depth) ** -0.5, and only the last layer at zero, so that the first velocity is 0. Measured on soft blobs that move as a prompt
+says (4 layers of width 96, 180 steps of 48 clips, mean loss of the last 30): 0.60; gates at 0.2 and unscaled outputs 0.76; gates at
+0 (adaLN-zero) 0.78; gates at 1 and unscaled outputs 0.87.
 """
 
 import dataclasses
@@ -216,21 +217,21 @@ class Attention(Part):
       if name != "value":
         norms[name] = self.weight(f"{name}_norm", (N, K), heads[1:], nn.initializers.ones)
 
-    def project(x_BLD, *names):
+    def project(x_BLD, length, *names):
       """One product for all of them: fewer passes over x, forward and backward."""
       kernel_DcNK, bias_cNK = jnp.stack([kernels[n] for n in names], 1), jnp.stack([biases[n] for n in names])
       y_BLcNK = jnp.einsum("BLD,DcNK->BLcNK", x_BLD.astype(dtype), kernel_DcNK) + bias_cNK
-      y_BLcNK = self.shard(y_BLcNK, "act_batch", None, None, "act_heads", "act_head_dim")
+      y_BLcNK = self.shard(y_BLcNK, "act_batch", length, None, "act_heads", "act_head_dim")
       return [rms_norm(y_BLcNK[:, :, i], norms[n], cfg.eps) if n in norms else y_BLcNK[:, :, i] for i, n in enumerate(names)]
 
     if angles is not None:
-      query, key, value = project(x_BLD, "query", "key", "value")
+      query, key, value = project(x_BLD, "act_length", "query", "key", "value")
       query, key = turn(query, *angles), turn(key, *angles)
     else:
-      (query,) = project(x_BLD, "query")
-      key, value = text_kv if text_kv is not None else project(text_BSD, "key", "value")
+      (query,) = project(x_BLD, "act_length", "query")
+      key, value = text_kv if text_kv is not None else project(text_BSD, "act_text", "key", "value")
     out_BLNK = attend(query.astype(dtype), key.astype(dtype), value, segment_BL, segment_BM, layout=self.layout)
-    out_BLNK = self.shard(out_BLNK, "act_batch", None, "act_heads", "act_head_dim")
+    out_BLNK = self.shard(out_BLNK, "act_batch", "act_length", "act_heads", "act_head_dim")
     small = (3 * cfg.depth) ** -0.5
     return self.linear("BLNK,NKD->BLD", out_BLNK, "out", (N, K, D), ("heads", "head_dim", "embed"), normal(D, small))
 

@@ -17,10 +17,13 @@ def make_clip(uid, thw, epoch=0, text=3):
                       uid=uid, size=thw, fps=8.0, epoch=epoch)
 
 
-def noise_and_sigma(rows, shape=batches.RowShape(length=32, clips=4, text=16)):
-  packed = batches.pack(rows, shape)
+SHAPE = batches.RowShape(length=32, clips=4, text=16)
+
+
+def noise_and_sigma(rows):
+  packed = batches.pack(rows, SHAPE)
   keys = flow.clip_keys(jax.random.key(7), packed.uid_BG2, packed.epoch_BG)
-  tokens_BG = jax.vmap(lambda s: jnp.bincount(s, length=shape.clips + 1)[1:])(packed.segment_BL)
+  tokens_BG = jax.vmap(lambda s: jnp.bincount(s, length=SHAPE.clips + 1)[1:])(packed.segment_BL)
   noise = flow.token_noise(keys, packed.segment_BL, packed.coords_BL3, packed.tokens_BLP.shape[-1])
   return packed, np.asarray(noise), np.asarray(flow.draw_sigma(keys, tokens_BG, flow.SigmaConfig()))
 

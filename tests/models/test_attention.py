@@ -52,8 +52,8 @@ def test_a_query_sees_the_keys_of_its_segment(kernel, cross):
 
 def test_merged_segments_differ():
   query, key, value, _ = inputs(2, 150, 150, 2, 16)
-  apart = attention.attend(query, key, value, QUERIES, QUERIES)
-  merged = attention.attend(query, key, value, jnp.minimum(QUERIES, 1), jnp.minimum(QUERIES, 1))
+  run = jax.jit(lambda ids: attention.attend(query, key, value, ids, ids))
+  apart, merged = run(QUERIES), run(jnp.minimum(QUERIES, 1))
   assert np.abs(apart - merged)[0, :120].max() > 1e-2
 
 
@@ -78,7 +78,7 @@ def test_tiles_of_other_segments_are_passed_over():
   query, key, value, _ = inputs(1, 256, 256, 1, 8)
   ids = segments([(1, 64), (2, 128), (3, 64)])
   key = key.at[:, 64:192].set(jnp.nan)
-  out = attention.attend(query, key, value, ids, ids)
+  out = jax.jit(attention.attend)(query, key, value, ids, ids)
   assert np.isfinite(out[0, :64]).all() and np.isfinite(out[0, 192:]).all() and np.isnan(out[0, 64:192]).all()
   meet = attention.tiles_meet(ids.reshape(4, 64), ids.reshape(4, 64))
   np.testing.assert_array_equal(meet, [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
@@ -88,23 +88,27 @@ def test_tiles_of_other_segments_are_passed_over():
 def test_bias_is_added_to_scores():
   query, key, value, _ = inputs(2, 40, 40, 2, 8)
   ids = segments([(1, 20), (2, 15), (0, 5)], [(1, 40)])
-  same_bias = attention.attend(query, key, value, ids, ids, bias=jnp.full((2, 40, 40), 3.0))
-  np.testing.assert_allclose(same_bias, attention.attend(query, key, value, ids, ids), atol=2e-6)
-  only_self = attention.attend(query, key, value, ids, ids, bias=jnp.where(jnp.eye(40, dtype=bool), 0.0, -1e4))
+  biased = jax.jit(lambda bias: attention.attend(query, key, value, ids, ids, bias=bias))
+  same = jax.jit(attention.attend)(query, key, value, ids, ids)
+  np.testing.assert_allclose(biased(jnp.full((2, 40, 40), 3.0)), same, atol=2e-6)
+  only_self = biased(jnp.where(jnp.eye(40, dtype=bool), 0.0, -1e4))
   np.testing.assert_allclose(only_self, jnp.where(ids[..., None, None] > 0, value, 0), atol=1e-6)
 
 
-def test_sharded_is_unsharded():
-  """Rows over data, tokens over context, heads over tensor: 8 virtual devices, one answer, outputs and gradients."""
+@pytest.mark.parametrize("heads, keys", [(4, 150), (2, 150), (2, 40)], ids=["heads-dealt", "heads-run-out", "few-keys"])
+def test_sharded_is_unsharded(heads, keys):
+  """Rows over data, tokens over context, heads over tensor, on 8 virtual devices: the same outputs and gradients."""
   layout = Layout(make_mesh(data=2, context=2, tensor=2))
-  query, key, value, weight = inputs(2, 150, 150, 2, 16)
+  query, key, value, weight = inputs(2, 150, keys, heads, 16)
+  ids = QUERIES, QUERIES[:, :keys]
 
-  def grads(layout):
-    f = lambda *a: (attention.attend(*a, QUERIES, QUERIES, layout=layout) * weight).sum()  # noqa: E731
-    return jax.jit(jax.value_and_grad(f, (0, 1, 2)))
+  def run(layout):
+    f = lambda *a: (attention.attend(*a, *ids, layout=layout) * weight).sum()  # noqa: E731
+    return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(query, key, value)
 
-  if layout:
-    place = lambda x: jax.device_put(x, layout.sharding("act_batch", "act_length", "act_heads", None))  # noqa: E731
-    cut = grads(layout)(*map(place, (query, key, value)))
-  for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(grads(None)(query, key, value)), strict=True):
+  for a, b in zip(jax.tree.leaves(run(layout)), jax.tree.leaves(run(None)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  query_spec, key_spec = attention._specs(query.shape, keys, layout)
+  expected = {"heads-dealt": (None, ("tensor", "context")), "heads-run-out": (None, "tensor"), "few-keys": ("context", "tensor")}
+  assert query_spec[1:3] == expected["few-keys" if keys < 150 else "heads-dealt" if heads == 4 else "heads-run-out"]
+  assert key_spec[1] is None
