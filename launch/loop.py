@@ -31,6 +31,7 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
     for step in range(first_step + 1, config.steps + 1):
       batch, cursor = next(batches)
       state, metrics = update(state, batch)
+      checkpoints.poll()
       last, stopping = step == config.steps, stop_now(step)
       saving = step % config.checkpoint_every == 0 or last or stopping
       if before is not None:               # a step late, so that the device never waits for the host

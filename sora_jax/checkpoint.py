@@ -146,6 +146,11 @@ class Checkpoints:
         if path.suffix == ".json" and not (self.root / "checkpoints" / path.stem).exists():
           path.unlink()
 
+  def poll(self):
+    """Writes the manifest of a save that has ended meanwhile: call it often, so that a kill costs little."""
+    if self.pending is not None and not self.manager.is_saving_in_progress():
+      self.settle()
+
   def latest(self):
     """The newest step that is whole, or None. Damaged ones are named and set aside."""
     for step in sorted(self.manager.all_steps(), reverse=True):
