@@ -126,20 +126,23 @@ def read_report(path):
 
 def show(out, times, status=None):
   """Writes OUT/index.html from what is there."""
-  reports = {key: read_report(out / f"{key}.json") for key in ("shipped", "fresh")}
   requests = [json.loads(line) for line in open(out / "requests.jsonl")]
+  models = [{"key": "shipped", "name": "the model that ships", "detail": "configs/t2v.py:world"},
+            {"key": "fresh", "name": "trained just now", "detail": "configs/t2v.py:tiny"}]
+  models = [model for model in models if (out / model["key"]).exists()]
+  reports = {model["key"]: read_report(out / f"{model['key']}.json") for model in models}
+  fresh = reports.get("fresh", {})
   story = {
       "title": "sora_jax: a text-to-video model, trained while you waited",
       "lede": "A causal video VAE and a diffusion transformer on packed spacetime patches, trained on a small generated world of coloured "
               "shapes. Every prompt below names a combination that neither model met in training.",
       "machine": f"{os.cpu_count()} CPU cores", "command": "bash launch/quickstart.sh",
-      "models": [{"key": "shipped", "name": "the model that ships", "detail": "configs/t2v.py:world"},
-                 {"key": "fresh", "name": "trained just now", "detail": "configs/t2v.py:tiny"}],
+      "models": models,
       "phases": [{"name": name, "seconds": seconds} for name, seconds in times.items()],
       "prompts": [prompt_entry(request, out, reports) for request in requests[:SHOWN]],
-      "scores": score_entries(reports), "curves": curve_entries(out), "bars": sigma_bars(reports),
-      "reconstructions": reconstruction_entries(out, reports["fresh"]),
-      "facts": facts(out, reports["fresh"]), "next": next_commands(out),
+      "scores": score_entries(reports), "curves": curve_entries(out), "bars": sigma_bars(fresh),
+      "reconstructions": reconstruction_entries(out, fresh),
+      "facts": facts(out, fresh), "next": next_commands(out),
   }
   story = {name: value for name, value in story.items() if value}
   if status:
@@ -168,7 +171,7 @@ def score_entries(reports):
     found = {key: report["scores"][name] for key, report in reports.items() if name in report.get("scores", {})}
     entries.append({"name": name, "unit": "%", "values": {key: score["share"] for key, score in found.items()},
                     "chance": next(iter(found.values()))["chance"], "goals": {key: goal[name] for key, goal in GOALS.items() if name in goal}})
-  vae = reports["fresh"].get("vae")
+  vae = reports.get("fresh", {}).get("vae")
   if vae:
     entries.append({"name": "VAE: PSNR on held-out clips", "unit": "dB", "values": {"fresh": vae["psnr"]}, "goals": {"fresh": 28.0}, "most": 45.0})
     entries.append({"name": "VAE: SSIM on held-out clips", "unit": "", "values": {"fresh": vae["ssim"]}, "goals": {"fresh": 0.9}, "most": 1.0})
@@ -186,9 +189,9 @@ def curve_entries(out):
   return curves
 
 
-def sigma_bars(reports):
+def sigma_bars(report):
   """Held-out loss by noise level."""
-  losses = reports["fresh"].get("loss_by_sigma")
+  losses = report.get("loss_by_sigma")
   if not losses:
     return []
   return [{"title": "held-out loss by noise level", "x": "sigma (0 data, 1 noise)", "labels": list(losses),
