@@ -10,6 +10,12 @@ import numpy as np
 
 from sora_jax.errors import BadInput
 from sora_jax.models.critics import VGG_STAGES, VGG_WIDTHS
+from sora_jax.weights import files
+
+
+def load(path):
+  """The file -> weights of `critics.vgg_features`. Raises BadInput where it cannot be read, or something in it does not fit."""
+  return to_ours(files.Tensors(path))
 
 
 def to_ours(tensors, dtype=np.float32):
