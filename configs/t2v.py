@@ -89,7 +89,6 @@ def tiny():
 def world():
   """The small model that ships."""
   config = tiny()
-  config.model.size = "world"
   config.steps = 3000
   config.checkpoint_every = 200
   config.ema_decay = 0.999

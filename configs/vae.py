@@ -27,10 +27,10 @@ def tiny():
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.model = "tiny"                # a key of sora_jax.models.vae.SIZES
-  config.steps = 400
+  config.steps = 900
   config.log_every = 20
-  config.eval_every = 200              # PSNR and SSIM on held-out clips
-  config.checkpoint_every = 100
+  config.eval_every = 450              # PSNR and SSIM on held-out clips
+  config.checkpoint_every = 150
   config.max_bad_steps = 1             # stop after so many updates that are not finite
   config.ema_decay = 0.99
 
@@ -50,13 +50,13 @@ def tiny():
   config.data.max_seconds = 2.0        # a folder's videos are read in pieces of so many seconds
   config.data.crop = (48, 48)          # height, width in pixels
   config.data.frames = 9
-  config.data.clips = 8
-  config.data.images = 8
+  config.data.clips = 4
+  config.data.images = 4
   config.data.threads = 2
 
   config.optim = ml_collections.ConfigDict()
-  config.optim.name = "muon"
-  config.optim.learning_rate = 5e-3
+  config.optim.name = "adamw"
+  config.optim.learning_rate = 2e-3
   config.optim.warmup = 30
   config.optim.final = 0.05
   config.optim.weight_decay = 0.0
@@ -72,11 +72,14 @@ def tiny():
 def world():
   """The VAE of the small model that ships."""
   config = tiny()
-  config.steps = 5000
-  config.eval_every = 500
+  config.steps = 3600
+  config.eval_every = 900
   config.checkpoint_every = 250
   config.ema_decay = 0.999
   config.data.count = 40_000
+  config.optim.name = "muon"
+  config.optim.learning_rate = 3e-3
+  config.optim.warmup = 100
   return config
 
 

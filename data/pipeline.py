@@ -20,7 +20,7 @@ from data.plan import Plan, mix64
 from data.records import DamagedRecord, RecordIndex, read
 from sora_jax.batch import Clip, pack
 from sora_jax.errors import BadInput
-from sora_jax.patches import coords, grid, patchify
+from sora_jax.patches import coords, grid, patchify, whole
 
 CAPTION, GIVEN = 3, 4          # salts: what a hash is for
 
@@ -125,7 +125,7 @@ class _Loader:
     except DamagedRecord as e:
       self.count(position, str(e))
       return None
-    latents_THWC, fps = record.latents_THWC.astype(np.float32), float(entry["fps"])
+    latents_THWC, fps = whole(record.latents_THWC, self.plan.patch).astype(np.float32), float(entry["fps"])
     size = latents_THWC.shape[:3]
     tyx_N3 = coords(grid(size, self.plan.patch))
     several = tyx_N3[-1, 0] > 0             # an image whose only frame is given would teach nothing

@@ -102,7 +102,8 @@ class Plan:
   """Steps of rows of clips, from an index of sizes.
 
   index: structured array (may be memory-mapped) with fields uid, t, h, w (latent size) and text_tokens.
-  shape: RowShape(length, clips, text): what a row holds at most. patch: (pt, ph, pw) of the model.
+  shape: RowShape(length, clips, text): what a row holds at most. patch: (pt, ph, pw) of the model; latents at the lower and the
+  right edge that fill no patch are left out.
   null_text_tokens: length of the null text, which may stand in for any caption (caption dropout).
   text_pad: every prompt is padded to so many text tokens (Wan: 512), or None.
   window_clips: draws of a window; 256 a row of a step if not given.
@@ -132,7 +133,7 @@ class Plan:
   def _measure(self, positions):
     clips = self.index[positions]
     size_N3 = np.stack([clips[name].astype(np.int64) for name in ("t", "h", "w")], axis=-1)
-    whole = ((size_N3 % self.patch == 0) & (size_N3 > 0)).all(axis=-1)
+    whole = (size_N3 >= self.patch).all(axis=-1)
     text = np.maximum(clips["text_tokens"].astype(np.int64), max(self.null_text_tokens, self.text_pad or 0))
     return (size_N3 // self.patch).prod(axis=-1), text, whole
 
@@ -145,11 +146,16 @@ class Plan:
       found += [self._misfit(start + int(i)) for i in np.flatnonzero(~fits)]
     return found
 
+  @functools.cached_property
+  def trimmed(self):
+    """How many clips lose latents at an edge, because these fill no patch."""
+    return int(np.any([self.index[name] % p != 0 for name, p in zip("thw", self.patch, strict=True)], axis=0).sum())
+
   def _misfit(self, position):
     (tokens,), (text,), (whole,) = (a.tolist() for a in self._measure(np.array([position])))
     if not whole:
       size = tuple(int(self.index[position][name]) for name in "thw")
-      return Misfit(position, tokens, f"latent size {size} is not a whole number of patches {self.patch}")
+      return Misfit(position, tokens, f"latent size {size} is less than one patch {self.patch}")
     if tokens > self.shape.length:
       return Misfit(position, tokens, f"{tokens} tokens, a row holds {self.shape.length}")
     return Misfit(position, tokens, f"{text} text tokens, a row holds {self.shape.text}")

@@ -100,41 +100,29 @@ def load_embedder(directory):
 def encode_clips(cfg, params, videos, note=lambda done: None):
   """uint8 [T, H, W, 3] each -> raw latents [t, h, w, C] each; those of one shape together, streamed in time, in the batches of the
   encoding job, so that one compilation serves all. `note` is told how many more are done."""
-  def run(some):
-    batch = np.zeros((batch_of(some[0].shape), *some[0].shape), np.uint8)
-    batch[:len(some)] = some
-    t = cfg.stride[0]
-    chunks = (batch[:, i:i + t] / np.float32(127.5) - 1 for i in range(0, batch.shape[1], t))
-    return np.concatenate([np.asarray(mean) for mean in vae.encode_stream(params, chunks, cfg)], 1)
-  return _by_shape(videos, lambda shape: batch_of(shape), run, note)
+  found, groups, t = [None] * len(videos), {}, cfg.stride[0]
+  for i, video in enumerate(videos):
+    groups.setdefault(video.shape, []).append(i)
+  for shape, members in groups.items():
+    for some in (members[i:i + batch_of(shape)] for i in range(0, len(members), batch_of(shape))):
+      batch = np.zeros((batch_of(shape), *shape), np.uint8)
+      batch[:len(some)] = [videos[i] for i in some]
+      chunks = (batch[:, i:i + t] / np.float32(127.5) - 1 for i in range(0, len(batch[0]), t))
+      latents = np.concatenate([np.asarray(mean) for mean in vae.encode_stream(params, chunks, cfg)], 1)
+      for i, mean_THWC in zip(some, latents):
+        found[i] = mean_THWC
+      note(len(some))
+  return found
 
 
 def decode_clips(cfg, params, latents, note=lambda done: None):
-  """Raw latents [t, h, w, C] each -> uint8 [T, H, W, 3] each; the inverse of `encode_clips`, in the same batches."""
-  def size(shape):
-    t, h, w = cfg.stride
-    return batch_of((1 + t * (shape[0] - 1), h * shape[1], w * shape[2]))
-
-  def run(some):
-    batch = np.zeros((size(some[0].shape), *some[0].shape), np.float32)
-    batch[:len(some)] = some
-    chunks = (batch[:, i:i + 1] for i in range(batch.shape[1]))
-    frames = np.concatenate([np.asarray(chunk) for chunk in vae.decode_stream(params, chunks, cfg)], 1)
-    return np.clip((frames + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
-  return _by_shape(latents, size, run, note)
-
-
-def _by_shape(arrays, size, run, note):
-  """run() over batches of arrays of one shape, at most size(shape) at a time -> what it gave, in the order of `arrays`."""
-  found, groups = [None] * len(arrays), {}
-  for i, array in enumerate(arrays):
-    groups.setdefault(array.shape, []).append(i)
-  for shape, members in groups.items():
-    step = size(shape)
-    for some in (members[i:i + step] for i in range(0, len(members), step)):
-      for i, out in zip(some, run([arrays[i] for i in some])):
-        found[i] = out
-      note(len(some))
+  """Raw latents [t, h, w, C] each -> uint8 [T, H, W, 3] each; one by one, as a sampling job decodes, so that one compilation serves both."""
+  found = []
+  for latents_THWC in latents:
+    chunks = (latents_THWC[None, i:i + 1] for i in range(len(latents_THWC)))
+    frames = np.concatenate([np.asarray(chunk)[0] for chunk in vae.decode_stream(params, chunks, cfg)])
+    found.append(np.clip((frames + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8))
+    note(1)
   return found
 
 

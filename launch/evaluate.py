@@ -184,8 +184,8 @@ def loss_by_sigma(bundle, raw, latents):
   """{sigma: loss} over all tokens of the clips. A clip's noise depends on its uid alone, so models may be compared."""
   patch, packed = bundle.model.dit.patch, []
   for clip, mean in zip(raw, latents):
-    size, time_scale = mean.shape[:3], bundle.base_fps / clip.fps if bundle.base_fps else 1.0
-    tokens = patches.patchify(vae.normalise(mean, bundle.vae_cfg), patch)
+    mean, time_scale = patches.whole(mean, patch), bundle.base_fps / clip.fps if bundle.base_fps else 1.0
+    size, tokens = mean.shape[:3], patches.patchify(vae.normalise(mean, bundle.vae_cfg), patch)
     coords = patches.coords(patches.grid(size, patch), time_scale)
     packed.append(batches.Clip(tokens, coords, [bundle.tokenize(clip.caption)], size=size, fps=clip.fps,
                                uid=records.uid(clip.file, clip.start)))

@@ -110,6 +110,8 @@ def make_plan(config, index, model):
     first = rows.misfits[0]
     raise BadInput(f"{len(rows.misfits)} of {len(index)} clips fit in no row; the first: {index.describe(first.position)}: {first.reason}; "
                    "raise --config.data.row_tokens (or row_text), or encode with a smaller --max_seconds")
+  if rows.trimmed:
+    cli.say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
   return rows
 
 

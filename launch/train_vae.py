@@ -34,13 +34,15 @@ def main():
     raise BadInput("no --workdir; give a directory for the checkpoints")
   cfg = build.pick(vae.SIZES, config.model, "config.model")
   where = build.make_layout(config)
+  cli.checked(lambda: vae.check_size((1, config.data.frames, *config.data.crop, 3), cfg, first=True), "config.data.frames and crop")
   losses = cli.checked(lambda: train_vae.loss_config(config), "config")
   tx = build.make_optimizer(config, train_vae.boxed_weights(cfg))
   source, apart = open_sources(config)
   cli.claim_workdir(workdir, config, FREE)
   checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
   target = train_vae.abstract_state(cfg, tx, losses, where)
-  state, step = resume(checkpoints, target) or (train_vae.init_state(cfg, tx, losses, jax.random.key(config.seed), where), 0)
+  state, step = resume(checkpoints, target) or (
+      train_vae.init_state(cfg, tx, losses, jax.random.key(config.seed), where, look(source, config) if cfg.linear else None), 0)
   if step >= config.steps:
     cli.say(f"{workdir} is already trained for {step} steps; nothing to do. "
             f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
@@ -102,6 +104,12 @@ class Some:
 
   def read(self, item):
     return self.source.read(item)
+
+
+def look(source, config):
+  """A few crops, for the linear codec."""
+  seen = crops.Crops(source, seed=config.seed + 1, clips=128, images=0, frames=config.data.frames, size=config.data.crop, on_bad=cli.say)
+  return next(seen)["clips"]
 
 
 def items(state):

@@ -20,6 +20,12 @@ def grid(thw, patch):
   return tuple(n // p for n, p in zip(thw, patch, strict=True))
 
 
+def whole(latents_THWC, patch):
+  """The latents without those at the end, the lower and the right edge that fill no patch."""
+  t, h, w = (n // p * p for n, p in zip(latents_THWC.shape[:3], patch, strict=True))
+  return latents_THWC[:t, :h, :w]
+
+
 def token_count(thw, patch):
   """How many tokens a latent video of (T, H, W) makes."""
   return math.prod(grid(thw, patch))

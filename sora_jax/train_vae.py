@@ -70,13 +70,15 @@ def abstract_state(cfg, tx, losses, layout=None):
   return VAETrainState(scalar, params, params, opt, scalar, critic, critic_opt)
 
 
-def init_state(cfg, tx, losses, key, layout=None):
-  """A new state, placed by the layout."""
+def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None):
+  """A new state, placed by the layout. `video_BTHWC`: some clips in [-1, 1], for a VAE with a linear codec to begin with."""
   params_key, critic_key = jax.random.split(key)
   critic = {}
   if losses.adversarial_weight:
     critic = layouts.unbox(jax.jit(critics.Discriminator().init)(critic_key, jnp.zeros((1, 1, *cfg.stride[1:], 3))))["params"]
   params = vae.init(params_key, cfg)
+  if cfg.linear and video_BTHWC is not None:
+    params = vae.fit_linear(params, cfg, video_BTHWC)
   zero = jnp.zeros((), jnp.int32)
   state = VAETrainState(zero, params, params, tx.init(params), zero, critic, CRITIC.init(critic))
   where = shardings(cfg, tx, losses, layout)

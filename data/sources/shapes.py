@@ -16,7 +16,7 @@ Held out: every third combination of (colour, shape, direction), as in a Latin s
 of the other kinds, are in no training caption (`held_out`), though every two of the words are. The split `held_out`
 has only those; `held_out_requests` asks a model for them.
 
-Edges are one pixel soft: coverage = clip(1/2 - signed distance, 0, 1). Shapes are 15 to 29 pixels across (0.3 to 0.45
+Edges are three pixels soft, as a lens draws them: coverage = clip(1/2 - signed distance / 3, 0, 1). Shapes are 15 to 29 pixels across (0.3 to 0.45
 of the short side) and cross most of the free way, so that a person, or `shapes_judge`, can tell what moves where.
 """
 
@@ -30,8 +30,9 @@ import numpy as np
 from data.clips import Item, RawClip
 
 FPS = 8.0
-SIZES = ((64, 64), (48, 64), (64, 48), (48, 80), (80, 48), (64, 96))   # (height, width) in pixels
-LENGTHS = (1, 9, 17)                                                    # frames; 1 is an image
+SIZES = ((64, 64), (48, 80), (80, 48), (64, 96))   # (height, width) in pixels
+LENGTHS = (1, 9, 17)                               # frames; 1 is an image
+SOFT = 3.0                                         # pixels from all to nothing at an edge
 SPLITS = ("train", "held_out")
 
 COLOURS = {  # sRGB; hues 20 to 90 degrees apart, saturated, so that they outlive yuv420
@@ -268,13 +269,13 @@ def render(scene: Scene, size: tuple[int, int], frames: int, seed) -> np.ndarray
 def _paint(video, colour, shape, centre_T2, diameter_T):
   """Draws one thing into all frames, in place, touching only the window around it."""
   frames, h, w, _ = video.shape
-  reach = int(np.ceil(0.75 * diameter_T.max())) + 1
+  reach = int(np.ceil(0.75 * diameter_T.max() + SOFT / 2))
   n = 2 * reach + 1
   corner_T2 = np.floor(centre_T2).astype(int) - reach
   grid = np.arange(n) + 0.5
   y = (grid + corner_T2[:, :1] - centre_T2[:, :1]).astype(np.float32)[:, :, None]
   x = (grid + corner_T2[:, 1:] - centre_T2[:, 1:]).astype(np.float32)[:, None]
-  cover = np.clip(0.5 - distance(shape, y, x, diameter_T.astype(np.float32)[:, None, None]), 0, 1)[..., None]
+  cover = np.clip(0.5 - distance(shape, y, x, diameter_T.astype(np.float32)[:, None, None]) / SOFT, 0, 1)[..., None]
   for t, (top, left) in enumerate(corner_T2):
     y0, y1, x0, x1 = max(top, 0), min(top + n, h), max(left, 0), min(left + n, w)
     if y0 < y1 and x0 < x1:

@@ -4,7 +4,8 @@
 
 The first frame has a latent frame of its own; then four frames share one. Later frames never change earlier latents. Two kinds, by one
 config: the plain one (Wan 2.1: 4 x 8 x 8, 16 channels; arXiv:2503.20314 sec. 4.1) and the residual one with shortcuts past each
-resampling, on patches of pixels (Wan 2.2: 4 x 16 x 16, 48 channels). `SIZES` holds both, and our own.
+resampling, on patches of pixels (Wan 2.2: 4 x 16 x 16, 48 channels). `SIZES` holds both, and our own, which may keep height and
+width between levels, and have a linear codec beside the convolutions (`fit_linear`).
 
 Latents of `encode` and `decode` are as the network has them; records and the DiT use `normalise(latents, cfg)`, of mean 0 and standard
 deviation 1 in each channel over a corpus.
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.layout import Layout, unbox
-from sora_jax.models.vae_blocks import Conv, Decoder, Encoder, by_rows
+from sora_jax.models.vae_blocks import Conv, Decoder, Encoder, LinearCodec, by_rows, to_blocks
 
 LOGVAR_RANGE = (-30.0, 20.0)      # as the public ones clip it
 
@@ -30,16 +31,19 @@ LOGVAR_RANGE = (-30.0, 20.0)      # as the public ones clip it
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
   """Widths and strides. Level i of the encoder is base_dim * dim_mult[i] wide; between levels height and width halve, and the frames
-  too where temporal_downsample[i]. The decoder mirrors it from decoder_base_dim (None: base_dim). Before all, patch_size x patch_size
-  pixels become channels. The mean and standard deviation of latents default to 0 and 1."""
+  too where temporal_downsample[i]; where spatial_downsample[i] is False, height and width stay. The decoder mirrors it from
+  decoder_base_dim (None: base_dim). Before all, patch_size x patch_size pixels become channels. The mean and standard deviation of
+  latents default to 0 and 1."""
   base_dim: int = 96
   decoder_base_dim: int | None = None
   z_dim: int = 16
   dim_mult: tuple[int, ...] = (1, 2, 4, 4)
   num_res_blocks: int = 2
   temporal_downsample: tuple[bool, ...] = (False, True, True)
+  spatial_downsample: tuple[bool, ...] = ()      # (): between all levels, as the public ones
   is_residual: bool = False
   patch_size: int = 1
+  linear: bool = False             # with a LinearCodec beside the convolutions
   latents_mean: tuple[float, ...] = ()
   latents_std: tuple[float, ...] = ()
 
@@ -47,11 +51,13 @@ class VAEConfig:
     put = functools.partial(object.__setattr__, self)
     put("dim_mult", tuple(self.dim_mult))
     put("temporal_downsample", tuple(bool(t) for t in self.temporal_downsample))
+    put("spatial_downsample", tuple(bool(s) for s in self.spatial_downsample) or (True,) * (len(self.dim_mult) - 1))
     put("latents_mean", tuple(self.latents_mean) or (0.0,) * self.z_dim)
     put("latents_std", tuple(self.latents_std) or (1.0,) * self.z_dim)
-    if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-      raise ValueError(f"VAEConfig: temporal_downsample has {len(self.temporal_downsample)} entries; {len(self.dim_mult) - 1} lie "
-                       f"between the {len(self.dim_mult)} levels of dim_mult")
+    for name in ("temporal_downsample", "spatial_downsample"):
+      if len(getattr(self, name)) != len(self.dim_mult) - 1:
+        raise ValueError(f"VAEConfig: {name} has {len(getattr(self, name))} entries; {len(self.dim_mult) - 1} lie between the "
+                         f"{len(self.dim_mult)} levels of dim_mult")
     if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
       raise ValueError(f"VAEConfig: latents_mean and latents_std need {self.z_dim} values, one for each latent channel; got "
                        f"{len(self.latents_mean)} and {len(self.latents_std)}")
@@ -59,7 +65,7 @@ class VAEConfig:
   @property
   def stride(self):
     """(frames, rows, columns) of pixels to one latent, after the first frame."""
-    space = self.patch_size * 2 ** (len(self.dim_mult) - 1)
+    space = self.patch_size * 2 ** sum(self.spatial_downsample)
     return 2 ** sum(self.temporal_downsample), space, space
 
 
@@ -68,9 +74,9 @@ def _published(mean, std):
 
 
 SIZES = {
-    # Ours: no convolution at full resolution, so that minutes on two CPU cores are enough.
-    "tiny": VAEConfig(base_dim=24, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True),
-                      is_residual=True, patch_size=4),
+    # Ours: convolutions at an eighth of the resolution, beside a linear codec, so that minutes on two CPU cores are enough.
+    "tiny": VAEConfig(base_dim=32, z_dim=24, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True),
+                      spatial_downsample=(False, False), is_residual=True, patch_size=8, linear=True),
     # The public ones; latent statistics as in their config.json (Wan-AI/Wan2.1-T2V-14B-Diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers).
     "wan2.1": VAEConfig(**_published(
         "-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508 .4134 -.0715 .5517 -.3632 -.1922 -.9497 .2503 -.2921",
@@ -95,22 +101,26 @@ class VAE(nn.Module):
     down = (cfg.base_dim, *(cfg.base_dim * m for m in cfg.dim_mult))
     up = (cfg.dim_mult[-1], *reversed(cfg.dim_mult))
     up = tuple((cfg.decoder_base_dim or cfg.base_dim) * m for m in up)
-    times = cfg.temporal_downsample
-    self.encoder = Encoder(down, times, cfg.num_res_blocks, 2 * cfg.z_dim, kind, self.layout)
-    self.decoder = Decoder(up, times[::-1], cfg.num_res_blocks, 3 * cfg.patch_size ** 2, kind, self.layout)
+    times, spaces = cfg.temporal_downsample, cfg.spatial_downsample
+    self.encoder = Encoder(down, times, spaces, cfg.num_res_blocks, 2 * cfg.z_dim, kind, self.layout)
+    self.decoder = Decoder(up, times[::-1], spaces[::-1], cfg.num_res_blocks, 3 * cfg.patch_size ** 2, kind, self.layout)
     self.quant = Conv(2 * cfg.z_dim, (1, 1, 1))
     self.post_quant = Conv(cfg.z_dim, (1, 1, 1))
+    self.linear = LinearCodec(cfg.stride, cfg.z_dim) if cfg.linear else None
 
   def encode(self, video_BTHWC, first=True):
     """A chunk of video -> (mean, log variance) of its latents."""
     moments = self.quant(self.encoder(to_patches(by_rows(self.layout, video_BTHWC), self.cfg.patch_size), first))
     mean, logvar = jnp.split(moments, 2, -1)
+    if self.cfg.linear:
+      mean += self.linear.encode(video_BTHWC, first)
     return mean, jnp.clip(logvar, *LOGVAR_RANGE)
 
   def decode(self, latents_BTHWC, first=True):
     """A chunk of latents -> video, not clipped."""
     latents = self.post_quant(by_rows(self.layout, latents_BTHWC))
-    return from_patches(self.decoder(latents, first), self.cfg.patch_size)
+    video = from_patches(self.decoder(latents, first), self.cfg.patch_size)
+    return video + self.linear.decode(latents_BTHWC, first) if self.cfg.linear else video
 
   def __call__(self, video_BTHWC):
     return self.decode(self.encode(video_BTHWC)[0])
@@ -148,6 +158,20 @@ def init(key, cfg):
   params = tree.unflatten(weight(path, leaf, stop) for (path, leaf), stop in zip(leaves, stops, strict=True))
   params["quant"]["bias"] = params["quant"]["bias"].at[cfg.z_dim:].set(-6.0)
   return params
+
+
+def fit_linear(params, cfg, video_BTHWC):
+  """params with a LinearCodec of the principal components of a video's blocks, and convolutions that add nothing to it yet."""
+  blocks_NP = np.asarray(to_blocks(video_BTHWC, cfg.stride, True), np.float64).reshape(-1, 3 * math.prod(cfg.stride))
+  mean_P = blocks_NP.mean(0)
+  power, basis = np.linalg.eigh(np.cov((blocks_NP - mean_P).T))
+  scale, basis = np.sqrt(np.maximum(power[::-1][:cfg.z_dim], 1e-6)), basis[:, ::-1][:, :cfg.z_dim]
+  linear = {"mean": mean_P, "encode": basis / scale, "decode": (basis * scale).T}
+  quiet = jax.tree.map(lambda x: x, params)                 # new dicts, the same leaves
+  quiet["linear"] = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), linear)
+  for part, name in ((quiet["quant"], "kernel"), (quiet["decoder"]["conv_out"], "kernel")):
+    part[name] = jnp.zeros_like(part[name])
+  return quiet
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layout"))

@@ -15,6 +15,8 @@ weights are to load here:
 Weights are (time, height, width, in, out). Arrays are BTHWC.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -220,17 +222,17 @@ class Up(nn.Module):
     if self.time:
       x = TimeUp(name="time")(x, first)
     if self.space:
-      features = self.features if self.residual else self.features // 2
-      x = Conv(features, (3, 3), name="resample")(double(x))
-      if self.residual:
-        x += duplicate_up(x_BTHWC, features, 1 + self.time, 2, first)
+      x = Conv(self.features if self.residual else self.features // 2, (3, 3), name="resample")(double(x))
+    if self.residual and (self.space or self.time):
+      x += duplicate_up(x_BTHWC, self.features, 1 + self.time, 1 + self.space, first)
     return x
 
 
 class Encoder(nn.Module):
-  """Patches of pixels -> 2 z channels. `widths` and `times` are those of the levels."""
+  """Patches of pixels -> 2 z channels. `widths`, `times` and `spaces` are those of the levels."""
   widths: tuple[int, ...]
   times: tuple[bool, ...]
+  spaces: tuple[bool, ...]
   blocks: int
   features: int
   residual: bool
@@ -241,7 +243,7 @@ class Encoder(nn.Module):
     x = Conv(self.widths[0], name="conv_in")(x_BTHWC, first)
     last = len(self.widths) - 2
     for i, width in enumerate(self.widths[1:]):
-      x = Down(width, self.blocks, i < last, i < last and self.times[i], self.residual, name=f"down_{i}")(x, first)
+      x = Down(width, self.blocks, i < last and self.spaces[i], i < last and self.times[i], self.residual, name=f"down_{i}")(x, first)
       x = by_rows(self.layout, x)
     x = Middle(name="middle")(x, first)
     return Conv(self.features, name="conv_out")(nn.silu(Norm(name="norm_out")(x)), first)
@@ -251,6 +253,7 @@ class Decoder(nn.Module):
   """z channels -> patches of pixels."""
   widths: tuple[int, ...]
   times: tuple[bool, ...]
+  spaces: tuple[bool, ...]
   blocks: int
   features: int
   residual: bool
@@ -262,9 +265,49 @@ class Decoder(nn.Module):
     x = Middle(name="middle")(x, first)
     last = len(self.widths) - 2
     for i, width in enumerate(self.widths[1:]):
-      x = Up(width, self.blocks, i < last, i < last and self.times[i], self.residual, name=f"up_{i}")(x, first)
+      x = Up(width, self.blocks, i < last and self.spaces[i], i < last and self.times[i], self.residual, name=f"up_{i}")(x, first)
       x = by_rows(self.layout, x)
     return Conv(self.features, name="conv_out")(nn.silu(Norm(name="norm_out")(x)), first)
+
+
+class LinearCodec(nn.Module):
+  """The linear part of a VAE: what the best projection of single blocks of pixels can do, so that convolutions learn the rest.
+
+  Blocks of stride pixels, a first frame standing for a block of equal ones -> z numbers, and back. Not trained: `vae.fit_linear`
+  sets it to the principal components of a few clips, as other networks fix a whitening first layer.
+  """
+  stride: tuple[int, int, int]
+  features: int
+
+  def setup(self):
+    values = 3 * math.prod(self.stride)
+    shapes = {"mean": (values,), "encode": (values, self.features), "decode": (self.features, values)}
+    weights = {name: param(self, name, nn.initializers.zeros, shape, (None,) * len(shape)) for name, shape in shapes.items()}
+    self.weights = jax.lax.stop_gradient(weights)
+
+  def encode(self, video_BTHWC, first):
+    w = jax.tree.map(lambda leaf: leaf.astype(video_BTHWC.dtype), self.weights)
+    return (to_blocks(video_BTHWC, self.stride, first) - w["mean"]) @ w["encode"]
+
+  def decode(self, z_BTHWC, first):
+    w = jax.tree.map(lambda leaf: leaf.astype(z_BTHWC.dtype), self.weights)
+    return from_blocks(z_BTHWC @ w["decode"] + w["mean"], self.stride, first)
+
+
+def to_blocks(video_BTHWC, stride, first):
+  """[B, T, H, W, 3] -> [B, n, H/h, W/w, 3 t h w]; frame 0 of a first chunk counts t times."""
+  t, h, w = stride
+  x = jnp.concatenate([jnp.repeat(video_BTHWC[:, :1], t, 1), video_BTHWC[:, 1:]], 1) if first else video_BTHWC
+  B, T, H, W, C = x.shape
+  return x.reshape(B, T // t, t, H // h, h, W // w, w, C).transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, T // t, H // h, W // w, -1)
+
+
+def from_blocks(x_BTHWC, stride, first):
+  """The inverse of `to_blocks`; frame 0 of a first chunk is the mean of its block."""
+  t, h, w = stride
+  B, T, H, W, C = x_BTHWC.shape
+  x = x_BTHWC.reshape(B, T, H, W, t, h, w, 3).transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, T * t, H * h, W * w, 3)
+  return jnp.concatenate([x[:, :t].mean(1, keepdims=True), x[:, t:]], 1) if first else x
 
 
 def by_rows(layout, x):

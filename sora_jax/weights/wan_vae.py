@@ -108,7 +108,9 @@ def config_to_ours(theirs):
 
 
 def config_to_theirs(cfg):
-  """VAEConfig -> their config.json."""
+  """VAEConfig -> their config.json. BadInput for a VAE that has parts which theirs has not."""
+  if cfg.linear or not all(cfg.spatial_downsample):
+    raise BadInput("this VAE is of our own kind (a linear codec, or levels that keep the size); AutoencoderKLWan has no such parts")
   fields = {name: getattr(cfg, name) for name in FIELDS}
   fields = {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
   channels = 3 * cfg.patch_size ** 2

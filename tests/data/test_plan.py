@@ -125,12 +125,13 @@ def test_a_cursor_of_another_plan_is_refused():
 
 
 def test_misfits_are_named_and_left_out():
-  index = make_index([(1, 4, 4), (5, 4, 4), (1, 3, 4), (1, 4, 4), (1, 2, 2)], [3, 3, 3, 99, 0])
+  index = make_index([(1, 4, 4), (5, 4, 4), (1, 1, 4), (1, 4, 4), (1, 3, 2)], [3, 3, 3, 99, 0])
   plan = make_plan(index, length=19, patch=(1, 2, 2), text=20, null_text_tokens=4)
   assert [(m.position, m.tokens, m.reason) for m in plan.misfits] == [
-      (1, 20, "20 tokens, a row holds 19"), (2, 2, "latent size (1, 3, 4) is not a whole number of patches (1, 2, 2)"),
+      (1, 20, "20 tokens, a row holds 19"), (2, 0, "latent size (1, 1, 4) is less than one patch (1, 2, 2)"),
       (3, 4, "99 text tokens, a row holds 20")]
   assert sorted(clips_of(plan.steps(epochs=2))) == [(0, 0), (0, 1), (4, 0), (4, 1)]
+  assert plan.trimmed == 2 and plan.sizes([4])[0] == 1
 
 
 @pytest.mark.parametrize("index, match", [

@@ -91,7 +91,7 @@ def test_sizes_lengths_and_kinds_are_mixed(items):
   """At most six sizes, all multiples of 16; a fifth of the clips are images; half are plain motion."""
   drawn = [item.where for item in items["train"]]
   sizes = collections.Counter(where.size for where in drawn)
-  assert set(sizes) == set(shapes.SIZES) and len(sizes) <= 6 and min(sizes.values()) > len(drawn) / 6 * 0.8
+  assert set(sizes) == set(shapes.SIZES) and len(sizes) <= 6 and min(sizes.values()) > len(drawn) / len(sizes) * 0.8
   assert not any(n % 16 for size in sizes for n in size)
   lengths = collections.Counter(where.frames for where in drawn)
   assert 0.15 < lengths[1] / len(drawn) < 0.25 and {n % 4 for n in lengths} == {1}

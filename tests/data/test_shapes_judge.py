@@ -44,7 +44,7 @@ def world():
       scene = shapes.draw_scene(rng, "train")
       if scene.kind == kind:
         frames = 17 if kind == "order" else (9, 17)[count % 2]
-        drawn.append((shapes.render(scene, shapes.SIZES[count % 6], frames, (SEED, count)), shapes.caption(scene)))
+        drawn.append((shapes.render(scene, shapes.SIZES[count % len(shapes.SIZES)], frames, (SEED, count)), shapes.caption(scene)))
         count += 1
   return drawn
 

@@ -16,7 +16,17 @@ from sora_jax.weights import files, wan_vae
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 PLAIN = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
 RESIDUAL = dataclasses.replace(PLAIN, is_residual=True, patch_size=2, decoder_base_dim=8)
-KINDS = pytest.mark.parametrize("cfg", [PLAIN, RESIDUAL], ids=["plain", "residual"])
+LINEAR = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True),
+                       spatial_downsample=(False, True), is_residual=True, patch_size=2, linear=True)
+KINDS = pytest.mark.parametrize("cfg", [PLAIN, RESIDUAL, LINEAR], ids=["plain", "residual", "linear"])
+
+
+def weights(cfg):
+  """Random ones, convolutions and linear codec alike."""
+  params = vae.init(jax.random.key(0), cfg)
+  if cfg.linear:
+    params["linear"] = vae.fit_linear(params, cfg, video(cfg, batch=4, seed=5))["linear"]
+  return params
 
 
 def video(cfg, frames=9, batch=1, seed=0):
@@ -37,13 +47,13 @@ def test_every_size_has_its_shapes(name, millions):
   count = sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6
   assert count < 1.7 if millions is None else round(count, 1) == millions
   if millions is None:
-    assert cfg.stride == (4, 16, 16) and cfg.z_dim == 32
+    assert cfg.stride == (4, 8, 8) and cfg.z_dim == 24
 
 
 @KINDS
 def test_streamed_is_whole_and_time_runs_one_way(cfg):
   """1 + 4 + 4 frames give the latents, and 1 + 1 + 1 latents the frames, of all at once; later frames change nothing before them."""
-  params, clip = vae.init(jax.random.key(0), cfg), video(cfg)
+  params, clip = weights(cfg), video(cfg)
   whole, _ = vae.encode(params, clip, cfg)
   pieces = list(vae.encode_stream(params, iter([clip[:, :3], clip[:, 3:8], clip[:, 8:]]), cfg))
   assert [p.shape[1] for p in pieces] == [1, 1, 1]
@@ -66,11 +76,31 @@ def test_streamed_is_whole_and_time_runs_one_way(cfg):
 
 @KINDS
 def test_an_image_is_a_video_of_one_frame(cfg):
-  params, clip = vae.init(jax.random.key(0), cfg), video(cfg)
+  params, clip = weights(cfg), video(cfg)
   whole, _ = vae.encode(params, clip, cfg)
   image, _ = vae.encode(params, clip[:, :1], cfg)
   np.testing.assert_allclose(image, whole[:, :1], atol=1e-5)
   np.testing.assert_allclose(vae.decode(params, image, cfg), vae.decode(params, whole, cfg)[:, :1], atol=1e-5)
+
+
+def test_a_linear_codec_begins_with_principal_components():
+  """What it says of clips is what numpy's singular vectors of their blocks say; nothing of it is trained."""
+  rng = np.random.default_rng(0)
+  basis = rng.normal(size=(6, 4, 4, 4, 3)).astype(np.float32)
+  clips = np.einsum("bnyxk,kthwc->bntyhxwc", rng.normal(size=(8, 2, 3, 3, 6)) * [9, 8, 7, 6, 1, 0.5], basis).reshape(8, 8, 12, 12, 3)
+  clips = np.concatenate([clips[:, :1], clips[:, 1:5].mean(1, keepdims=True).repeat(4, 1), clips[:, 4:]], 1).astype(np.float32)
+  params = vae.fit_linear(vae.init(jax.random.key(0), LINEAR), LINEAR, clips)
+  blocks = np.concatenate([clips[:, :1].repeat(4, 1), clips[:, 1:]], 1)
+  blocks = blocks.reshape(8, 3, 4, 3, 4, 3, 4, 3).transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, 192)
+  _, _, vectors = np.linalg.svd(blocks - blocks.mean(0), full_matrices=False)
+  best = (blocks - blocks.mean(0)) @ vectors[:4].T @ vectors[:4] + blocks.mean(0)
+  mean, logvar = vae.encode(params, clips, LINEAR)
+  np.testing.assert_allclose(np.asarray(mean).reshape(-1, 4).std(0, ddof=1), 1, atol=1e-3)
+  np.testing.assert_allclose(logvar, -6)
+  again = vae.VAE(LINEAR).apply({"params": params}, mean, method="decode")
+  np.testing.assert_allclose(again[:, 1:], vae_blocks.from_blocks(best.reshape(8, 3, 3, 3, 192), LINEAR.stride, True)[:, 1:], atol=2e-2)
+  slopes = jax.grad(lambda p: jnp.sum(vae.VAE(LINEAR).apply({"params": p}, clips) ** 2))(params)
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(slopes["linear"])) and np.any(slopes["decoder"]["conv_out"]["kernel"])
 
 
 def test_streaming_keeps_a_fixed_amount():

@@ -15,7 +15,7 @@ KINDS = {
     "residual": dict(base_dim=8, decoder_base_dim=16, z_dim=6, dim_mult=[1, 2, 4, 4], num_res_blocks=2, is_residual=True, patch_size=2,
                      temperal_downsample=[False, True, True], in_channels=12, out_channels=12, scale_factor_spatial=16,
                      latents_mean=[0.0] * 6, latents_std=[1.0] * 6),
-    "our tiny's shape": dict(base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1, is_residual=True, patch_size=4,
+    "three levels": dict(base_dim=8, z_dim=6, dim_mult=[1, 2, 2], num_res_blocks=1, is_residual=True, patch_size=4,
                              temperal_downsample=[True, True], in_channels=48, out_channels=48, scale_factor_spatial=16,
                              latents_mean=[0.0] * 6, latents_std=[1.0] * 6),
 }

@@ -1,0 +1,90 @@
+"""The programs and what they are given wrongly: exit code 2, one line that says what, nothing lost, and the rest done."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import t2v as page
+from launch import build, sampling
+from sora_jax import checkpoint, layout, video
+from sora_jax.models import dit, t2v, text, vae
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  """A directory as launch.export writes it, of a model that was never trained."""
+  workdir, config = tmp_path_factory.mktemp("model"), page.get_config("tiny")
+  config.sample.steps, config.sample.rows, config.sample.row_tokens = 2, 1, 16
+  cfg = vae.SIZES["tiny"]
+  checkpoint.save_part(workdir / "vae", vae.config_to_dict(cfg, "tiny"), vae.init(jax.random.key(0), cfg))
+  (workdir / "text").mkdir()
+  text.train_tokenizer(["a red ball moves left", "a blue square"], workdir / "text" / "tokenizer.model")
+  parts = t2v.Model(dit.SIZES["tiny"], dataclasses.replace(text.SIZES["tiny"], vocab=text.Tokenizer(workdir / "text/tokenizer.model").vocab))
+  checkpoint.save_part(workdir / "model", {"step": 7}, layout.unbox(jax.jit(parts.init)(jax.random.key(0))))
+  checkpoint.write_json(workdir / "config.json", {"format_version": 1, "program": "launch.train", **json.loads(config.to_json_best_effort())})
+  return workdir
+
+
+def test_a_job_does_the_rest(model, run_program, tmp_path):
+  """Nine requests, two of them good: these are made, each of the others is named with its line or its id; again, none is made twice."""
+  video.write_png(tmp_path / "ball.png", np.full((20, 30, 3), 200, np.uint8))
+  good = {"id": "good", "prompt": "a red ball", "size": [16, 16], "frames": 1}
+  lines = [json.dumps(good), '{"id": "cut", "prompt": "a red', json.dumps(good | {"id": "blank", "prompt": "  "}),
+           json.dumps(good | {"id": "long", "prompt": "x" * 10_000}), json.dumps(good | {"id": "small", "size": [4, 16]}),
+           json.dumps(good | {"id": "where", "task": "image_to_video", "image": "nowhere.png"}),
+           json.dumps(good | {"id": "odd", "colour": "red"}), json.dumps(good),
+           json.dumps(good | {"id": "onwards", "task": "image_to_video", "image": "ball.png", "frames": 5})]
+  (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n")
+  arguments = ("sample", f"--workdir={model}", "--requests=r.jsonl", "--out=made")
+  done = run_program(*arguments, cwd=tmp_path)
+  assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+  assert "7 of 9 requests could not be done" in done.stderr and "line 2 of r.jsonl is not valid JSON" in done.stderr
+  manifest = sampling.read_manifest(tmp_path / "made")
+  for name, says in {"blank": "prompt is empty", "long": "10000 characters", "small": "one stride", "where": "nowhere.png", "odd": "colour"}.items():
+    assert manifest[name]["status"] == "failed" and says in manifest[name]["error"] and f"request {name}: " in done.stdout
+  assert "two requests have the id 'good'" in done.stdout
+  assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["good.png", "manifest.jsonl", "onwards.mp4"]
+  assert np.stack([frame.image_HWC for frame in video.read(tmp_path / "made" / "onwards.mp4")]).shape == (5, 16, 16, 3)
+
+  before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "made").glob("*.??[g4]")}
+  again = run_program(*arguments, cwd=tmp_path)
+  assert again.returncode == 2 and "0 made, 2 were there already, 7 could not be done" in again.stdout
+  assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "made").glob("*.??[g4]")}
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (("sample",), "either --prompt=TEXT or --requests"),
+    (("sample", "--prompt=a ball", "--frames=many"), "--frames=many"),
+    (("sample", "--prompt=a ball", "--workdir=/nowhere"), "/nowhere"),
+    (("sample", "--requests=/nowhere.jsonl", "--workdir={model}"), "/nowhere.jsonl"),
+    (("sample", "--prompt=a ball", "--size=4,4", "--workdir={model}"), "one stride"),
+    (("sample", "--prompt=", "--workdir={model}"), "prompt is empty"),
+    (("train", "--config={root}/configs/t2v.py:tiny", "--workdir=w"), "no --config.data.path"),
+    (("train", "--config={root}/configs/t2v.py:tiny", "--config.optim.learning_rat=1", "--workdir=w"), 'Did you mean "learning_rate"'),
+    (("train", "--config={root}/configs/t2v.py:tiny", "--config.steps=few", "--workdir=w"), "few"),
+    (("train", "--config={root}/configs/t2v.py:huge", "--workdir=w"), "no variant 'huge'"),
+    (("train", "--config={root}/configs/t2v.py:tiny", "--config.data.path=/nowhere", "--workdir=w"), "/nowhere"),
+    (("train_vae", "--config={root}/configs/vae.py:tiny"), "no --workdir"),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.data.crop=(4,4)", "--workdir=w"), "height a multiple of 8"),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.model=big", "--workdir=w"), "'big'; it must be one of tiny"),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.data.source=folder", "--config.data.path=.", "--workdir=w"), "no "),
+    (("export", "--out=here"), "--workdir=W"),
+], ids=lambda value: "-".join(value)[:60] if isinstance(value, tuple) else "")
+def test_one_line(model, run_program, tmp_path, arguments, says):
+  """Told before anything compiles, and nothing is written."""
+  root = build.__file__.rsplit("/launch/", 1)[0]
+  done = run_program(*(a.format(model=model, root=root) for a in arguments), cwd=tmp_path)
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+  assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_work_directory_of_another_config(run_program, tmp_path):
+  """It is named with what differs, and stays as it was."""
+  config = json.dumps({"format_version": 1, "program": "launch.train_vae", "seed": 1})
+  (tmp_path / "config.json").write_text(config)
+  done = run_program("train_vae", "--config=configs/vae.py:tiny", f"--workdir={tmp_path}")
+  assert done.returncode == 2 and "belongs to another config" in done.stderr and done.stderr.count("\n") == 1
+  assert (tmp_path / "config.json").read_text() == config
