@@ -112,14 +112,14 @@ def test_shapes_stay_in_the_frame_and_are_large(items):
 
 
 def test_edges_are_soft():
-  """Between a thing and its background lie pixels of mixed colour, one pixel deep: an edge without them is seen."""
+  """Between a thing and its background lie pixels of mixed colour, about three deep: an edge without them is seen."""
   scene = shapes.Scene("moves", (("red", "ball"),), ("left",))
   clip = shapes.render(scene, (64, 64), 9, 0).astype(int)
   inside = np.abs(clip - shapes.COLOURS["red"]).max(-1) < 4
   outside = np.abs(clip - np.median(clip, axis=(1, 2), keepdims=True)).max(-1) < 30
   mixed = ~inside & ~outside
   around = np.pi * 2 * np.sqrt(inside[0].sum() / np.pi)
-  assert 0.5 * around < mixed[0].sum() < 2 * around
+  assert 1.5 * around < mixed[0].sum() < 5 * around
 
 
 def test_a_camera_moves_the_floor_and_a_thing_does_not():
