@@ -34,6 +34,7 @@ def main():
   checkpoint.save_part(out / "vae", fields, params, dtype)
   build.copy_part(workdir / "text", out / "text")
   checkpoint.save_part(out / "model", {"step": step, "weights": WEIGHTS.value}, weights, dtype)
+  config["data"]["path"] = config["init"] = ""              # of the machine that it was trained on; nobody else has them
   checkpoint.write_json(out / "config.json", config)
   size = sum((out / part / checkpoint.WEIGHTS).stat().length for part in ("vae", "model"))
   cli.say(f"step {step} of {workdir} is in {out}, {size / 1e6:.2f} MB of weights in {DTYPE.value}. "

@@ -28,7 +28,7 @@ def main():
   cli.say(f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with {WORKDIR.value or 'the model that ships'} "
           f"(step {bundle.step}) into {OUT.value}")
   if PROMPT.value is not None:
-    tasks.parse_request(requests[0], bundle.defaults, sampling.SAMPLERS)      # a bad flag is told before anything runs
+    bundle.canvas(tasks.parse_request(requests[0], bundle.defaults, sampling.SAMPLERS))      # a bad flag is told before anything runs
   counts = sampling.run_job(bundle, requests, OUT.value)
   failed = counts["failed"] + len(broken)
   kept = f", {counts['kept']} were there already" if counts["kept"] else ""

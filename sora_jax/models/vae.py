@@ -161,17 +161,39 @@ def init(key, cfg):
 
 
 def fit_linear(params, cfg, video_BTHWC):
-  """params with a LinearCodec of the principal components of a video's blocks, and convolutions that add nothing to it yet."""
+  """params with a LinearCodec of the principal components of a video's blocks, and convolutions that add nothing to it yet.
+
+  The components are turned so that all latent channels have the same power, 1 on the mean, and no component is scaled: distances
+  between latents are those between pixels. Were each component scaled to 1 instead, the DiT would spend itself on what nobody sees.
+  """
   blocks_NP = np.asarray(to_blocks(video_BTHWC, cfg.stride, True), np.float64).reshape(-1, 3 * math.prod(cfg.stride))
   mean_P = blocks_NP.mean(0)
   power, basis = np.linalg.eigh(np.cov((blocks_NP - mean_P).T))
-  scale, basis = np.sqrt(np.maximum(power[::-1][:cfg.z_dim], 1e-6)), basis[:, ::-1][:, :cfg.z_dim]
-  linear = {"mean": mean_P, "encode": basis / scale, "decode": (basis * scale).T}
+  power, basis = np.maximum(power[::-1][:cfg.z_dim], 1e-6), basis[:, ::-1][:, :cfg.z_dim]
+  turned, scale = basis @ equal_power(power), np.sqrt(power.mean())
+  linear = {"mean": mean_P, "encode": turned / scale, "decode": (turned * scale).T}
   quiet = jax.tree.map(lambda x: x, params)                 # new dicts, the same leaves
   quiet["linear"] = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), linear)
-  for part, name in ((quiet["quant"], "kernel"), (quiet["decoder"]["conv_out"], "kernel")):
-    part[name] = jnp.zeros_like(part[name])
+  for part in (quiet["quant"], quiet["decoder"]["conv_out"]):
+    part["kernel"] = jnp.zeros_like(part["kernel"])
   return quiet
+
+
+def equal_power(power):
+  """Powers of n uncorrelated numbers -> orthogonal [n, n] that turns them into n of equal power (Schur 1923, Horn 1954).
+
+  One plane after another: of the largest and the smallest power left, the first is made the mean."""
+  covariance, turn, mean = np.diag(power), np.eye(len(power)), np.mean(power)
+  for _ in range(len(power) - 1):
+    i, j = np.argmax(np.diag(covariance)), np.argmin(np.diag(covariance))
+    a, b, c = covariance[i, i] - mean, covariance[j, j] - mean, covariance[i, j]
+    if a <= 1e-12 * mean or b >= 0:
+      break
+    angle = np.arctan((-c - np.sqrt(c * c - a * b)) / b)     # a cos^2 + b sin^2 + 2 c sin cos = 0
+    plane = np.eye(len(power))
+    plane[[i, j, i, j], [i, j, j, i]] = np.cos(angle), np.cos(angle), -np.sin(angle), np.sin(angle)
+    covariance, turn = plane.T @ covariance @ plane, turn @ plane
+  return turn
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layout"))

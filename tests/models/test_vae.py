@@ -95,7 +95,10 @@ def test_a_linear_codec_begins_with_principal_components():
   _, _, vectors = np.linalg.svd(blocks - blocks.mean(0), full_matrices=False)
   best = (blocks - blocks.mean(0)) @ vectors[:4].T @ vectors[:4] + blocks.mean(0)
   mean, logvar = vae.encode(params, clips, LINEAR)
-  np.testing.assert_allclose(np.asarray(mean).reshape(-1, 4).std(0, ddof=1), 1, atol=1e-3)
+  np.testing.assert_allclose(np.asarray(mean).reshape(-1, 4).std(0, ddof=1), 1, atol=1e-3)        # and distances are those of pixels
+  far = lambda x: np.linalg.norm(x[:50, None] - x[None, :50], axis=-1)  # noqa: E731
+  ratio = far(best)[np.triu_indices(50, 1)] / far(np.asarray(mean).reshape(-1, 4))[np.triu_indices(50, 1)]
+  np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)
   np.testing.assert_allclose(logvar, -6)
   wanted = vae_blocks.from_blocks(best.reshape(8, 3, 3, 3, 192), LINEAR.stride, True)
   assert np.abs(wanted).max() < 1 < 100 * np.abs(wanted).max()

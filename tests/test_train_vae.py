@@ -1,0 +1,176 @@
+"""A step of the VAE's training: it learns, a bad update changes nothing, the critics do what they say, sharded equals unsharded."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sora_jax import layout, optim, train_vae
+from sora_jax.models import critics, vae
+from sora_jax.weights import vgg16
+
+TINY = vae.VAEConfig(base_dim=8, z_dim=4, dim_mult=(1, 1), num_res_blocks=0, temporal_downsample=(True,), is_residual=True, patch_size=4)
+PLAIN = train_vae.LossConfig()
+JUDGED = train_vae.LossConfig(adversarial_weight=0.5, adversarial_start=2)
+
+
+def batch(rows=4):
+  """Smooth clips and images: the law is that they can be learnt, not that the world can."""
+  rng = np.random.default_rng(0)
+  coarse = rng.uniform(-0.9, 0.9, (2 * rows, 1, 2, 2, 3))
+  fine = np.repeat(np.repeat(coarse, 8, 2), 8, 3).astype(np.float32)
+  return {"clips": np.repeat(fine[:rows], 3, 1), "images": fine[rows:]}
+
+
+@functools.cache
+def setting(losses, sharded=False):
+  """(new state, step) of one kind; few compilations serve all tests."""
+  where = layout.Layout(layout.make_mesh(data=2, fsdp=2, tensor=2)) if sharded else None
+  tx = optim.optimizer(optim.OptimConfig(steps=60, warmup=5, learning_rate=1e-2), train_vae.boxed_weights(TINY))
+  step = jax.jit(train_vae.train_step, static_argnames=("cfg", "tx", "losses", "ema_decay", "layout"),
+                 out_shardings=(train_vae.shardings(TINY, tx, losses, where), None))
+  state = train_vae.init_state(TINY, tx, losses, jax.random.key(0), where)
+  return state, functools.partial(step, key=jax.random.key(1), cfg=TINY, tx=tx, losses=losses, ema_decay=0.9, layout=where)
+
+
+def same(a, b):
+  return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_it_learns_and_repeats():
+  """Sixty steps on one batch halve the error; the same steps give the same weights; the mean follows the weights."""
+  state, step = setting(PLAIN)
+  first = None
+  for _ in range(60):
+    state, metrics = step(state, batch())
+    first = first or metrics
+  assert float(metrics["l1"]) < 0.5 * float(first["l1"]) and float(metrics["psnr"]) > float(first["psnr"]) + 5
+  assert int(state.step) == 60 and int(state.bad) == 0
+  again, _ = setting(PLAIN)
+  for _ in range(60):
+    again, _ = step(again, batch())
+  assert same(again.params, state.params)
+  gap = lambda a, b: sum(float(jnp.abs(x - y).sum()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))  # noqa: E731
+  assert 0 < gap(state.ema, state.params) < gap(setting(PLAIN)[0].params, state.params)
+
+
+@pytest.mark.parametrize("losses", [PLAIN, JUDGED], ids=["plain", "adversarial"])
+def test_a_bad_update_changes_nothing(losses):
+  state, step = setting(losses)
+  spoilt = batch()
+  spoilt["clips"] = spoilt["clips"].copy()
+  spoilt["clips"][0, 0, 0, 0, 0] = np.nan
+  after, metrics = step(state, spoilt)
+  assert int(metrics["bad"]) == 1 and int(after.bad) == 1 and int(after.step) == 1
+  kept = ("params", "ema", "opt", "critic", "critic_opt")
+  assert all(same(getattr(after, name), getattr(state, name)) for name in kept)
+  good, metrics = step(state, batch())
+  assert int(metrics["bad"]) == 0 and not same(good.params, state.params)       # the test can fail
+
+
+def test_the_critic_waits_for_its_step():
+  """Before `adversarial_start` the weights are those of training without it, and the critic's stand; from then on both change."""
+  (alone, plain_step), (state, step) = setting(PLAIN), setting(JUDGED)
+  critic = state.critic
+  for number in range(4):
+    alone, _ = plain_step(alone, batch())
+    state, metrics = step(state, batch())
+    close = all(np.allclose(x, y, atol=1e-5) for x, y in
+                zip(jax.tree.leaves(alone.params), jax.tree.leaves(state.params), strict=True))
+    waiting = number < JUDGED.adversarial_start
+    assert close == waiting == same(state.critic, critic) == (float(metrics["adversarial_share"]) == 0)
+
+
+def test_the_critic_learns_to_tell():
+  """The hinge loss of the discriminator falls while the autoencoder still blurs."""
+  state, step = setting(dataclasses.replace(JUDGED, adversarial_start=0, adversarial_weight=1e-6))
+  found = []
+  for _ in range(25):
+    state, metrics = step(state, batch())
+    found.append(float(metrics["critic_loss"]))
+  assert found[-1] < found[0] - 0.05
+
+
+def vgg_tensors(scale=1.0):
+  rng, tensors, inner = np.random.default_rng(0), {"classifier.0.weight": np.zeros((1, 1), np.float32)}, 3
+  for stage, width in zip(critics.VGG_STAGES, critics.VGG_WIDTHS, strict=True):
+    for n in stage:
+      tensors[f"features.{n}.weight"] = (scale * rng.normal(size=(width, inner, 3, 3)) * (2 / 9 / inner) ** 0.5).astype(np.float32)
+      tensors[f"features.{n}.bias"] = np.zeros(width, np.float32)
+      inner = width
+  return tensors
+
+
+def test_perceptual_distance(tmp_path):
+  """Zero for the same video, more for one that differs more; its weights come from a file of the user's, which must fit."""
+  save_file(vgg_tensors(), tmp_path / "vgg16.safetensors")
+  weights = vgg16.load(tmp_path / "vgg16.safetensors")
+  video = batch()["clips"][:1]
+  noise = np.random.default_rng(1).normal(size=video.shape).astype(np.float32)
+  near, far = (float(critics.perceptual_distance(weights, video, video + amount * noise)) for amount in (0.05, 0.5))
+  assert float(critics.perceptual_distance(weights, video, video)) < 1e-6 < near < far
+  slope = jax.grad(lambda other: critics.perceptual_distance(weights, video, other))(video + 0.5 * noise)
+  assert np.isfinite(slope).all() and np.abs(slope).max() > 0
+  features = critics.vgg_features(weights, video)
+  assert [f.shape[2:] for f in features] == [(16, 16, 64), (8, 8, 128), (4, 4, 256), (2, 2, 512), (1, 1, 512)]
+  save_file({name: value for name, value in vgg_tensors().items() if name != "features.10.bias"}, tmp_path / "cut.safetensors")
+  with pytest.raises(ValueError, match="features.10.bias is missing"):
+    vgg16.load(tmp_path / "cut.safetensors")
+
+
+def test_the_perceptual_term_is_in_the_loss():
+  """It pulls on the weights through the real step, and asks for its features."""
+  losses = dataclasses.replace(PLAIN, perceptual_weight=1.0)
+  weights = vgg16.to_ours(vgg_tensors())
+  state, step = setting(losses)
+  with pytest.raises(ValueError, match="features"):
+    step(state, batch())
+  after, metrics = step(state, {"clips": batch()["clips"][:1]}, features=weights)
+  assert float(metrics["loss"]) > float(metrics["l1"]) + float(metrics["perceptual"]) - 1e-6 and float(metrics["perceptual"]) > 0
+  assert not same(after.params, state.params)
+
+
+def test_every_value_counts_the_same():
+  """Clips and images together: the mean over all values, not the mean of two means."""
+  a, b = batch(), {name: video + shift for (name, video), shift in zip(batch().items(), (0.1, 0.5), strict=True)}
+  mean = train_vae.mean_over(lambda x, y: jnp.mean(jnp.abs(x - y)), a, b)
+  np.testing.assert_allclose(mean, (0.1 * 3 + 0.5 * 1) / 4, rtol=1e-4)
+
+
+def test_kl_is_that_of_gaussians():
+  """Zero at the prior; against a sum over many draws elsewhere."""
+  zero = jnp.zeros((1, 1, 1, 1, 3))
+  assert float(train_vae.gaussian_kl(zero, zero)) == 0
+  mean, logvar = jnp.array([0.5, -1.0, 2.0]), jnp.array([-1.0, 0.3, -2.0])
+  draws = mean + jnp.exp(logvar / 2) * jax.random.normal(jax.random.key(0), (400_000, 3))
+  density = lambda x, mean, logvar: -0.5 * ((x - mean) ** 2 / jnp.exp(logvar) + logvar)  # noqa: E731
+  drawn = jnp.mean(jnp.sum(density(draws, mean, logvar) - density(draws, 0.0, 0.0), -1))
+  np.testing.assert_allclose(train_vae.gaussian_kl(mean, logvar), drawn, rtol=1e-2)
+
+
+def test_statistics_make_latents_standard():
+  latents = [np.random.default_rng(i).normal((1, -2, 0, 5), (0.5, 2, 1, 3), (2, 3, 4 + i, 4)) for i in range(3)]
+  cfg = train_vae.with_statistics(latents, TINY)
+  normal = np.concatenate([vae.normalise(one, cfg).reshape(-1, 4) for one in latents])
+  np.testing.assert_allclose(normal.mean(0), 0, atol=1e-9)
+  np.testing.assert_allclose(normal.std(0), 1, atol=1e-9)
+  with pytest.raises(ValueError, match="no latents"):
+    train_vae.with_statistics([], TINY)
+
+
+def test_sharded_equals_unsharded():
+  """Two updates on eight devices (rows over four of them, weights over four) give the weights that one device gives."""
+  states = []
+  for sharded in (False, True):
+    state, step = setting(PLAIN, sharded)
+    for _ in range(2):
+      state, _ = step(state, batch())
+    states.append(state)
+  kernel = states[1].params["decoder"]["conv_in"]["kernel"]
+  assert kernel.sharding.shard_shape(kernel.shape) == (3, 3, 3, 2, 4)
+  for a, b in zip(jax.tree.leaves(states[0].params), jax.tree.leaves(states[1].params), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-4)
