@@ -18,7 +18,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 RULES = (
     # weights
     ("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"), ("head_dim", None), ("patch", None), ("layers", None),
-    ("vocab", "tensor"), ("text_embed", "fsdp"), ("time", None), ("conv_in", "fsdp"), ("conv_out", "tensor"),
+    ("vocab", "tensor"), ("text_embed", "fsdp"), ("time", None), ("conv_in", "fsdp"), ("conv_out", None),
     # activations
     ("act_batch", ("data", "fsdp")), ("act_length", "context"), ("act_text", None), ("act_embed", None),
     ("act_heads", "tensor"), ("act_head_dim", None), ("act_mlp", "tensor"),

@@ -53,6 +53,7 @@ class DiTConfig:
   text_width: int = 128
   cond_channels: int = 0  # joined to each latent: cond_BLQ, Q = patch values times these
   time_freqs: int = 256  # sinusoids of the noise level
+  rope_theta: float = 10_000.0  # wave lengths of the rotary positions go up to 2 pi times this
   cross_norm: bool = True  # affine norm before cross-attention
   eps: float = 1e-6
   conditioning: str = "token_sigma"  # how given tokens enter: at sigma 0 | joined channels | replaced by noised truth at each step
@@ -110,7 +111,8 @@ def _wan(depth, heads, mlp, channels=16, conditioning="replacement", **kwargs):
 
 
 SIZES = {
-  "tiny": DiTConfig(depth=5, heads=3, head_size=48, mlp=432, channels=24, patch=(1, 2, 2), remat="dots"),  # for two CPU cores; what ships
+  # For two CPU cores; what ships. Its grids are few patches wide: longer waves would tell neighbours apart no better than none.
+  "tiny": DiTConfig(depth=5, heads=3, head_size=48, mlp=432, channels=24, patch=(1, 2, 2), rope_theta=30.0, remat="dots"),
   "S": _ours(12, 2),
   "B": _ours(12, 3),
   "L": _ours(24, 4),
@@ -306,7 +308,7 @@ class DiT(Part):
     row = {
       "change_BU6D": change_BU6D,
       "index_BL": sigma_index_BL,
-      "angles": rotary(coords_BL3, cfg.head_size),
+      "angles": rotary(coords_BL3, cfg.head_size, cfg.rope_theta),
       "segment_BL": segment_BL,
       "text_BSD": text_BSD,
       "prompt_BL": prompt_BL,
