@@ -30,7 +30,7 @@ def tiny():
   config.log_every = 10
   config.checkpoint_every = 100
   config.max_bad_steps = 1             # stop after so many updates that are not finite
-  config.ema_decay = 0.995
+  config.ema_decay = 0.99
 
   config.model = ml_collections.ConfigDict()
   config.model.size = "tiny"           # a key of sora_jax.models.dit.SIZES
@@ -53,7 +53,7 @@ def tiny():
   config.optim = ml_collections.ConfigDict()
   config.optim.name = "muon"
   config.optim.learning_rate = 4e-3
-  config.optim.warmup = 30
+  config.optim.warmup = 20
   config.optim.final = 0.05
   config.optim.weight_decay = 0.01
   config.optim.clip = 1.0
@@ -61,7 +61,7 @@ def tiny():
   config.sigma = ml_collections.ConfigDict()
   config.sigma.mean = 0.0
   config.sigma.std = 1.0
-  config.sigma.base_shift = 1.0
+  config.sigma.base_shift = 3.0        # latents of the linear codec are like pixels: shape and place are decided at sigma 0.8 to 0.95
   config.sigma.base_tokens = 64
   config.sigma.shift_power = 0.5
   config.sigma.uniform = 0.1
@@ -74,7 +74,7 @@ def tiny():
   config.sample.fps = 8.0
   config.sample.steps = 20
   config.sample.sampler = "unipc"
-  config.sample.shift = 1.0
+  config.sample.shift = 4.0
   config.sample.guidance = 3.0
   config.sample.row_tokens = 320                   # a row of a sampling job
   config.sample.rows = 8                           # rows denoised together
@@ -92,8 +92,7 @@ def world():
   config.steps = 1600
   config.checkpoint_every = 200
   config.data.rows = 10
-  config.ema_decay = 0.999
-  config.optim.warmup = 100
+  config.ema_decay = 0.995
   config.optim.learning_rate = 3e-3
   return config
 

@@ -34,7 +34,7 @@ def stages(out):
   vae, records, dit = out / "vae", out / "records", out / "dit"
   own = lambda name, steps: [f"--config.{name}={steps}"] if steps else []  # noqa: E731
   found = [
-      ("vae", "a VAE learns to compress the world's clips 32 times", "train_vae",
+      ("vae", "a VAE learns to turn clips into latents and back", "train_vae",
        [f"--config={root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *own("steps", VAE_STEPS.value)], vae / "vae" / "config.json"),
       ("encode", f"{CLIPS.value} clips become latents", "encode",
        [f"--source=shapes:{CLIPS.value}", f"--workdir={vae}", f"--out={records}"], records / "index.json"),

@@ -48,12 +48,11 @@ def chosen_requests():
     raise BadInput("give either --prompt=TEXT or --requests=FILE.jsonl")
   if REQUESTS.value is not None:
     return sampling.read_requests(REQUESTS.value)
-  fields = {"id": "video", "prompt": PROMPT.value}
+  fields = {"prompt": PROMPT.value}
   for name, flag in FIELDS.items():
     if flag.value is not None:
       fields[name] = _typed(name, flag.value)
-  fields["id"] = _slug(PROMPT.value, fields.get("seed", 0))
-  return [fields], []
+  return [{"id": _file_name({name: flag.value for name, flag in FIELDS.items() if flag.value is not None}), **fields}], []
 
 
 def _typed(name, value):
@@ -67,10 +66,12 @@ def _typed(name, value):
     raise BadInput(f"--{name}={value} cannot be read; give {'two numbers as 64,96' if wanted is list else f'a number ({wanted.__name__})'}") from None
 
 
-def _slug(prompt, seed):
-  """A file name from a prompt."""
-  words = "".join(c if c.isalnum() else " " for c in prompt.lower()).split()
-  return ("-".join(words)[:60] or "video") + (f"-{seed}" if seed else "")
+def _file_name(given):
+  """From the prompt and the flags that were given, so that another size or seed is another file."""
+  slug = lambda value: "-".join("".join(c if c.isalnum() or c == "." else " " for c in value.lower()).split())  # noqa: E731
+  parts = [slug(PROMPT.value)[:60] or "video"]
+  parts += [f"{name if name != 'task' else ''}{slug(value.rsplit('/', 1)[-1])[:20]}" for name, value in given.items()]
+  return "-".join(parts)[:200]
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def _published(mean, std):
 
 SIZES = {
     # Ours: convolutions at an eighth of the resolution, beside a linear codec, so that minutes on two CPU cores are enough.
-    "tiny": VAEConfig(base_dim=32, z_dim=24, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True),
+    "tiny": VAEConfig(base_dim=32, z_dim=48, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True),
                       spatial_downsample=(False, False), is_residual=True, patch_size=8, linear=True),
     # The public ones; latent statistics as in their config.json (Wan-AI/Wan2.1-T2V-14B-Diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers).
     "wan2.1": VAEConfig(**_published(

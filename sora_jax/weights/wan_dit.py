@@ -149,7 +149,11 @@ def config_to_ours(theirs, expand_timesteps=False):
 
 
 def config_to_theirs(cfg):
-  """DiTConfig -> their config.json."""
+  """DiTConfig -> their config.json. BadInput where their class has no such model."""
+  if cfg.predicts != "velocity" or cfg.rope_theta != 10_000:
+    raise BadInput(
+      f"WanTransformer3DModel predicts velocity, with rope_theta 10000; this model has predicts={cfg.predicts!r}, rope_theta {cfg.rope_theta:g}"
+    )
   return {
     "_class_name": "WanTransformer3DModel",
     "_diffusers_version": "0.42.1",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sora_jax import layout as layouts, patches
+from sora_jax.errors import BadInput
 from sora_jax.models import dit
 from sora_jax.weights import files, wan_dit
 
@@ -198,3 +199,17 @@ def test_wan_weights_give_wan_answers():
     np.testing.assert_array_equal(value, tensors[name])
   theirs = files.read_config(GOLDEN)
   assert {**wan_dit.config_to_theirs(cfg), "_diffusers_version": theirs["_diffusers_version"]} == theirs
+
+
+def test_a_model_that_predicts_data_gives_its_velocity(params):
+  """(x - data) / sigma, from the same last layer; below the smallest sigma, and for given tokens, the divisor stays."""
+  cfg = dataclasses.replace(CFG, predicts="data")
+  data, sigma = np.asarray(velocity(params, ROW)), np.take_along_axis(ROW["sigma"], ROW["index"], 1)[..., None]
+  found = np.asarray(jax.jit(lambda params, row: run(params, row, cfg))(params, ROW))
+  np.testing.assert_allclose(found, (ROW["tokens"] - data) / np.maximum(sigma, dit.SMALLEST), atol=1e-4)
+  at = np.broadcast_to(sigma >= dit.SMALLEST, data.shape)
+  np.testing.assert_allclose((ROW["tokens"] - sigma * found)[at], data[at], atol=1e-4)
+  with pytest.raises(ValueError, match="predicts='noise'; known: velocity, data"):
+    dataclasses.replace(CFG, predicts="noise")
+  with pytest.raises(BadInput, match="predicts='data'"):
+    wan_dit.config_to_theirs(cfg)
