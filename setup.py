@@ -30,7 +30,7 @@ CORE = [
 ]
 
 EXTRAS = {
-    "test": ["hypothesis>=6.140", "pytest>=9", "ruff>=0.14", "scikit-video>=1.1.11"],
+    "test": ["hypothesis>=6.140", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "scikit-video>=1.1.11"],
     "oracle": ["torch==2.13.0", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", "accelerate>=1.12"],
     "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.25"],
     "tpu": ["jax[tpu]>=0.10,<0.11"],

@@ -3,7 +3,7 @@
   python -m launch.train --config=configs/t2v.py:tiny --config.data.path=RECORDS --workdir=W
 
 Variants, with the hardware that each was written for and what to expect:
-  tiny   two CPU cores, five minutes on the embedded world: colours follow the prompt, motion begins to. What the quickstart trains.
+  tiny   two CPU cores, five minutes on the embedded world: colours follow the prompt, shapes and motion not yet. What the quickstart trains.
   world  two CPU cores, about an hour on the embedded world: the small model that ships (sora_jax/assets/world/README.md has its scores).
   base   one TPU v5p-8 or larger: our size B, on records of the public 4x8x8 VAE, with its UMT5 embeddings in the records.
 
@@ -26,7 +26,7 @@ def tiny():
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.init = ""                     # another work directory to start the weights from
-  config.steps = 400
+  config.steps = 300
   config.log_every = 10
   config.checkpoint_every = 100
   config.max_bad_steps = 1             # stop after so many updates that are not finite
@@ -40,10 +40,10 @@ def tiny():
 
   config.data = ml_collections.ConfigDict()
   config.data.path = ""                # what launch.encode wrote
-  config.data.rows = 20
+  config.data.rows = 10
   config.data.row_tokens = 320
-  config.data.row_clips = 24
-  config.data.row_text = 200
+  config.data.row_clips = 12
+  config.data.row_text = 80
   config.data.caption_dropout = 0.1
   config.data.image_to_video = 0.15    # share of clips whose first frame is given
   config.data.base_fps = 0.0           # > 0: time coordinates count frames of a video of this rate, whatever the clip's own
@@ -89,9 +89,8 @@ def tiny():
 def world():
   """The small model that ships."""
   config = tiny()
-  config.steps = 1600
+  config.steps = 4500
   config.checkpoint_every = 200
-  config.data.rows = 10
   config.ema_decay = 0.995
   config.optim.learning_rate = 3e-3
   return config

@@ -3,8 +3,8 @@
   python -m launch.train_vae --config=configs/vae.py:tiny --workdir=W
 
 Variants, with the hardware that each was written for and what to expect:
-  tiny   two CPU cores, three minutes on the embedded world. What the quickstart trains.
-  world  two CPU cores, about half an hour on the embedded world: the VAE of the small model that ships.
+  tiny   two CPU cores, two minutes on the embedded world. What the quickstart trains.
+  world  two CPU cores, a quarter of an hour on the embedded world: the VAE of the small model that ships.
   base   one TPU v5p-8 or larger, days: the plain 4x8x8 kind with 16 channels (the shape of Wan 2.1) on a folder of clips, with the
          adversarial and the perceptual term; give --config.data.path=CLIPS and --config.perceptual.weights=vgg16.safetensors
 
@@ -27,9 +27,9 @@ def tiny():
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.model = "tiny"                # a key of sora_jax.models.vae.SIZES
-  config.steps = 900
+  config.steps = 600
   config.log_every = 20
-  config.eval_every = 450              # PSNR and SSIM on held-out clips
+  config.eval_every = 300              # PSNR and SSIM on held-out clips
   config.checkpoint_every = 150
   config.max_bad_steps = 1             # stop after so many updates that are not finite
   config.ema_decay = 0.99

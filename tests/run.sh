@@ -16,9 +16,11 @@ if [ "$which" = oracle ]; then bash "$root/launch/bootstrap.sh" oracle; else bas
 cd "$root"
 unset SORA_JAX_ORACLE
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
-export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTEST_PLUGINS=_hypothesis_pytestplugin      # the caller's plugins stay out
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTEST_PLUGINS=_hypothesis_pytestplugin,xdist.plugin      # the caller's plugins stay out
 case $which in
-  default) set -- -m "not faults and not slow" "$@" ;;
+  default)      # compiling, most of the time, keeps one core busy: two files at a time, unless you look for something
+    [ $# -gt 0 ] || set -- -n 2 --dist loadfile
+    set -- -m "not faults and not slow" "$@" ;;
   faults) set -- -m faults "$@" ;;
   oracle) export SORA_JAX_ORACLE=1
     case " $*" in *" tests/oracle"*) ;; *) set -- tests/oracle "$@" ;; esac ;;

@@ -90,6 +90,7 @@ def test_the_critic_waits_for_its_step():
   assert max(apart[:2]) < 0.02 < apart[2], apart           # two programs: rounding differs
 
 
+@pytest.mark.slow
 def test_the_critic_learns_to_tell():
   """The hinge loss of the discriminator falls while the autoencoder still blurs."""
   state, step = setting(dataclasses.replace(JUDGED, adversarial_start=0, adversarial_weight=1e-6))

@@ -16,8 +16,9 @@ Held out: every third combination of (colour, shape, direction), as in a Latin s
 of the other kinds, are in no training caption (`held_out`), though every two of the words are. The split `held_out`
 has only those; `held_out_requests` asks a model for them.
 
-Edges are three pixels soft, as a lens draws them: coverage = clip(1/2 - signed distance / 3, 0, 1). Shapes are 15 to 29 pixels across (0.3 to 0.45
-of the short side) and cross most of the free way, so that a person, or `shapes_judge`, can tell what moves where.
+Edges are three pixels soft, as a lens draws them: coverage = clip(1/2 - signed distance / 3, 0, 1). Shapes are 15 to
+29 pixels across (0.3 to 0.45 of the short side) and cross most of the free way, so that a person, or `shapes_judge`,
+can tell what moves where.
 """
 
 import collections
