@@ -4,7 +4,7 @@
 
 Variants, with the hardware that each was written for and what to expect:
   tiny   two CPU cores, five minutes on the embedded world: colours follow the prompt, shapes and motion not yet. What the quickstart trains.
-  world  two CPU cores, about an hour on the embedded world: the small model that ships (sora_jax/assets/world/README.md has its scores).
+  world  two CPU cores, an hour and a half on the embedded world: the small model that ships (scores: sora_jax/assets/world/README.md).
   base   one TPU v5p-8 or larger: our size B, on records of the public 4x8x8 VAE, with its UMT5 embeddings in the records.
 
 Steps are updates; a row is `row_tokens` tokens, a step is `rows` rows of all hosts together.
