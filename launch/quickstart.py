@@ -33,7 +33,9 @@ def stages(out):
   """(name, what it does, program, arguments) of each stage, in order."""
   vae, records, dit = out / "vae", out / "records", out / "dit"
   own = lambda name, steps: [f"--config.{name}={steps}"] if steps else []  # noqa: E731
-  found = [
+  return [
+      ("look", "the model that ships makes the same prompts: something to look at, at once", "sample",
+       [f"--requests={out / 'requests.jsonl'}", f"--out={out / 'shipped'}"]),
       ("vae", "a VAE learns to turn clips into latents and back", "train_vae",
        [f"--config={root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *own("steps", VAE_STEPS.value)]),
       ("encode", f"{CLIPS.value} clips become latents", "encode",
@@ -44,14 +46,9 @@ def stages(out):
        [f"--workdir={dit}", f"--requests={out / 'requests.jsonl'}", f"--out={out / 'fresh'}"]),
       ("evaluate", "VAE, loss by noise level and videos are measured", "evaluate",
        [f"--workdir={dit}", f"--videos={out / 'fresh'}", f"--out={out / 'fresh.json'}"]),
+      ("judge", "the videos of the model that ships are judged", "evaluate",
+       [f"--videos={out / 'shipped'}", f"--out={out / 'shipped.json'}"]),
   ]
-  if (checkpoint.shipped() / "config.json").exists():
-    ship = [("look", "the model that ships makes the same prompts: something to look at, at once", "sample",
-             [f"--requests={out / 'requests.jsonl'}", f"--out={out / 'shipped'}"])]
-    found = ship + found
-    found.append(("judge", "the videos of the model that ships are judged", "evaluate",
-                  [f"--videos={out / 'shipped'}", f"--out={out / 'shipped.json'}"]))
-  return found
 
 
 def root():

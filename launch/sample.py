@@ -48,11 +48,8 @@ def chosen_requests():
     raise BadInput("give either --prompt=TEXT or --requests=FILE.jsonl")
   if REQUESTS.value is not None:
     return sampling.read_requests(REQUESTS.value)
-  fields = {"prompt": PROMPT.value}
-  for name, flag in FIELDS.items():
-    if flag.value is not None:
-      fields[name] = _typed(name, flag.value)
-  return [{"id": _file_name({name: flag.value for name, flag in FIELDS.items() if flag.value is not None}), **fields}], []
+  given = {name: flag.value for name, flag in FIELDS.items() if flag.value is not None}
+  return [{"id": _file_name(given), "prompt": PROMPT.value, **{name: _typed(name, value) for name, value in given.items()}}], []
 
 
 def _typed(name, value):

@@ -14,7 +14,7 @@ the converter permutes); sigma belongs to tokens, and modulation is computed for
 each use. Scores, norms, modulation and residual sums are float32 whatever the compute dtype.
 
 `predicts="data"`: the last layer gives data, and velocity = (x - data) / max(sigma, 0.05). Patches of many values that lie near few
-dimensions are easier to predict than their noise, which has all of them (Li and He, arXiv:2511.13720, sec. 4).
+dimensions are easier to predict than their noise, which has all of them (Li and He, arXiv:2511.13720).
 
 Initial weights (for training from nothing): residual branches start open, gates at 1, with output weights scaled by
 (3 depth) ** -0.5, and only the last layer at zero, so that the first velocity is 0. Measured on soft blobs that move as a prompt
@@ -42,7 +42,7 @@ REMAT = {  # what a block keeps for its backward pass
 }
 CONDITIONING = ("token_sigma", "channels", "replacement")
 PREDICTS = ("velocity", "data")
-SMALLEST = 0.05  # sigma below which data is no longer divided by sigma (arXiv:2511.13720, app. A)
+SMALLEST = 0.05  # the least divisor, where sigma is smaller (as in arXiv:2511.13720)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,8 +338,7 @@ class DiT(Part):
     out_BLP = self.linear("BLD,DP->BLP", x_BLD, "velocity", (D, cfg.values_in), ("embed", "patch"), nn.initializers.zeros).astype(jnp.float32)
     if cfg.predicts == "velocity":
       return out_BLP
-    sigma_BL = jnp.take_along_axis(sigma_BU, sigma_index_BL, axis=1)
-    return (tokens_BLP - out_BLP) / jnp.maximum(sigma_BL, SMALLEST)[..., None]
+    return (tokens_BLP - out_BLP) / jnp.maximum(spread(sigma_BU[..., None], sigma_index_BL), SMALLEST)
 
 
 class Time(Part):
