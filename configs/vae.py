@@ -26,6 +26,8 @@ def tiny():
   """The page that the others differ from."""
   config = ml_collections.ConfigDict()
   config.seed = 0
+  config.init = ""                     # another directory whose VAE to start from
+  config.decoder_only = False          # leave what latents depend on as it is: records and transformers of config.init stay good
   config.model = "tiny"                # a key of sora_jax.models.vae.SIZES
   config.steps = 600
   config.log_every = 20
@@ -36,6 +38,7 @@ def tiny():
 
   config.kl_weight = 1e-4              # per pixel value; see sora_jax/train_vae.py
   config.square_weight = 4.0           # of the squared error, beside L1
+  config.ssim_weight = 0.0             # of 1 - SSIM; 0: without
   config.adversarial = ml_collections.ConfigDict()
   config.adversarial.weight = 0.0      # 0: without
   config.adversarial.start = 0         # from this step on

@@ -60,13 +60,18 @@ def load_vae(directory):
   return cli.checked(lambda: vae.config_from_dict(fields), str(directory)), jax.device_put(params)
 
 
+def fingerprint(part):
+  """Of a part, what data made with it depend on: of a VAE the encoder, so that its decoder may be trained further."""
+  return checkpoint.fingerprint(part, vae.ENCODER if epath.Path(part).name == "vae" else ())
+
+
 def copy_part(source, target):
   """Copies a part (vae/ or text/) unless it is there already; BadInput when another one is."""
   source, target = epath.Path(source), epath.Path(target)
   if not source.exists():
     raise BadInput(f"there is no {source}; run launch.encode first, which puts it beside its records")
   if target.exists() and any(target.iterdir()):
-    if checkpoint.fingerprint(source) != checkpoint.fingerprint(target):
+    if fingerprint(source) != fingerprint(target):
       raise BadInput(f"{target} and {source} differ: this work directory was made with another one; give another --workdir")
     return
   partial = target.parent / (target.name + ".partial")

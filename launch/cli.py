@@ -72,6 +72,8 @@ def _request_stop(number, frame):
   del frame
   if _stop["requested"] and number == signal.SIGINT:
     raise KeyboardInterrupt
+  if not _stop["requested"]:
+    os.write(2, f"{program()}: asked to stop; saving after what is being computed now\n".encode())      # safe in a signal handler
   _stop["requested"] = True
 
 
@@ -166,7 +168,7 @@ class Bar:
   """Progress: a bar with time left on a terminal, a plain line every `every` seconds elsewhere. Use with `with`."""
 
   def __init__(self, label, total, *, start=0, every=15.0):
-    self.label, self.total, self.done, self.every = label, total, start, every
+    self.label, self.total, self.done, self.every, self.note = label, total, start, every, ""
     self.first, self.began = start, time.monotonic()
     self.told = self.began
     self.rich = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -184,10 +186,11 @@ class Bar:
       self.rich.stop()
 
   def advance(self, n=1, note=""):
-    """n more are done; `note` is shown beside them."""
+    """n more are done; `note` is shown beside them, until the next one."""
     self.done += n
+    self.note = note or self.note
     if self.rich:
-      self.rich.update(self.task, completed=self.done, **({"note": note} if note else {}))
+      self.rich.update(self.task, completed=self.done, note=self.note)
       return
     now = time.monotonic()
     if now - self.told >= self.every or self.done == self.total:
@@ -195,4 +198,4 @@ class Bar:
       left = ""
       if self.total and self.done > self.first:
         left = f", {(now - self.began) / (self.done - self.first) * (self.total - self.done):.0f} s left"
-      say(f"{self.label}: {self.done}{f' of {self.total}' if self.total else ''}{left}{f', {note}' if note else ''}")
+      say(f"{self.label}: {self.done}{f' of {self.total}' if self.total else ''}{left}{f', {self.note}' if self.note else ''}")

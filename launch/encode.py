@@ -105,8 +105,8 @@ def settings(source, parts):
                    "out --workdir for the one that ships")
   own = (parts / "text" / "tokenizer.model").exists()
   return {"source": source.name, "max_seconds": MAX_SECONDS.value, "fps": FPS.value, "split": SPLIT.value,
-          "seed": SEED.value, "vae": checkpoint.fingerprint(parts / "vae"),
-          "text": checkpoint.fingerprint(parts / "text") if own else f"trained here, {VOCAB.value} entries"}
+          "seed": SEED.value, "vae": build.fingerprint(parts / "vae"),
+          "text": build.fingerprint(parts / "text") if own else f"trained here, {VOCAB.value} entries"}
 
 
 def prepare_parts(parts, out, captions):

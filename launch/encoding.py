@@ -248,5 +248,5 @@ def finish(writer, encoder, out):
   (null_ids, null_embedding), = encoder.texts([""])
   return writer.finish({
       "latent_channels": encoder.channels, "vae_stride": list(encoder.stride),
-      "vae_fingerprint": checkpoint.fingerprint(out / "vae"), "text_fingerprint": checkpoint.fingerprint(out / "text"),
+      "vae_fingerprint": build.fingerprint(out / "vae"), "text_fingerprint": build.fingerprint(out / "text"),
   }, null_ids, null_embedding)

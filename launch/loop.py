@@ -40,11 +40,13 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
       window.append(metrics)
       if saving:
         bad, before = check_finite(metrics, bad, config.max_bad_steps, step), None
+      note = ""
       if step % config.log_every == 0 or last:
         values = summary(window, time.monotonic() - began)
         log.write(step, values)
-        bar.advance(len(window), "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         window, began = [], time.monotonic()
+      bar.advance(1, note)
       if saving:
         checkpoints.save(step, items(state), {"step": step, "cursor": cursor})
       for every, hook in hooks:

@@ -122,7 +122,7 @@ def check_index(index, model, workdir):
   if channels != wanted:
     raise BadInput(f"the records have {channels} latent channels, the model takes {wanted}; encode with the VAE that it is for, or change "
                    "--config.model.size")
-  mine = checkpoint.fingerprint(os.path.join(workdir, "vae"))
+  mine = build.fingerprint(os.path.join(workdir, "vae"))
   if index.header.get("vae_fingerprint") not in (None, mine):
     raise BadInput(f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {workdir}/vae ({mine}); encode again")
 

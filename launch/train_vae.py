@@ -23,7 +23,7 @@ from sora_jax.models import vae
 from sora_jax.weights import vgg16
 
 WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and the VAE go")
-FREE = ("steps", "log_every", "checkpoint_every", "eval_every", "max_bad_steps", "data.path", "data.threads", "mesh.")
+FREE = ("steps", "log_every", "checkpoint_every", "eval_every", "max_bad_steps", "data.path", "data.threads", "mesh.", "init")
 HELD_OUT, MOST = 48, (17, 256, 256)        # clips that measure quality, and how much of each: frames, height, width
 SOURCES = ("shapes", "folder")
 
@@ -38,11 +38,11 @@ def main():
   losses = cli.checked(lambda: train_vae.loss_config(config), "config")
   tx = build.make_optimizer(config, train_vae.boxed_weights(cfg))
   source, apart = open_sources(config)
+  cfg, weights = begin_with(config, cfg)
   cli.claim_workdir(workdir, config, FREE)
   checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
   target = train_vae.abstract_state(cfg, tx, losses, where)
-  state, step = resume(checkpoints, target) or (
-      train_vae.init_state(cfg, tx, losses, jax.random.key(config.seed), where, look(source, config) if cfg.linear else None), 0)
+  state, step = resume(checkpoints, target) or (begin(config, cfg, tx, losses, where, source, weights), 0)
   if step >= config.steps:
     cli.say(f"{workdir} is already trained for {step} steps; nothing to do. "
             f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
@@ -58,10 +58,10 @@ def main():
     if not config.perceptual.weights:
       raise BadInput("config.perceptual.weight is set and config.perceptual.weights is empty; give a safetensors file of VGG16")
     features = vgg16.load(config.perceptual.weights)
-  update = functools.partial(jax.jit(train_vae.train_step, static_argnames=("cfg", "tx", "losses", "ema_decay", "layout"), donate_argnums=0,
+  settings = {"cfg": cfg, "tx": tx, "losses": losses, "ema_decay": config.ema_decay, "layout": where, "decoder_only": config.decoder_only}
+  update = functools.partial(jax.jit(train_vae.train_step, static_argnames=tuple(settings), donate_argnums=0,
                                      out_shardings=(train_vae.shardings(cfg, tx, losses, where), None)),
-                             key=jax.random.key(config.seed), cfg=cfg, tx=tx, losses=losses, ema_decay=config.ema_decay, features=features,
-                             layout=where)
+                             key=jax.random.key(config.seed), features=features, **settings)
   batches = ((jax.tree.map(lambda x: jax.make_array_from_process_local_data(where.fitted(x.shape, "act_batch"), x), batch), number)
              for number, batch in enumerate(stream, step + 1))
   evaluate = functools.partial(held_out_quality, clips_of(apart, cfg, HELD_OUT), cfg)
@@ -104,6 +104,27 @@ class Some:
 
   def read(self, item):
     return self.source.read(item)
+
+
+def begin_with(config, cfg):
+  """config.init -> (cfg, with the statistics of its latents where they stay; its weights, or None without one)."""
+  if not config.init:
+    if config.decoder_only:
+      raise BadInput("config.decoder_only is set and config.init is empty; give the directory whose VAE it is about")
+    return cfg, None
+  found, weights = build.load_vae(epath.Path(config.init) / "vae")
+  plain = dataclasses.replace(found, latents_mean=cfg.latents_mean, latents_std=cfg.latents_std)
+  if plain != cfg:
+    raise BadInput(f"the VAE in {config.init} is not of size {config.model!r}; give the --config.model that it was trained with")
+  return (found if config.decoder_only else cfg), weights
+
+
+def begin(config, cfg, tx, losses, where, source, weights):
+  """A new state: of these weights, or else of random ones."""
+  if weights is not None:
+    cli.say(f"starting from the VAE of {config.init}{', whose encoder stays' if config.decoder_only else ''}")
+  clips_BTHWC = look(source, config) if cfg.linear and weights is None else None
+  return train_vae.init_state(cfg, tx, losses, jax.random.key(config.seed), where, clips_BTHWC, weights)
 
 
 def look(source, config):
@@ -154,8 +175,9 @@ def held_out_quality(held_out, cfg, step, state):
 
 
 def finish(state, cfg, config, source, workdir):
-  """Measures the latents' mean and standard deviation once, and writes W/vae."""
-  cfg = train_vae.with_statistics(encoding.encode_clips(cfg, state.ema, clips_of(source, cfg, 256)), cfg)
+  """Measures the latents' mean and standard deviation, where they are new, and writes W/vae."""
+  if not config.decoder_only:
+    cfg = train_vae.with_statistics(encoding.encode_clips(cfg, state.ema, clips_of(source, cfg, 256)), cfg)
   checkpoint.save_part(epath.Path(workdir) / "vae", vae.config_to_dict(cfg, config.model), jax.device_get(state.ema))
   cli.say(f"done: {config.steps} steps; the VAE is in {workdir}/vae. Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
 

@@ -99,13 +99,24 @@ def _load_safetensors(data):
           for name, entry in safetensors.deserialize(data)}
 
 
-def fingerprint(directory):
-  """A short checksum of a part: of its config and every other file but README."""
+def fingerprint(directory, only=()):
+  """A short checksum of a part: of its config and every other file but README; of its weights, where `only` is given, those that lie
+  under these names."""
   directory, crc = epath.Path(directory), 0
   for path in sorted(directory.iterdir(), key=lambda p: p.name):
     if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
-      crc = zlib.crc32(path.read_bytes(), zlib.crc32(path.name.encode(), crc))
+      crc = zlib.crc32(path.name.encode(), crc)
+      for data in _chosen(path.read_bytes(), only) if only and path.name == WEIGHTS else (path.read_bytes(),):
+        crc = zlib.crc32(data, crc)
   return f"{crc:08x}"
+
+
+def _chosen(data, only):
+  """The bytes of safetensors -> names and bytes of the tensors under these names, in order."""
+  for name, entry in sorted(safetensors.deserialize(data)):
+    if name.split("/")[0] in only:
+      yield f"{name} {entry['dtype']} {entry['shape']}".encode()
+      yield bytes(entry["data"])
 
 
 def shipped():

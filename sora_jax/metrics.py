@@ -1,5 +1,5 @@
-"""Image quality in numpy: PSNR, and the SSIM of Wang et al. 2004 (IEEE TIP 13:4, "Image quality assessment: from error
-visibility to structural similarity"). Images are [..., H, W, C] in [0, 1]; computed in float64.
+"""Image quality: PSNR, and the SSIM of Wang et al. 2004 (IEEE TIP 13:4, "Image quality assessment: from error visibility to
+structural similarity"). Images are [..., H, W, C] in [0, 1]; `psnr` and `ssim` compute in float64, by numpy.
 """
 
 import numpy as np
@@ -24,12 +24,16 @@ def ssim(a, b) -> float:
   a, b = _pair(a, b)
   if min(a.shape[-3:-1]) < WINDOW:
     raise ValueError(f"ssim: images of {a.shape[-3]} x {a.shape[-2]}; at least {WINDOW} x {WINDOW} needed")
+  return float(ssim_map(a, b).mean())
+
+
+def ssim_map(a, b):
+  """SSIM of each window: numpy or JAX arrays [..., H, W, C] -> [..., H - 10, W - 10, C], at their precision."""
   mean_a, mean_b = _blur(a), _blur(b)
   var_a, var_b = _blur(a * a) - mean_a ** 2, _blur(b * b) - mean_b ** 2
   both = _blur(a * b) - mean_a * mean_b
   c1, c2 = K1 ** 2, K2 ** 2
-  score = ((2 * mean_a * mean_b + c1) * (2 * both + c2)) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
-  return float(score.mean())
+  return ((2 * mean_a * mean_b + c1) * (2 * both + c2)) / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))
 
 
 def _pair(a, b):
@@ -42,8 +46,7 @@ def _pair(a, b):
 def _blur(x):
   """Weighted mean over each window that lies inside: [..., H, W, C] -> [..., H - 10, W - 10, C]."""
   tap = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / WIDTH) ** 2)
-  tap /= tap.sum()
-  for axis in (-3, -2):
-    n = x.shape[axis] - WINDOW + 1
-    x = sum(weight * np.take(x, range(i, i + n), axis) for i, weight in enumerate(tap))
-  return x
+  tap = (tap / tap.sum()).tolist()
+  rows, columns = (length - WINDOW + 1 for length in x.shape[-3:-1])
+  x = sum(weight * x[..., i:i + rows, :, :] for i, weight in enumerate(tap))
+  return sum(weight * x[..., i:i + columns, :] for i, weight in enumerate(tap))

@@ -1,6 +1,7 @@
 """Training the video VAE: what a step is.
 
-  loss = L1 + kl_weight * KL + perceptual_weight * VGG + lambda * adversarial_weight * (- D(reconstruction))
+  loss = L1 + square_weight * L2 + kl_weight * KL + ssim_weight * (1 - SSIM) + perceptual_weight * VGG
+         + lambda * adversarial_weight * (- D(reconstruction))
 
 L1 is a mean over pixel values, KL a sum over latents divided by the same number of pixel values (the ratio of arXiv:2112.10752 sec. G),
 posteriors are sampled. The adversarial part works as in VQGAN (arXiv:2012.09841 eq. 7): hinge loss, from `adversarial_start` on, and
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sora_jax import layout as layouts, optim
+from sora_jax import layout as layouts, metrics as image_quality, optim
 from sora_jax.models import critics, vae
 from sora_jax.models.vae_blocks import by_rows
 
@@ -26,18 +27,22 @@ class LossConfig:
   """Weights of the terms; 0 leaves one out. `adversarial_start` is a step."""
   kl_weight: float = 1e-4
   square_weight: float = 4.0           # squared error beside L1, whose gradient alone keeps small things at the background for long
+  ssim_weight: float = 0.0
   adversarial_weight: float = 0.0
   adversarial_start: int = 0
   perceptual_weight: float = 0.0
 
   def __post_init__(self):
-    if min(self.kl_weight, self.square_weight, self.adversarial_weight, self.adversarial_start, self.perceptual_weight) < 0:
+    if min(dataclasses.astuple(self)) < 0:
       raise ValueError(f"weights of losses and adversarial_start are 0 or more; not {self}")
 
 
 def loss_config(config):
   """The page of configs/vae.py -> LossConfig."""
-  return LossConfig(config.kl_weight, config.square_weight, config.adversarial.weight, config.adversarial.start, config.perceptual.weight)
+  if config.ssim_weight and min(config.data.crop) < image_quality.WINDOW:
+    raise ValueError(f"data.crop is {config.data.crop}; SSIM needs {image_quality.WINDOW} x {image_quality.WINDOW} pixels")
+  return LossConfig(config.kl_weight, config.square_weight, config.ssim_weight, config.adversarial.weight, config.adversarial.start,
+                    config.perceptual.weight)
 
 
 @jax.tree_util.register_dataclass
@@ -70,13 +75,14 @@ def abstract_state(cfg, tx, losses, layout=None):
   return VAETrainState(scalar, params, params, opt, scalar, critic, critic_opt)
 
 
-def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None):
-  """A new state, placed by the layout. `video_BTHWC`: some clips in [-1, 1], for a VAE with a linear codec to begin with."""
+def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None, params=None):
+  """A new state, placed by the layout. `params`: weights to start from, instead of random ones. `video_BTHWC`: some clips in [-1, 1],
+  for a VAE with a linear codec to begin with."""
   params_key, critic_key = jax.random.split(key)
   critic = {}
   if losses.adversarial_weight:
     critic = layouts.unbox(jax.jit(critics.Discriminator().init)(critic_key, jnp.zeros((1, 1, *cfg.stride[1:], 3))))["params"]
-  params = vae.init(params_key, cfg)
+  params = vae.init(params_key, cfg) if params is None else params
   if cfg.linear and video_BTHWC is not None:
     params = vae.fit_linear(params, cfg, video_BTHWC)
   zero = jnp.zeros((), jnp.int32)
@@ -112,26 +118,35 @@ def mean_over(function, *batches):
   return sum(value * size for value, size in parts) / sum(size for _, size in parts)
 
 
-def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, layout=None):
+def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, layout=None, decoder_only=False):
   """One update. (state, {"clips": [B, T, H, W, 3], "images": [B, 1, H, W, 3]} in [-1, 1], key of the run) -> (state, metrics).
 
-  features: weights of VGG16 (weights/vgg16.py) for the perceptual term. An update whose loss or gradient is not finite leaves params,
+  features: weights of VGG16 (weights/vgg16.py) for the perceptual term. decoder_only: what latents depend on stays, bit by bit, so
+  that records and DiTs of them stay good (as the public `sd-vae-ft-mse` was made). An update whose loss or gradient is not finite leaves params,
   ema, opt and the critic as they were; `step` goes on, `bad` counts it, metrics["bad"] is 1.
   """
   if losses.perceptual_weight and features is None:
     raise ValueError("train_step: perceptual_weight needs `features`, the weights of VGG16")
   batch = {name: by_rows(layout, video) for name, video in batch.items() if video.shape[0]}
   values = sum(video.size for video in batch.values())
-  forward = lambda params: reconstruct(params, batch, jax.random.fold_in(key, state.step), cfg, layout)  # noqa: E731
+  kept = [name for name in vae.ENCODER if decoder_only and name in state.params]
+
+  def forward(params):
+    params = params | {name: jax.lax.stop_gradient(params[name]) for name in kept}
+    return reconstruct(params, batch, jax.random.fold_in(key, state.step), cfg, layout)
+
   (made, kl), pull = jax.vjp(forward, state.params)
 
   def likeness(made):
     l1 = mean_over(lambda a, b: jnp.mean(jnp.abs(a - b)), made, batch)
-    loss = l1 + losses.square_weight * mean_over(lambda a, b: jnp.mean(jnp.square(a - b)), made, batch)
-    if not losses.perceptual_weight:
-      return loss, {"l1": l1}
-    far = mean_over(lambda a, b: critics.perceptual_distance(features, a, b), made, batch)
-    return loss + losses.perceptual_weight * far, {"l1": l1, "perceptual": far}
+    loss, terms = l1 + losses.square_weight * mean_over(lambda a, b: jnp.mean(jnp.square(a - b)), made, batch), {"l1": l1}
+    if losses.ssim_weight:
+      terms["ssim"] = mean_over(lambda a, b: jnp.mean(image_quality.ssim_map(a / 2 + 0.5, b / 2 + 0.5)), made, batch)
+      loss += losses.ssim_weight * (1 - terms["ssim"])
+    if losses.perceptual_weight:
+      terms["perceptual"] = mean_over(lambda a, b: critics.perceptual_distance(features, a, b), made, batch)
+      loss += losses.perceptual_weight * terms["perceptual"]
+    return loss, terms
 
   (loss, metrics), slope = jax.value_and_grad(likeness, has_aux=True)(made)
   critic, critic_opt, finite = state.critic, state.critic_opt, True
@@ -146,6 +161,7 @@ def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, 
   updates, opt = tx.update(grads, state.opt, state.params)
   params = optax.apply_updates(state.params, updates)
   ema = optim.ema_update(state.ema, params, state.step, ema_decay)
+  params, ema = ({**new, **{name: old[name] for name in kept}} for new, old in ((params, state.params), (ema, state.ema)))
   old = (state.params, state.ema, state.opt, state.critic, state.critic_opt)
   params, ema, opt, critic, critic_opt = optim.keep_if_finite(finite, (params, ema, opt, critic, critic_opt), old)
   bad = 1 - finite.astype(jnp.int32)

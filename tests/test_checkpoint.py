@@ -104,6 +104,17 @@ def test_a_part_round_trips(tmp_path):
   np.testing.assert_allclose(checkpoint.load_part(tmp_path / "vae")[1]["c"], params["c"], rtol=4e-3)
 
 
+def test_a_fingerprint_of_some_weights(tmp_path):
+  """It changes with those, and the config, and nothing else."""
+  def made(config, **changes):
+    weights = {"encoder": {"b": np.zeros(3, np.float32)}, "decoder": {"b": np.zeros(3, np.float32)}}
+    checkpoint.save_part(tmp_path, config, weights | changes)
+    return checkpoint.fingerprint(tmp_path, ("encoder", "quant"))
+  ones = {"b": np.ones(3, np.float32)}
+  assert made({"size": "tiny"}) == made({"size": "tiny"}, decoder=ones)
+  assert len({made({"size": "tiny"}), made({"size": "wan"}), made({"size": "tiny"}, encoder=ones), made({"size": "tiny"}, quant=ones)}) == 4
+
+
 @pytest.mark.parametrize("break_it, message", [
     (lambda d: (d / "config.json").unlink(), "there is no"), (lambda d: (d / "weights.safetensors").unlink(), "not whole"),
     (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),

@@ -91,6 +91,9 @@ SIZES = {
 }
 
 
+ENCODER = ("encoder", "quant", "linear")        # the weights that latents depend on
+
+
 class VAE(nn.Module):
   """The network. Use `encode`, `decode` and their streaming kin below; this is for `init`, and for training (no clipping)."""
   cfg: VAEConfig

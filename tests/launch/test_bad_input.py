@@ -71,6 +71,9 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
     (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.data.crop=(4,4)", "--workdir=w"), "height a multiple of 8"),
     (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.model=big", "--workdir=w"), "'big'; it must be one of tiny"),
     (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.data.source=folder", "--config.data.path=.", "--workdir=w"), "no "),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.ssim_weight=1", "--config.data.crop=(8,8)", "--workdir=w"), "11 x 11"),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.decoder_only=True", "--workdir=w"), "config.init is empty"),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.init={model}", "--workdir=w"), "not of size 'tiny'"),
     (("export", "--out=here"), "--workdir=W"),
 ], ids=lambda value: "-".join(value)[:60] if isinstance(value, tuple) else "")
 def test_one_line(model, run_program, tmp_path, arguments, says):

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from data import records
 from data.clips import Item, RawClip
 from data.sources import folder
-from launch import encoding
+from launch import build, encoding
 from sora_jax import checkpoint, layout, video
 from sora_jax.errors import BadInput
 from sora_jax.models import text, vae
@@ -297,7 +297,7 @@ def test_the_program(run_program, parts, clips, tmp_path):
   assert "Next: python -m launch.train" in first.stdout and "encoding" in first.stdout
   index = records.RecordIndex.open(tmp_path / "out")
   assert len(index) == 5 + 3
-  assert index.header["vae_fingerprint"] == checkpoint.fingerprint(tmp_path / "out" / "vae") == checkpoint.fingerprint(parts / "vae")
+  assert index.header["vae_fingerprint"] == build.fingerprint(tmp_path / "out" / "vae") == build.fingerprint(parts / "vae")
   assert index.header["latent_channels"] == 4 and index.header["vae_stride"] == [4, 16, 16]
   tokenizer = text.Tokenizer(tmp_path / "out" / "text" / "tokenizer.model")
   assert index.null_text[0].tolist() == tokenizer.null

@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from data import records
+from sora_jax import checkpoint
 from tests import conftest
 
 pytestmark = pytest.mark.faults
@@ -30,7 +32,7 @@ def killed(name, *arguments, when):
   environment = {**os.environ, "XLA_FLAGS": conftest.DEVICES.format(1), "PYTHONPATH": str(conftest.ROOT), "PYTHONSAFEPATH": "1"}
   child = subprocess.Popen([sys.executable, "-m", f"launch.{name}", *map(str, arguments)], cwd=conftest.ROOT, env=environment,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-  deadline = time.monotonic() + 300
+  deadline = time.monotonic() + 900
   while child.poll() is None and time.monotonic() < deadline:
     if when():
       child.send_signal(signal.SIGKILL)
@@ -48,7 +50,7 @@ def metrics_of(workdir):
 
 def test_story(run_program, tmp_path):
   def run(name, *arguments, code=0):
-    done = run_program(name, *arguments, timeout=600)
+    done = run_program(name, *arguments, timeout=1800)
     assert done.returncode == code, f"{name}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
     return done.stdout
 
@@ -89,6 +91,12 @@ def test_story(run_program, tmp_path):
   assert len(peace["samples"]) == 3 and peace["records"].keys() == kills["records"].keys()
   for caption, latents in peace["records"].items():
     np.testing.assert_array_equal(latents, kills["records"][caption])
+
+  finer = (*VAE, "--config.decoder_only=True", "--config.ssim_weight=0.5", f"--config.init={tmp_path / 'peace' / 'vae'}")
+  run("train_vae", *finer, f"--workdir={tmp_path / 'finer'}")
+  before, after = (checkpoint.load_part(tmp_path / name / "vae") for name in ("peace/vae", "finer"))
+  assert before[0] == after[0] and not np.array_equal(before[1]["decoder"]["conv_out"]["kernel"], after[1]["decoder"]["conv_out"]["kernel"])
+  shutil.copytree(tmp_path / "finer" / "vae", tmp_path / "kills" / "dit" / "vae", dirs_exist_ok=True)      # its records are still good
 
   report = tmp_path / "report.json"
   run("evaluate", f"--workdir={tmp_path / 'peace' / 'dit'}", "--clips=4", "--prompts=2", f"--out={report}")
