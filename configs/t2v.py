@@ -5,7 +5,7 @@
 Variants, with the hardware that each was written for and what to expect:
   tiny   two CPU cores, five minutes on the embedded world: colours follow the prompt, shapes and motion not yet. What the quickstart trains.
   world  two CPU cores, an hour and a half on the embedded world: the small model that ships (scores: sora_jax/assets/world/README.md).
-  base   one TPU v5p-8 or larger: our size B, on records of the public 4x8x8 VAE, with its UMT5 embeddings in the records.
+  base   one TPU v5p-8 or larger: our size B, on records of a 4x16x16 VAE with 48 channels, with text embeddings in the records.
 
 Steps are updates; a row is `row_tokens` tokens, a step is `rows` rows of all hosts together.
 """
@@ -97,7 +97,7 @@ def world():
 
 
 def base():
-  """Size B on records of a 4x8x8 VAE with 16 channels and UMT5 embeddings."""
+  """Size B on records of a 4x16x16 VAE with 48 channels and text embeddings."""
   config = tiny()
   config.model.size = "B"
   config.model.text = ""

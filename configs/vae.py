@@ -87,9 +87,9 @@ def world():
 
 
 def base():
-  """The plain kind at its real size, on a folder of clips."""
+  """The residual kind at its real size, on a folder of clips: what configs/t2v.py:base takes."""
   config = tiny()
-  config.model = "wan2.1"
+  config.model = "wan2.2"
   config.steps = 300_000
   config.log_every = 50
   config.eval_every = 5000

@@ -31,6 +31,14 @@ def make_layout(config):
   return cli.checked(lambda: layout.Layout(layout.make_mesh(fsdp=config.mesh.fsdp, context=config.mesh.context, tensor=config.mesh.tensor)), "mesh")
 
 
+def sampling_layout(config):
+  """config.mesh where it fits the devices there are; else weights are cut over all of them, as a job may run elsewhere than the training."""
+  try:
+    return make_layout(config)
+  except BadInput:
+    return layout.Layout(layout.make_mesh(fsdp=jax.device_count()))
+
+
 def make_model(config, text_dir, where):
   """config.model and the tokenizer in W/text -> Model on a Layout."""
   size = pick(dit.SIZES, config.model.size, "config.model.size")

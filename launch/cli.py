@@ -5,6 +5,8 @@ again; 1 anything else.
 """
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -12,7 +14,7 @@ import signal
 import sys
 import time
 
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,8 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from sora_jax.errors import BadInput
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+WRONG_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 _stop = {"requested": False}
+_locks = []             # open files: a lock lasts as long as the program
 
 
 class Failure(RuntimeError):
@@ -32,7 +36,7 @@ def run(main):
   """Runs `main()` as a program and exits with its code (None: 0). Never returns."""
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, _request_stop)
-  logging.set_verbosity(logging.ERROR)
+  logging.set_verbosity(logging.FATAL)          # Orbax logs whole tracebacks of what is told here in one line
   try:
     _parse_flags(sys.argv)
     code = main() or OK
@@ -42,9 +46,12 @@ def run(main):
     complain(error)
     code = FAILED
   except OSError as error:
-    if error.errno not in FULL_DISK and "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
+    if error.errno in WRONG_PATH:
+      code = complain(f"{error}; give another path, or mend this one")
+    elif error.errno in FULL_DISK or "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
+      code = complain(f"{error}; nothing written before is lost: free some space, then run the same command again")
+    else:
       raise
-    code = complain(f"{error}; nothing written before is lost: free some space, then run the same command again")
   sys.stdout.flush()
   sys.stderr.flush()
   # Threads of the data pipeline and of the checkpointer may still wait for work: all is saved, so leave at once.
@@ -78,9 +85,12 @@ def _request_stop(number, frame):
 
 
 def _parse_flags(argv):
-  """absl's parsing, with every mistake in a --config flag told in one line."""
+  """absl's parsing, with every mistake in a --config flag told in one line; --help prints the program's flags and exits 0."""
+  app.define_help_flags()
   try:
     rest = flags.FLAGS(argv)
+  except SystemExit:
+    sys.exit(OK)
   except flags.Error:
     raise
   except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -124,12 +134,30 @@ def checked(build, what):
     raise BadInput(f"{what}: {str(error).strip(chr(34))}") from None
 
 
+def lock_workdir(workdir):
+  """One training program at a time in W: BadInput where another is at work. The lock ends with the program, however it ends."""
+  import jax
+  os.makedirs(workdir, exist_ok=True)
+  if jax.process_index():
+    return
+  _locks.append(open(os.path.join(workdir, ".lock"), "w"))
+  try:
+    fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    raise BadInput(f"{workdir}: another program is training here; wait for it, or give another --workdir") from None
+
+
+def is_begun(workdir):
+  """Does W hold a whole checkpoint, or a model? Until then it belongs to nobody."""
+  return os.path.exists(os.path.join(workdir, "model")) or bool(glob.glob(os.path.join(workdir, "manifests", "*.json")))
+
+
 def claim_workdir(workdir, config, free_to_change):
   """Writes W/config.json, or checks that W belongs to this config: keys (dotted) under `free_to_change` may differ between runs."""
   from sora_jax import checkpoint
   path = os.path.join(workdir, "config.json")
   mine = {"format_version": checkpoint.FORMAT_VERSION, "program": program(), **json.loads(config.to_json_best_effort())}
-  if os.path.exists(path):
+  if os.path.exists(path) and is_begun(workdir):
     theirs = checkpoint.read_json(path)
     flat = [flat_config(c) for c in (mine, theirs)]
     differ = [k for k in sorted(set(flat[0]) | set(flat[1])) if flat[0].get(k) != flat[1].get(k) and not k.startswith(free_to_change)]

@@ -94,11 +94,7 @@ def inputs():
     if not (workdir / "vae" / "config.json").exists():
       raise BadInput(f"--workdir={workdir} holds no vae/config.json; name a work directory of launch.train, or one of "
                      "launch.train_vae that is done")
-    found["vae"] = checkpoint.fingerprint(workdir / "vae")
-    steps = sorted((workdir / "manifests").glob("*.json"), key=lambda path: int(path.stem))
-    found["weights"] = f"{zlib.crc32(steps[-1].read_bytes()):08x}" if steps else None
-    if (workdir / "model").exists():
-      found["model"] = checkpoint.fingerprint(workdir / "model")
+    found["workdir"] = checkpoint.identity(workdir)
   if VIDEOS.value:
     path = pathlib.Path(VIDEOS.value) / "manifest.jsonl"
     if not path.exists():
@@ -141,7 +137,10 @@ def held_out_clips(cfg):
     try:
       for clip in source.read(item):
         check_stop()
-        found.append(dataclasses.replace(clip, video_THWC=clips.crop(clip.video_THWC, cfg.stride)))
+        clip = dataclasses.replace(clip, video_THWC=clips.crop(clip.video_THWC, cfg.stride))
+        if min(clip.video_THWC.shape[1:3]) < metrics.WINDOW:
+          raise clips.BadClip(f"smaller than {metrics.WINDOW} x {metrics.WINDOW} pixels, which SSIM needs")
+        found.append(clip)
         if len(found) == CLIPS.value:
           return found
     except clips.BadClip as error:

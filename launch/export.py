@@ -25,15 +25,19 @@ def main():
   if not WORKDIR.value or not OUT.value:
     raise BadInput("give --workdir=W of launch.train, and --out=DIR")
   workdir, out = epath.Path(WORKDIR.value), epath.Path(OUT.value)
-  if out.exists() and any(out.iterdir()):
+  config, given = checkpoint.read_json(workdir / "config.json"), f"{checkpoint.identity(workdir, WEIGHTS.value)} {DTYPE.value}"
+  there = {path.name for path in out.iterdir()} if out.exists() else set()
+  if "config.json" in there and checkpoint.read_json(out / "model" / "config.json").get("made_from") == given:
+    cli.say(f"{out} holds this export already; nothing to do")
+    return cli.OK
+  if there - {"vae", "text", "model"}:                      # these alone are what a kill left of an export
     raise BadInput(f"--out={out} is not empty; give another, or empty it")
-  config = checkpoint.read_json(workdir / "config.json")
   weights, step = checkpoint.load_weights(workdir, WEIGHTS.value, say=cli.say)
   dtype = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[DTYPE.value]
   fields, params = checkpoint.load_part(workdir / "vae")
   checkpoint.save_part(out / "vae", fields, params, dtype)
   build.copy_part(workdir / "text", out / "text")
-  checkpoint.save_part(out / "model", {"step": step, "weights": WEIGHTS.value}, weights, dtype)
+  checkpoint.save_part(out / "model", {"step": step, "weights": WEIGHTS.value, "made_from": given}, weights, dtype)
   config["data"]["path"] = config["init"] = ""              # of the machine that it was trained on; nobody else has them
   checkpoint.write_json(out / "config.json", config)
   size = sum((out / part / checkpoint.WEIGHTS).stat().length for part in ("vae", "model"))

@@ -8,13 +8,19 @@ from jax.experimental import multihost_utils
 
 from launch import cli
 from launch.log import MetricsLog
+from sora_jax.errors import BadInput
 
 
 def stop_now(step):
   """True when this run was asked to stop; on several hosts, at the same step on all of them."""
-  if jax.process_count() > 1:
-    return cli.stop_requested() or multihost_utils.reached_preemption_sync_point(step)
-  return cli.stop_requested()
+  return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else cli.stop_requested()
+
+
+def check(config):
+  """BadInput, before anything compiles, where the loop's own settings cannot be."""
+  for name in ("steps", "log_every", "checkpoint_every", "max_bad_steps"):
+    if config[name] < 1:
+      raise BadInput(f"config.{name} is {config[name]}; it must be 1 or more")
 
 
 def run_steps(config, workdir, state, batches, update, *, first_step, checkpoints, items, hooks=(), label="training"):
@@ -51,6 +57,7 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
         checkpoints.save(step, items(state), {"step": step, "cursor": cursor})
       for every, hook in hooks:
         if every and (step % every == 0 or last):
+          checkpoints.settle()             # a hook may take minutes: what a kill costs is the hook alone
           values = hook(step, state)
           if values:
             log.write(step, values)

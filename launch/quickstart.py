@@ -6,9 +6,11 @@ Every stage is one of the programs of launch/, run as a user would run it; a sta
 DIR/index.html: what was trained, curves, originals beside reconstructions, each prompt beside its video, scores, what to try next.
 """
 
+import ctypes
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +72,8 @@ def main():
     cli.say(f"\n[{number}/{len(todo)}] {what}\n    python -m launch.{program} {' '.join(map(quoted, arguments))}")
     began = time.monotonic()
     code = run_program(program, arguments)
+    if code < 0:              # ended by a signal: ours, or one that it could not handle
+      code = cli.STOPPED if cli.stop_requested() else cli.FAILED
     if code:
       cli.say(f"stage {name} ended with exit code {code}; run the same command again to go on")
       return code
@@ -92,7 +96,7 @@ def run_program(program, arguments):
   environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")               # large pages; else a fifth of the time goes to page faults
   environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(root() / ".cache" / "jax"))
   environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-  child = subprocess.Popen([sys.executable, "-m", f"launch.{program}", *arguments], env=environment)
+  child = subprocess.Popen([sys.executable, "-m", f"launch.{program}", *arguments], env=environment, preexec_fn=end_with_parent)
   while True:
     try:
       return child.wait(timeout=0.5)
@@ -100,6 +104,12 @@ def run_program(program, arguments):
       if cli.stop_requested():
         child.terminate()
         return child.wait()
+
+
+def end_with_parent():
+  """Run in a child: where we are killed, it is too, so that the next run finds nobody at work (Linux alone can do that)."""
+  if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG
 
 
 def quoted(argument):

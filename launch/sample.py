@@ -5,6 +5,7 @@
 """
 
 import json
+import zlib
 
 from absl import flags
 
@@ -29,6 +30,9 @@ def main():
           f"(step {bundle.step}) into {OUT.value}")
   if PROMPT.value is not None:
     bundle.canvas(tasks.parse_request(requests[0], bundle.defaults, sampling.SAMPLERS))      # a bad flag is told before anything runs
+  for number, error in broken:
+    cli.say(f"line {number} of {REQUESTS.value} is {error}")
+    sampling.note_failure(OUT.value, f"{number:05d}", error, {})
   counts = sampling.run_job(bundle, requests, OUT.value)
   failed = counts["failed"] + len(broken)
   kept = f", {counts['kept']} were there already" if counts["kept"] else ""
@@ -46,9 +50,11 @@ def chosen_requests():
   """-> (requests as dicts, broken lines)."""
   if (PROMPT.value is None) == (REQUESTS.value is None):
     raise BadInput("give either --prompt=TEXT or --requests=FILE.jsonl")
-  if REQUESTS.value is not None:
-    return sampling.read_requests(REQUESTS.value)
   given = {name: flag.value for name, flag in FIELDS.items() if flag.value is not None}
+  if REQUESTS.value is not None:
+    if given:
+      raise BadInput(f"--{next(iter(given))} goes with --prompt; with --requests, give it in each line of {REQUESTS.value}")
+    return sampling.read_requests(REQUESTS.value)
   return [{"id": _file_name(given), "prompt": PROMPT.value, **{name: _typed(name, value) for name, value in given.items()}}], []
 
 
@@ -66,9 +72,11 @@ def _typed(name, value):
 def _file_name(given):
   """From the prompt and the flags that were given, so that another size or seed is another file."""
   slug = lambda value: "-".join("".join(c if c.isalnum() or c == "." else " " for c in value.lower()).split())  # noqa: E731
-  parts = [slug(PROMPT.value)[:60] or "video"]
+  parts = [slug(PROMPT.value)[:60].strip(".") or "video"]
   parts += [f"{name if name != 'task' else ''}{slug(value.rsplit('/', 1)[-1])[:20]}" for name, value in given.items()]
-  return "-".join(parts)[:200]
+  name, whole = "-".join(parts)[:200], "\n".join([PROMPT.value, *given.values()])
+  cut = len(PROMPT.value) > 60 or any(len(value) > 20 for value in given.values())
+  return f"{name}-{zlib.crc32(whole.encode('utf-8', 'replace')):08x}" if cut else name
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from launch import build, cli
+from launch import build, cli, encoding
 from sora_jax import checkpoint, layout, patches, sample, tasks, video
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.errors import BadInput
@@ -35,17 +35,20 @@ class Bundle:
   rows: int
   base_fps: float | None
   step: int
+  identity: str                    # of all that decides what a request becomes
 
   @classmethod
-  def of(cls, workdir, settings, model, params, step=0):
+  def of(cls, workdir, settings, model, params, step=0, identity=""):
     """From a config (a ConfigDict, or the dict of W/config.json) and weights; VAE and tokenizer are those in W."""
     cfg, vae_params = build.load_vae(epath.Path(workdir) / "vae")
     defaults = {name: settings["sample"][name] for name in DEFAULTS}
     defaults["size"] = list(defaults["size"])
     tokenizer = text.Tokenizer(epath.Path(workdir) / "text" / "tokenizer.model")
-    tokenize = lambda prompt: np.asarray(tokenizer.encode(prompt), np.int32)  # noqa: E731
+    ids = lambda prompt: np.asarray(tokenizer.encode(prompt), np.int32)  # noqa: E731
+    embed = encoding.load_embedder(epath.Path(workdir) / "text") if model.text is None else None
+    tokenize = (lambda prompt: embed([ids(prompt)])[0]) if embed else ids
     return cls(model, params, cfg, vae_params, tokenize, defaults, settings["sample"]["row_tokens"], settings["sample"]["rows"],
-               settings["data"]["base_fps"] or None, step)
+               settings["data"]["base_fps"] or None, step, identity)
 
   @classmethod
   def open(cls, workdir, which="ema"):
@@ -55,13 +58,13 @@ class Bundle:
       raise BadInput(f"{workdir} is no work directory of launch.train (its config.json is of {config.get('program', 'another program')}); "
                      "name another --workdir")
     settings = build.attributes(config)
-    where = build.make_layout(settings)
+    where = build.sampling_layout(settings)
     model = build.make_model(settings, epath.Path(workdir) / "text", where)
     boxed = jax.eval_shape(model.init, jax.random.key(0))
     target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), layout.unbox(boxed),
                           layout.shardings(boxed, where))
     params, step = checkpoint.load_weights(workdir, which, target, say=cli.say)
-    return cls.of(workdir, config, model, params, step)
+    return cls.of(workdir, config, model, params, step, checkpoint.identity(workdir, which))
 
   def canvas(self, request):
     """Request -> Canvas."""
@@ -101,7 +104,8 @@ def cover(image_HWC, size):
 
 
 def read_requests(path):
-  """A file of one JSON object a line -> (list of dicts with ids, list of (line number, what is wrong))."""
+  """A file of one JSON object a line -> (list of dicts with ids, list of (line number, what is wrong)). A request without an id gets the
+  number of its line."""
   if not os.path.exists(path):
     raise BadInput(f"--requests={path} does not exist; give a file of one JSON object a line")
   good, broken = [], []
@@ -124,11 +128,11 @@ def read_manifest(out):
   path = os.path.join(out, "manifest.jsonl")
   lines = {}
   if os.path.exists(path):
-    for line in open(path):
+    for line in open(path, encoding="utf-8", errors="replace"):
       try:
         fields = json.loads(line)
         lines[fields["id"]] = fields
-      except (ValueError, KeyError):
+      except (ValueError, KeyError, TypeError):
         continue          # a line cut short by a kill: its request is done again
   return lines
 
@@ -145,18 +149,19 @@ def run_job(bundle, requests, out, *, quiet=False, stop=cli.stop_requested):
     name = str(fields.get("id", ""))
     try:
       if name in seen:
-        raise BadInput(f"two requests have the id {name!r}; each needs its own")
+        name += " (again)"
+        raise BadInput(f"two requests have the id {fields['id']!r}; each needs its own")
       seen.add(name)
       request = tasks.parse_request(fields, bundle.defaults, SAMPLERS)
-      before = done.get(name)
-      if before and before["status"] == "ok" and before.get("request") == _digest(request) and os.path.exists(os.path.join(out, before["path"])):
+      before = done.get(name, {})
+      if before.get("request") == _digest(bundle, request) and os.path.exists(os.path.join(out, before["path"])):
         counts["kept"] += 1
         continue
       canvas = bundle.canvas(request)
       todo.append((request, canvas, sample.prepare(request, canvas, bundle.tokenize, bundle.model.dit.patch, bundle.base_fps)))
     except BadInput as error:
       counts["failed"] += 1
-      _note(out, {"id": name, "status": "failed", "error": str(error), "prompt": str(fields.get("prompt", ""))[:200]})
+      note_failure(out, name, str(error), fields)
       cli.say(f"request {name}: {error}")
   groups = {}
   for entry in todo:
@@ -198,23 +203,39 @@ def _write(bundle, entry, tokens_LP, out, counts, seconds):
   images = bundle.decode(latents, canvas.frames, canvas.size)
   if canvas.frames == 1:
     video.write_png(os.path.join(out, name), next(images))
+    size = canvas.size
   else:
-    video.write_mp4(os.path.join(out, name), images, request.fps)
+    size = video.write_mp4(os.path.join(out, name), images, request.fps)
   counts["ok"] += 1
-  _note(out, {"id": request.id, "status": "ok", "path": name, "seed": request.seed, "size": list(canvas.size), "frames": canvas.frames,
+  _note(out, {"id": request.id, "status": "ok", "path": name, "seed": request.seed, "size": list(size), "frames": canvas.frames,
               "fps": request.fps, "seconds_taken": round(seconds + time.monotonic() - began, 3), "error": None, "prompt": request.prompt,
               "task": request.task, "steps": request.steps, "sampler": request.sampler, "guidance": request.guidance, "step": bundle.step,
-              "request": _digest(request)})
+              "request": _digest(bundle, request)})
 
 
-def _digest(request):
-  """What of a request must be the same for its file to count as made."""
-  return f"{zlib.crc32(json.dumps(dataclasses.asdict(request), sort_keys=True).encode()):08x}"
+def _digest(bundle, request):
+  """Of all that must be the same for a file to count as made: model, request, and the image that it names."""
+  crc = zlib.crc32(json.dumps(dataclasses.asdict(request), sort_keys=True).encode(), zlib.crc32(bundle.identity.encode()))
+  if request.image and os.path.isfile(request.image):
+    with open(request.image, "rb") as f:
+      crc = zlib.crc32(f.read(), crc)
+  return f"{crc:08x}"
+
+
+def note_failure(out, name, error, fields):
+  """A line of the manifest for a request (or a line of the file) that cannot be done."""
+  given = {field: fields.get(field) for field in ("seed", "size", "frames", "fps")}
+  prompt = str(fields.get("prompt", ""))[:200].encode("utf-8", "backslashreplace").decode()
+  _note(out, {"id": name, "status": "failed", "path": None, **given, "seconds_taken": None, "error": error, "prompt": prompt})
 
 
 def _note(out, line):
-  with open(os.path.join(out, "manifest.jsonl"), "a") as f:
-    f.write(json.dumps(line, ensure_ascii=False) + "\n")
+  """Appends to the manifest; a line before it that a full disk cut short is ended first."""
+  os.makedirs(out, exist_ok=True)
+  with open(os.path.join(out, "manifest.jsonl"), "a+b") as f:
+    f.seek(max(0, f.tell() - 1))
+    torn = f.read(1) not in (b"", b"\n")
+    f.write((b"\n" if torn else b"") + json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def contact_sheet(videos, columns=4, frames=5, scale=2):

@@ -28,16 +28,18 @@ def main():
     raise BadInput("no --workdir; give a directory for the checkpoints")
   if not config.data.path:
     raise BadInput("no --config.data.path; give the directory that launch.encode wrote")
+  loop.check(config)
   index = records.RecordIndex.open(config.data.path)
   where, sigma = build.make_layout(config), build.make_sigma(config)
   source_text = epath.Path(config.data.path) / "text"
   model = build.make_model(config, source_text, where)
   tx = build.make_optimizer(config, train.boxed_weights(model))
   rows_plan = make_plan(config, index, model)
+  check_index(index, model, config.data.path)
+  cli.lock_workdir(workdir)
   cli.claim_workdir(workdir, config, FREE)
   for part in ("vae", "text"):
     build.copy_part(epath.Path(config.data.path) / part, epath.Path(workdir) / part)
-  check_index(index, model, workdir)
 
   target = train.abstract_state(model, tx)
   size = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
@@ -94,6 +96,9 @@ def begin(config, model, tx, target):
   """A new state, its weights drawn, or taken from another work directory (config.init)."""
   state = train.init_state(model, tx, jax.random.key(config.seed))
   if config.init:
+    text = epath.Path(config.init) / "text"
+    if model.text is not None and text.exists() and build.fingerprint(text) != build.fingerprint(epath.Path(config.data.path) / "text"):
+      raise BadInput(f"the tokenizer of {config.init} is not that of the records; encode them with --workdir={config.init}")
     weights, step = checkpoint.load_weights(config.init, "ema", target.params, say=cli.say)
     cli.say(f"starting from the weights of {config.init}, step {step}")
     state = train.State(state.step, weights, jax.tree.map(lambda leaf: leaf.copy(), weights), state.opt, state.bad)
@@ -104,6 +109,9 @@ def make_plan(config, index, model):
   """The plan of the rows; BadInput names the first clip that no row can hold, and what to raise."""
   shape = cli.checked(lambda: batches.RowShape(config.data.row_tokens, config.data.row_clips, config.data.row_text), "config.data")
   null_ids, null_embedding = index.null_text
+  if model.text is None and null_embedding is None:
+    raise BadInput("the records hold no text embeddings, and config.model.text names no encoder to train; name one, or encode with a --workdir "
+                   "that has a frozen text encoder")
   null = len(null_ids) if model.text is not None else len(null_embedding)
   rows = plan.Plan(index.rows, rows_per_step=config.data.rows, shape=shape, patch=model.dit.patch, seed=config.seed, null_text_tokens=null)
   if rows.misfits:
@@ -115,21 +123,21 @@ def make_plan(config, index, model):
   return rows
 
 
-def check_index(index, model, workdir):
-  """Records must be of the VAE in W, with as many channels as the model takes."""
+def check_index(index, model, directory):
+  """Records must be of the VAE beside them, with as many channels as the model takes."""
   channels = index.header["latent_channels"]
   wanted = model.dit.channels
   if channels != wanted:
     raise BadInput(f"the records have {channels} latent channels, the model takes {wanted}; encode with the VAE that it is for, or change "
                    "--config.model.size")
-  mine = build.fingerprint(os.path.join(workdir, "vae"))
-  if index.header.get("vae_fingerprint") not in (None, mine):
-    raise BadInput(f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {workdir}/vae ({mine}); encode again")
+  beside = build.fingerprint(os.path.join(directory, "vae"))
+  if index.header.get("vae_fingerprint") not in (None, beside):
+    raise BadInput(f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {directory}/vae ({beside}); encode again")
 
 
 def draw_samples(config, workdir, model, step, state):
   """Videos of config.sample.prompts from the EMA weights, in W/samples/STEP/."""
-  bundle = sampling.Bundle.of(workdir, config, model, state.ema)
+  bundle = sampling.Bundle.of(workdir, config, model, state.ema, step, f"step {step}")
   out = os.path.join(workdir, "samples", str(step))
   requests = [{"id": f"{i:02d}", "prompt": prompt} for i, prompt in enumerate(config.sample.prompts)]
   sampling.run_job(bundle, requests, out, quiet=True)

@@ -32,18 +32,26 @@ def main():
   config, workdir = cli.get_config(), WORKDIR.value
   if not workdir:
     raise BadInput("no --workdir; give a directory for the checkpoints")
+  if config.decoder_only and not config.init:
+    raise BadInput("config.decoder_only is set and config.init is empty; give the directory whose VAE it is about")
   cfg = build.pick(vae.SIZES, config.model, "config.model")
   where = build.make_layout(config)
   cli.checked(lambda: vae.check_size((1, config.data.frames, *config.data.crop, 3), cfg, first=True), "config.data.frames and crop")
   losses = cli.checked(lambda: train_vae.loss_config(config), "config")
   tx = build.make_optimizer(config, train_vae.boxed_weights(cfg))
+  loop.check(config)
+  features = load_features(config, losses)
   source, apart = open_sources(config)
-  cfg, weights = begin_with(config, cfg)
+  if config.init and not cli.is_begun(workdir):
+    first_weights(config, cfg)
+  cli.lock_workdir(workdir)
   cli.claim_workdir(workdir, config, FREE)
   checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
   target = train_vae.abstract_state(cfg, tx, losses, where)
-  state, step = resume(checkpoints, target) or (begin(config, cfg, tx, losses, where, source, weights), 0)
+  state, step = resume(checkpoints, target) or (begin(config, cfg, tx, losses, where, source), 0)
   if step >= config.steps:
+    if not (epath.Path(workdir) / "vae" / "config.json").exists():       # killed between the last step and this
+      finish(state, cfg, config, source, workdir)
     cli.say(f"{workdir} is already trained for {step} steps; nothing to do. "
             f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
     return cli.OK
@@ -53,11 +61,6 @@ def main():
 
   stream = crops.Crops(source, seed=config.seed, step=step, clips=config.data.clips, images=config.data.images, frames=config.data.frames,
                        size=config.data.crop, on_bad=cli.say)
-  features = None
-  if losses.perceptual_weight:
-    if not config.perceptual.weights:
-      raise BadInput("config.perceptual.weight is set and config.perceptual.weights is empty; give a safetensors file of VGG16")
-    features = vgg16.load(config.perceptual.weights)
   settings = {"cfg": cfg, "tx": tx, "losses": losses, "ema_decay": config.ema_decay, "layout": where, "decoder_only": config.decoder_only}
   update = functools.partial(jax.jit(train_vae.train_step, static_argnames=tuple(settings), donate_argnums=0,
                                      out_shardings=(train_vae.shardings(cfg, tx, losses, where), None)),
@@ -71,6 +74,15 @@ def main():
   if code == cli.OK:
     finish(state, cfg, config, source, workdir)
   return code
+
+
+def load_features(config, losses):
+  """The weights of VGG16, or None without the perceptual term."""
+  if not losses.perceptual_weight:
+    return None
+  if not config.perceptual.weights:
+    raise BadInput("config.perceptual.weight is set and config.perceptual.weights is empty; give a safetensors file of VGG16")
+  return vgg16.load(config.perceptual.weights)
 
 
 def open_sources(config):
@@ -106,25 +118,21 @@ class Some:
     return self.source.read(item)
 
 
-def begin_with(config, cfg):
-  """config.init -> (cfg, with the statistics of its latents where they stay; its weights, or None without one)."""
+def begin(config, cfg, tx, losses, where, source):
+  """A new state: of the weights in config.init, or else of random ones."""
+  key = jax.random.key(config.seed)
   if not config.init:
-    if config.decoder_only:
-      raise BadInput("config.decoder_only is set and config.init is empty; give the directory whose VAE it is about")
-    return cfg, None
+    return train_vae.init_state(cfg, tx, losses, key, where, look(source, config) if cfg.linear else None)
+  cli.say(f"starting from the VAE of {config.init}{', whose encoder stays' if config.decoder_only else ''}")
+  return train_vae.init_state(cfg, tx, losses, key, where, params=first_weights(config, cfg))
+
+
+def first_weights(config, cfg):
+  """Those of the VAE in config.init; BadInput where it is of another size."""
   found, weights = build.load_vae(epath.Path(config.init) / "vae")
-  plain = dataclasses.replace(found, latents_mean=cfg.latents_mean, latents_std=cfg.latents_std)
-  if plain != cfg:
+  if dataclasses.replace(found, latents_mean=cfg.latents_mean, latents_std=cfg.latents_std) != cfg:
     raise BadInput(f"the VAE in {config.init} is not of size {config.model!r}; give the --config.model that it was trained with")
-  return (found if config.decoder_only else cfg), weights
-
-
-def begin(config, cfg, tx, losses, where, source, weights):
-  """A new state: of these weights, or else of random ones."""
-  if weights is not None:
-    cli.say(f"starting from the VAE of {config.init}{', whose encoder stays' if config.decoder_only else ''}")
-  clips_BTHWC = look(source, config) if cfg.linear and weights is None else None
-  return train_vae.init_state(cfg, tx, losses, jax.random.key(config.seed), where, clips_BTHWC, weights)
+  return weights
 
 
 def look(source, config):
@@ -166,6 +174,7 @@ def clips_of(source, cfg, count):
 def held_out_quality(held_out, cfg, step, state):
   """Mean PSNR and SSIM of the EMA weights on held-out clips."""
   del step
+  held_out = [clip_THWC for clip_THWC in held_out if min(clip_THWC.shape[1:3]) >= metrics.WINDOW]
   latents = encoding.encode_clips(cfg, state.ema, held_out)
   scores = []
   for clip_THWC, again_THWC in zip(held_out, encoding.decode_clips(cfg, state.ema, latents), strict=True):
@@ -175,8 +184,10 @@ def held_out_quality(held_out, cfg, step, state):
 
 
 def finish(state, cfg, config, source, workdir):
-  """Measures the latents' mean and standard deviation, where they are new, and writes W/vae."""
-  if not config.decoder_only:
+  """Measures the latents' mean and standard deviation once (those of config.init stay where its encoder does), and writes W/vae."""
+  if config.decoder_only:
+    cfg, _ = build.load_vae(epath.Path(config.init) / "vae")
+  else:
     cfg = train_vae.with_statistics(encoding.encode_clips(cfg, state.ema, clips_of(source, cfg, 256)), cfg)
   checkpoint.save_part(epath.Path(workdir) / "vae", vae.config_to_dict(cfg, config.model), jax.device_get(state.ema))
   cli.say(f"done: {config.steps} steps; the VAE is in {workdir}/vae. Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")

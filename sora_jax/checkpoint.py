@@ -9,6 +9,7 @@ Orbax renames a step into place when it is whole, but does not notice a flipped 
 with its manifest, and is checked against it before it is restored; a damaged one is set aside and the one before is taken.
 """
 
+import itertools
 import json
 import pathlib
 import zlib
@@ -112,8 +113,13 @@ def fingerprint(directory, only=()):
 
 
 def _chosen(data, only):
-  """The bytes of safetensors -> names and bytes of the tensors under these names, in order."""
-  for name, entry in sorted(safetensors.deserialize(data)):
+  """The bytes of safetensors -> names and bytes of the tensors under these names, in order; of a damaged file all bytes."""
+  try:
+    tensors = sorted(safetensors.deserialize(data))
+  except safetensors.SafetensorError:
+    yield data
+    return
+  for name, entry in tensors:
     if name.split("/")[0] in only:
       yield f"{name} {entry['dtype']} {entry['shape']}".encode()
       yield bytes(entry["data"])
@@ -125,14 +131,18 @@ def shipped():
 
 
 class Checkpoints:
-  """The checkpoints of one work directory. `say` takes the lines a user should read."""
+  """The checkpoints of one work directory. `say` takes the lines a user should read.
 
-  def __init__(self, workdir, *, keep=3, say=print):
-    self.root, self.say = epath.Path(workdir), say
+  read_only: for whoever only takes weights from it; what a trainer is writing there at this moment is left alone.
+  """
+
+  def __init__(self, workdir, *, keep=3, say=print, read_only=False):
+    self.root, self.say, self.read_only = epath.Path(workdir), say, read_only
     self.pending = None
-    if (self.root / "checkpoints").exists():
+    if (self.root / "checkpoints").exists() and not read_only:
       self._set_aside_unfinished()
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, step_prefix=None, cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, step_prefix=None, cleanup_tmp_directories=not read_only,
+                                           create=not read_only, read_only=read_only)
     self.manager = ocp.CheckpointManager(self.root.resolve() / "checkpoints", options=options)
 
   def save(self, step, items, meta):
@@ -163,19 +173,26 @@ class Checkpoints:
       self.settle()
 
   def latest(self):
-    """The newest step that is whole, or None. Damaged ones are named and set aside."""
-    for step in sorted(self.manager.all_steps(), reverse=True):
+    """The newest step that is whole, or None. Damaged ones are named and, unless `read_only`, set aside."""
+    steps = sorted(self.manager.all_steps(), reverse=True)
+    for step, before in itertools.zip_longest(steps, steps[1:]):
       damage = self._damage(step)
       if damage is None:
         return step
-      self.say(f"checkpoint {step} is damaged ({damage}); going back to the one before")
-      self._set_aside(step)
-      self.manager.reload()
+      self.say(f"checkpoint {step} is damaged ({damage}); " + ("no other is left" if before is None else "going back to the one before"))
+      if not self.read_only:
+        self._set_aside(step)
+        self.manager.reload()
     return None
 
   def meta(self, step):
     """What `save` was given as meta."""
     return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+  def shapes(self, step, name):
+    """An item as a tree of what has a `.shape`, without reading its arrays."""
+    with ocp.StandardCheckpointer() as reader:
+      return reader.metadata(self.root.resolve() / "checkpoints" / str(step) / name).item_metadata.tree
 
   def restore(self, step, targets):
     """Items by name, each a tree like its target: jax.ShapeDtypeStructs, with shardings where they matter."""
@@ -201,7 +218,10 @@ class Checkpoints:
     """What is wrong with a step, or None."""
     if not self._manifest(step).exists():
       return "it was not finished"
-    wanted = read_json(self._manifest(step))
+    try:
+      wanted = read_json(self._manifest(step))
+    except BadInput:
+      return "its manifest cannot be read"
     found = self._files(step)
     for name, (size, crc) in wanted.items():
       if name not in found:
@@ -246,9 +266,11 @@ def load_weights(workdir, which="ema", target=None, say=print):
   """
   workdir = epath.Path(workdir)
   if (workdir / "checkpoints").exists():
-    checkpoints = Checkpoints(workdir, say=say)
+    checkpoints = Checkpoints(workdir, say=say, read_only=True)
     step = checkpoints.latest()
     if step is not None:
+      if target is not None:
+        _check_shapes(workdir, checkpoints.shapes(step, which), target)
       tree = checkpoints.restore(step, {which: target})[which]
       checkpoints.close()
       return tree, step
@@ -256,6 +278,28 @@ def load_weights(workdir, which="ema", target=None, say=print):
   if (workdir / "model").exists():
     config, tree = load_part(workdir / "model")
     if target is not None:
+      _check_shapes(workdir, tree, target)
       tree = jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), tree, target)
     return tree, config.get("step", 0)
   raise BadInput(f"{workdir} holds no checkpoint and no model; train one there (python -m launch.train) or name another --workdir")
+
+
+def _check_shapes(workdir, found, target):
+  """BadInput names the first weight that is missing, too many, or of another shape than the model's."""
+  found, target = ({name: tuple(leaf.shape) for name, leaf in flatten(tree).items()} for tree in (found, target))
+  for name in sorted(found.keys() | target.keys()):
+    if found.get(name) != target.get(name):
+      raise BadInput(f"{workdir} holds the weights of another model: {name} is {found.get(name, 'missing')} there, and "
+                     f"{target.get(name, 'not a weight')} here; give the model that it was trained as, with its tokenizer")
+
+
+def identity(workdir, which="ema"):
+  """A short checksum of what a work directory would sample with: its newest checkpoint, or its model, and its VAE."""
+  workdir, crc = epath.Path(workdir), zlib.crc32(which.encode())
+  steps = sorted((workdir / "manifests").glob("*.json"), key=lambda path: int(path.stem))
+  if steps:
+    crc = zlib.crc32(steps[-1].read_bytes(), crc)
+  for part in ("model", "vae", "text"):
+    if (workdir / part).exists():
+      crc = zlib.crc32(fingerprint(workdir / part).encode(), crc)
+  return f"{crc:08x}"

@@ -12,6 +12,9 @@ import numpy as np
 from sora_jax.errors import BadInput
 
 MAX_PROMPT = 4000          # characters; a longer one is surely a mistake
+LIMITS = {"frames": (1, 100_000), "fps": (0.01, 1000), "steps": (1, 1000), "seed": (0, 2 ** 32 - 1), "shift": (0.01, 1000),
+          "guidance": (-1000, 1000), "guidance_rescale": (0, 1), "seconds": (0, 3600)}
+MAX_SIDE = 16_384          # pixels
 
 FIELDS = {
     "id": str, "task": str, "prompt": str, "size": list, "frames": int, "seconds": float, "fps": float, "seed": int, "steps": int,
@@ -64,6 +67,8 @@ def parse_request(fields, defaults, samplers):
     fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
     if not fits:
       raise BadInput(f"{name} is {value!r}; it must be a {wanted.__name__}")
+    if isinstance(value, str) and (value != value.encode("utf-8", "ignore").decode() or "\0" in value):
+      raise BadInput(f"{name} is {value!r}, which holds something that is no character")
   full = {"task": "text_to_video", "negative_prompt": "", "image": None, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0,
           "seed": 0, **defaults, **fields}
   if full["task"] not in TASKS:
@@ -76,27 +81,32 @@ def parse_request(fields, defaults, samplers):
     if len(full[name]) > MAX_PROMPT:
       raise BadInput(f"the {name} has {len(full[name])} characters; at most {MAX_PROMPT} are taken: shorten it")
   size = full["size"]
-  if len(size) != 2 or not all(isinstance(n, int) and n > 0 for n in size):
-    raise BadInput(f"size is {size!r}; it must be [height, width] in pixels")
-  if full["fps"] <= 0:
-    raise BadInput(f"fps is {full['fps']}; it must be more than 0")
+  if len(size) != 2 or not all(isinstance(n, int) and 0 < n <= MAX_SIDE for n in size):
+    raise BadInput(f"size is {size!r}; it must be [height, width] in pixels, at most {MAX_SIDE}")
+  _check_limits(full)
   if full["task"] == "text_to_image":
     full["frames"] = 1
   elif "seconds" in fields and "frames" not in fields:
     full["frames"] = max(1, round(fields["seconds"] * full["fps"]))
-  if full["frames"] < 1 or full["steps"] < 1 or full["shift"] <= 0:
-    raise BadInput(f"frames is {full['frames']}, steps is {full['steps']}, shift is {full['shift']}; all must be more than 0")
+    _check_limits(full)
   interval = full["guidance_interval"]
-  if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+  if len(interval) != 2 or not all(isinstance(end, (int, float)) for end in interval) or not 0 <= interval[0] <= interval[1] <= 1:
     raise BadInput(f"guidance_interval is {interval!r}; it must be [from, to], noise levels between 0 and 1")
   if full["task"] == "image_to_video" and not full["image"]:
     raise BadInput("image_to_video needs an image: give the path of one in the field image")
   if not full.get("id"):
     raise BadInput("the request has no id; give it a short name for its output file")
-  if "/" in full["id"] or full["id"].startswith("."):
-    raise BadInput(f"id is {full['id']!r}; it names a file, so it must not hold a / nor begin with a dot")
+  if "/" in full["id"] or full["id"].startswith(".") or len(full["id"].encode()) > 240:
+    raise BadInput(f"id is {full['id']!r}; it names a file, so it must not hold a / nor begin with a dot, and has at most 240 bytes")
   values = {f.name: full[f.name] for f in dataclasses.fields(Request)}
   return Request(**values | {"size": tuple(size), "guidance_interval": tuple(interval), "fps": float(full["fps"])})
+
+
+def _check_limits(fields):
+  """BadInput names the first number that is out of its range, or not a number."""
+  for name, (least, most) in LIMITS.items():
+    if name in fields and not least <= fields[name] <= most:
+      raise BadInput(f"{name} is {fields[name]}; it must be from {least} to {most}")
 
 
 def latent_size(frames, size, stride, patch):

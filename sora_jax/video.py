@@ -189,7 +189,9 @@ def write_mp4(path, video_THWC, fps, crf=18):
   reformatter = VideoReformatter()
   with _replacing(path) as temporary:
     with av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-      stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "profile": "high"})
+      # cpu-independent: x264's AVX-512 code gives other files for the same frames now and then
+      options = {"crf": str(crf), "profile": "high", "x264-params": "cpu-independent=1"}
+      stream = container.add_stream("libx264", rate=rate, options=options)
       stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
       context = stream.codec_context
       context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709

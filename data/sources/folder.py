@@ -64,10 +64,21 @@ def open_source(config) -> Source:
             if not captions.get(file) and not any(file == noted for noted, _ in notes)]
   ignored = tuple((_name(root, path), "neither a clip nor a caption, by its name") for path in paths
                   if path.suffix.lower() not in (*suffixes, ".txt") and path.name != CAPTIONS)
+  unreadable = {file: reason for file, path in files.items() if (reason := _unreadable(path))}
+  ignored += tuple(unreadable.items())
   items = tuple(Item(file, captions.get(file, ""), str(path.stat().st_size), path)
-                for file, path in sorted(files.items()))
+                for file, path in sorted(files.items()) if file not in unreadable)
   return Source(root, items, tuple(sorted(notes)), ignored, float(config.max_seconds or 0), float(config.fps or 0),
                 root.resolve().name)
+
+
+def _unreadable(path):
+  """Why a file cannot be read, or None: links that lead nowhere, and what belongs to others."""
+  try:
+    with open(path, "rb"):
+      return None
+  except OSError as error:
+    return f"cannot be opened: {error.strerror}"
 
 
 def _walk(root):

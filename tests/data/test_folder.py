@@ -75,6 +75,15 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
   assert [item.file for item in folder.open_source(config(tmp_path / "here")).items()] == ["a.mp4", "linked/b.mp4"]
 
 
+def test_a_link_that_leads_nowhere(tmp_path):
+  """It is named, and loses nobody else."""
+  clip(tmp_path / "a.mp4")
+  (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+  source = folder.open_source(config(tmp_path))
+  assert [item.file for item in source.items()] == ["a.mp4"]
+  assert dict(source.ignored) == {"gone.mp4": "cannot be opened: No such file or directory"}
+
+
 def test_names_that_are_not_utf8(tmp_path):
   clip(tmp_path / "a.mp4").rename(tmp_path / b"caf\xe9.mp4".decode("utf-8", "surrogateescape"))
   (item,) = folder.open_source(config(tmp_path)).items()

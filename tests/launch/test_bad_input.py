@@ -1,7 +1,9 @@
 """The programs and what they are given wrongly: exit code 2, one line that says what, nothing lost, and the rest done."""
 
 import dataclasses
+import fcntl
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -29,29 +31,34 @@ def model(tmp_path_factory):
 
 
 def test_a_job_does_the_rest(model, run_program, tmp_path):
-  """Nine requests, two of them good: these are made, each of the others is named with its line or its id; again, none is made twice."""
+  """Of twelve requests two are good: these are made, each of the others is named with its line or its id; again, none is made twice."""
   video.write_png(tmp_path / "ball.png", np.full((20, 30, 3), 200, np.uint8))
   good = {"id": "good", "prompt": "a red ball", "size": [16, 16], "frames": 1}
   lines = [json.dumps(good), '{"id": "cut", "prompt": "a red', json.dumps(good | {"id": "blank", "prompt": "  "}),
            json.dumps(good | {"id": "long", "prompt": "x" * 10_000}), json.dumps(good | {"id": "small", "size": [4, 16]}),
            json.dumps(good | {"id": "where", "task": "image_to_video", "image": "nowhere.png"}),
-           json.dumps(good | {"id": "odd", "colour": "red"}), json.dumps(good),
+           json.dumps(good | {"id": "odd", "colour": "red"}), json.dumps(good), json.dumps(good | {"id": "endless", "fps": float("nan")}),
+           json.dumps(good | {"id": "half", "prompt": "a \ud800 ball"}), "[1]",
            json.dumps(good | {"id": "onwards", "task": "image_to_video", "image": "ball.png", "frames": 5})]
   (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n")
   arguments = ("sample", f"--workdir={model}", "--requests=r.jsonl", "--out=made")
   done = run_program(*arguments, cwd=tmp_path)
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-  assert "7 of 9 requests could not be done" in done.stderr and "line 2 of r.jsonl is not valid JSON" in done.stderr
+  assert "10 of 12 requests could not be done" in done.stderr and "line 2 of r.jsonl is not valid JSON" in done.stderr
   manifest = sampling.read_manifest(tmp_path / "made")
-  for name, says in {"blank": "prompt is empty", "long": "10000 characters", "small": "one stride", "where": "nowhere.png", "odd": "colour"}.items():
+  for name, says in {"blank": "prompt is empty", "long": "10000 characters", "small": "one stride", "where": "nowhere.png", "odd": "colour",
+                     "endless": "fps is nan", "half": "no character", "good (again)": "two requests"}.items():
     assert manifest[name]["status"] == "failed" and says in manifest[name]["error"] and f"request {name}: " in done.stdout
+  for line in (2, 11):
+    assert manifest[f"{line:05d}"]["status"] == "failed" and f"line {line} of r.jsonl" in done.stdout
   assert "two requests have the id 'good'" in done.stdout
   assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["good.png", "manifest.jsonl", "onwards.mp4"]
   assert np.stack([frame.image_HWC for frame in video.read(tmp_path / "made" / "onwards.mp4")]).shape == (5, 16, 16, 3)
 
   before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "made").glob("*.??[g4]")}
-  again = run_program(*arguments, cwd=tmp_path)
-  assert again.returncode == 2 and "0 made, 2 were there already, 7 could not be done" in again.stdout
+  for _ in range(2):
+    again = run_program(*arguments, cwd=tmp_path)
+    assert again.returncode == 2 and "0 made, 2 were there already, 10 could not be done" in again.stdout
   assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "made").glob("*.??[g4]")}
 
 
@@ -73,7 +80,11 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
     (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.data.source=folder", "--config.data.path=.", "--workdir=w"), "no "),
     (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.ssim_weight=1", "--config.data.crop=(8,8)", "--workdir=w"), "11 x 11"),
     (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.decoder_only=True", "--workdir=w"), "config.init is empty"),
-    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.init={model}", "--workdir=w"), "not of size 'tiny'"),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.model=wan2.1", "--config.init={model}", "--workdir=w"),
+     "not of size 'wan2.1'"),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.log_every=0", "--workdir=w"), "log_every is 0"),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--workdir={root}/setup.py"), "another path"),
+    (("sample", "--requests=r.jsonl", "--steps=5"), "goes with --prompt"),
     (("export", "--out=here"), "--workdir=W"),
 ], ids=lambda value: "-".join(value)[:60] if isinstance(value, tuple) else "")
 def test_one_line(model, run_program, tmp_path, arguments, says):
@@ -84,10 +95,38 @@ def test_one_line(model, run_program, tmp_path, arguments, says):
   assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_another_model_makes_another_video(model, run_program, tmp_path):
+  """The same request to the same folder: kept while the model is the same, made anew when it is not."""
+  arguments = ("sample", "--prompt=a red ball", "--size=16,16", "--frames=1", "--out=made")
+  other = tmp_path / "other"
+  shutil.copytree(model, other)
+  fields, weights = checkpoint.load_part(other / "model")
+  checkpoint.save_part(other / "model", fields, jax.tree.map(lambda leaf: leaf * 1.1, weights))
+  made = [run_program(*arguments, f"--workdir={place}", cwd=tmp_path).stdout for place in (model, model, other)]
+  assert [("1 made" in said, "1 were there already" in said) for said in made] == [(True, False), (False, True), (True, False)]
+
+
+def test_help(run_program):
+  """Every program says its flags and ends with 0."""
+  for name in ("sample", "train"):
+    done = run_program(name, "--help")
+    assert done.returncode == 0 and "--workdir" in done.stdout and f"python -m launch.{name}" in done.stdout
+
+
+def test_one_trainer_at_a_time(run_program, tmp_path):
+  """The second is told, and leaves the first alone."""
+  with open(tmp_path / ".lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done = run_program("train_vae", "--config=configs/vae.py:tiny", f"--workdir={tmp_path}")
+  assert done.returncode == 2 and "another program is training here" in done.stderr and [p.name for p in tmp_path.iterdir()] == [".lock"]
+
+
 def test_a_work_directory_of_another_config(run_program, tmp_path):
   """It is named with what differs, and stays as it was."""
   config = json.dumps({"format_version": 1, "program": "launch.train_vae", "seed": 1})
   (tmp_path / "config.json").write_text(config)
+  (tmp_path / "manifests").mkdir()
+  (tmp_path / "manifests" / "20.json").write_text("{}")
   done = run_program("train_vae", "--config=configs/vae.py:tiny", f"--workdir={tmp_path}")
   assert done.returncode == 2 and "belongs to another config" in done.stderr and done.stderr.count("\n") == 1
   assert (tmp_path / "config.json").read_text() == config

@@ -92,6 +92,10 @@ def test_story(run_program, tmp_path):
   for caption, latents in peace["records"].items():
     np.testing.assert_array_equal(latents, kills["records"][caption])
 
+  shutil.rmtree(tmp_path / "kills" / "vae" / "vae")                                  # as if killed between the last step and the end
+  run("train_vae", *VAE, f"--workdir={tmp_path / 'kills' / 'vae'}")
+  assert checkpoint.fingerprint(tmp_path / "kills" / "vae" / "vae") == checkpoint.fingerprint(tmp_path / "peace" / "vae" / "vae")
+
   finer = (*VAE, "--config.decoder_only=True", "--config.ssim_weight=0.5", f"--config.init={tmp_path / 'peace' / 'vae'}")
   run("train_vae", *finer, f"--workdir={tmp_path / 'finer'}")
   before, after = (checkpoint.load_part(tmp_path / name / "vae") for name in ("peace/vae", "finer"))
