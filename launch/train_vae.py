@@ -130,7 +130,7 @@ def begin(config, cfg, tx, losses, where, source):
 def first_weights(config, cfg):
   """Those of the VAE in config.init; BadInput where it is of another size."""
   found, weights = build.load_vae(epath.Path(config.init) / "vae")
-  if dataclasses.replace(found, latents_mean=cfg.latents_mean, latents_std=cfg.latents_std) != cfg:
+  if len({dataclasses.replace(one, latents_mean=(), latents_std=()) for one in (found, cfg)}) > 1:
     raise BadInput(f"the VAE in {config.init} is not of size {config.model!r}; give the --config.model that it was trained with")
   return weights
 
