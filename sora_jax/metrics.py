@@ -44,9 +44,14 @@ def _pair(a, b):
 
 
 def _blur(x):
-  """Weighted mean over each window that lies inside: [..., H, W, C] -> [..., H - 10, W - 10, C]."""
+  """Weighted mean over each window that lies inside: [..., H, W, C] -> [..., H - 10, W - 10, C], as two products with banded matrices."""
+  *rest, height, width, channels = x.shape
+  x = (_band(height) @ x.reshape(*rest, height, width * channels)).reshape(*rest, -1, width, channels)
+  return _band(width) @ x
+
+
+def _band(n):
+  """[n - 10, n]: the window's weights, a row further to the right each."""
   tap = np.exp(-0.5 * ((np.arange(WINDOW) - WINDOW // 2) / WIDTH) ** 2)
-  tap = (tap / tap.sum()).tolist()
-  rows, columns = (length - WINDOW + 1 for length in x.shape[-3:-1])
-  x = sum(weight * x[..., i:i + rows, :, :] for i, weight in enumerate(tap))
-  return sum(weight * x[..., i:i + columns, :] for i, weight in enumerate(tap))
+  shift = np.arange(n) - np.arange(n - WINDOW + 1)[:, None]
+  return np.where((shift >= 0) & (shift < WINDOW), tap[shift.clip(0, WINDOW - 1)] / tap.sum(), 0)
