@@ -27,25 +27,33 @@ DIT = ("--config=configs/t2v.py:tiny", "--config.steps=6", "--config.checkpoint_
        "--config.sample.frames=5", "--config.sample.every=6")
 
 
-def killed(name, *arguments, when):
-  """Starts a program and kills it -9 as soon as `when()` is true (a function of nothing). -> whether it was killed."""
+def stopped(name, *arguments, when, by=signal.SIGKILL):
+  """Starts a program and sends it a signal as soon as `when()` is true (a function of nothing). -> its exit code; None when it came too late."""
   environment = {**os.environ, "XLA_FLAGS": conftest.DEVICES.format(1), "PYTHONPATH": str(conftest.ROOT), "PYTHONSAFEPATH": "1"}
   child = subprocess.Popen([sys.executable, "-m", f"launch.{name}", *map(str, arguments)], cwd=conftest.ROOT, env=environment,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
   deadline = time.monotonic() + 900
   while child.poll() is None and time.monotonic() < deadline:
     if when():
-      child.send_signal(signal.SIGKILL)
-      child.wait()
-      return True
+      child.send_signal(by)
+      return child.wait(300)
     time.sleep(0.02)
   child.kill()
-  return False
+  return None
 
 
 def metrics_of(workdir):
   """{step: loss} of a run, the last line of a step counting."""
   return {line["step"]: line["loss"] for line in map(json.loads, open(workdir / "metrics.jsonl")) if "loss" in line}
+
+
+def test_stopped_on_request(run_program, tmp_path):
+  """SIGTERM: the step is finished and saved, exit code 75; the next run goes on from there."""
+  long = (*VAE[:1], "--config.steps=100000", *VAE[2:], f"--workdir={tmp_path}")
+  assert stopped("train_vae", *long, when=lambda: (tmp_path / "manifests" / "4.json").exists(), by=signal.SIGTERM) == 75
+  step = max(int(path.stem) for path in (tmp_path / "manifests").iterdir())
+  assert step >= 5 and max(metrics_of(tmp_path)) >= step - 1
+  assert f"going on from the checkpoint of step {step}" in run_program("train_vae", *long[:1], f"--config.steps={step}", *long[2:]).stdout
 
 
 def test_story(run_program, tmp_path):
@@ -70,7 +78,7 @@ def test_story(run_program, tmp_path):
             "train": lambda: (dit / "manifests" / "2.json").exists(), "sample": lambda: (out / "1.mp4").exists()}
     for name, arguments in steps.items():
       if kind == "kills":
-        assert killed(name, *arguments, when=when[name]), name
+        assert stopped(name, *arguments, when=when[name]) == -signal.SIGKILL, name
         said = run(name, *arguments)
         assert "train" not in name or "going on from the checkpoint of step" in said
       else:
