@@ -4,7 +4,8 @@
 
 Variants, with the hardware that each was written for and what to expect:
   tiny   two CPU cores, five minutes on the embedded world: colours follow the prompt, shapes and motion not yet. What the quickstart trains.
-  world  two CPU cores, an hour and a half on the embedded world: the small model that ships (scores: sora_jax/assets/world/README.md).
+  world  two CPU cores, an hour and a half on the embedded world: the small model that ships, which was then trained on for an hour
+         (commands and scores: sora_jax/assets/world/README.md).
   base   one TPU v5p-8 or larger: our size B, on records of a 4x16x16 VAE with 48 channels, with text embeddings in the records.
 
 Steps are updates; a row is `row_tokens` tokens, a step is `rows` rows of all hosts together.
