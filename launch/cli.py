@@ -197,8 +197,7 @@ class Bar:
 
   def __init__(self, label, total, *, start=0, every=15.0):
     self.label, self.total, self.done, self.every, self.note = label, total, start, every, ""
-    self.first, self.began = start, time.monotonic()
-    self.told = self.began
+    self.first, self.began, self.told = None, None, time.monotonic()
     self.rich = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                          TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
                          console=console) if console.is_terminal else None
@@ -217,6 +216,8 @@ class Bar:
     """n more are done; `note` is shown beside them, until the next one."""
     self.done += n
     self.note = note or self.note
+    if self.first is None:          # time left is told from the second on: the first compiles
+      self.first, self.began = self.done, time.monotonic()
     if self.rich:
       self.rich.update(self.task, completed=self.done, note=self.note)
       return
