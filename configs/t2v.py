@@ -27,7 +27,7 @@ def tiny():
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.init = ""                     # another work directory to start the weights from
-  config.steps = 300
+  config.steps = 240
   config.log_every = 10
   config.checkpoint_every = 100
   config.max_bad_steps = 1             # stop after so many updates that are not finite

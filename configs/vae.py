@@ -5,7 +5,7 @@
 Variants, with the hardware that each was written for and what to expect:
   tiny   two CPU cores, two minutes on the embedded world. What the quickstart trains.
   world  two CPU cores, a quarter of an hour on the embedded world: the VAE of the small model that ships.
-  base   one TPU v5p-8 or larger, days: the plain 4x8x8 kind with 16 channels (the shape of Wan 2.1) on a folder of clips, with the
+  base   one TPU v5p-8 or larger, days: the residual 4x16x16 kind with 48 channels (the shape of Wan 2.2) on a folder of clips, with the
          adversarial and the perceptual term; give --config.data.path=CLIPS and --config.perceptual.weights=vgg16.safetensors
 
 A step is `data.clips` crops of `data.frames` frames and `data.images` crops of one, over all hosts together.
@@ -29,9 +29,9 @@ def tiny():
   config.init = ""                     # another directory whose VAE to start from
   config.decoder_only = False          # leave what latents depend on as it is: records and transformers of config.init stay good
   config.model = "tiny"                # a key of sora_jax.models.vae.SIZES
-  config.steps = 600
+  config.steps = 400
   config.log_every = 20
-  config.eval_every = 300              # PSNR and SSIM on held-out clips
+  config.eval_every = 400              # PSNR and SSIM on held-out clips
   config.checkpoint_every = 150
   config.max_bad_steps = 1             # stop after so many updates that are not finite
   config.ema_decay = 0.99
