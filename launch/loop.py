@@ -38,12 +38,12 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
       batch, cursor = next(batches)
       state, metrics = update(state, batch)
       checkpoints.poll()
-      last, stopping = step == config.steps, stop_now(step)
-      saving = step % config.checkpoint_every == 0 or last or stopping
       if before is not None:               # a step late, so that the device never waits for the host
         bad = check_finite(before, bad, config.max_bad_steps, step - 1)
       before = metrics
       window.append(metrics)
+      last, stopping = step == config.steps, stop_now(step)          # here, as a signal is heard when the wait above ends
+      saving = step % config.checkpoint_every == 0 or last or stopping
       if saving:
         bad, before = check_finite(metrics, bad, config.max_bad_steps, step), None
       note = ""
