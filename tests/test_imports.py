@@ -22,7 +22,7 @@ ALLOWED = {
     "sora_jax.checkpoint": ("sora_jax.layout",),
     "sora_jax.tasks": tuple(f"sora_jax.{name}" for name in BASIS),
     **{
-        f"sora_jax.{name}": tuple(f"sora_jax.{part}" for part in ("models", "diffusion", "tasks", "optim", *BASIS))
+        f"sora_jax.{name}": tuple(f"sora_jax.{part}" for part in ("models", "diffusion", "tasks", "optim", "metrics", *BASIS))
         for name in ("train", "train_vae", "sample")
     },
     "data": tuple(f"sora_jax.{name}" for name in (*BASIS, "video")),

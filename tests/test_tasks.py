@@ -21,7 +21,10 @@ def canvas(request):
 
 @pytest.mark.parametrize("fields, message", [
     ({"promt": "x"}, "unknown field 'promt'"), ({"prompt": "  "}, "prompt is empty"), ({"prompt": "x" * 10_000}, "10000 characters"),
-    ({"size": [64]}, "height, width"), ({"size": "64x64"}, "must be a list"), ({"frames": 0}, "more than 0"), ({"fps": -1}, "fps is -1"),
+    ({"size": [64]}, "height, width"), ({"size": "64x64"}, "must be a list"), ({"frames": 0}, "frames is 0; it must be from 1"),
+    ({"fps": -1}, "fps is -1"), ({"fps": float("nan")}, "fps is nan"), ({"seconds": float("inf")}, "seconds is inf"), ({"seed": -1}, "seed is -1"),
+    ({"size": [10 ** 6, 64]}, "at most 16384"), ({"guidance_interval": ["a", "b"]}, "noise levels"), ({"id": "x" * 300}, "240 bytes"),
+    ({"prompt": "a \ud800"}, "no character"), ({"image": "a\0b"}, "no character"),
     ({"frames": 2.5}, "must be a int"), ({"sampler": "ddim"}, "euler, heun, unipc"), ({"task": "fly"}, "text_to_video"),
     ({"task": "image_to_video"}, "needs an image"), ({"id": "../x"}, "names a file"), ({"guidance_interval": [0.9, 0.1]}, "noise levels"),
     ({"shots": []}, "does not have yet"), ({"steps": True}, "must be a int")])
