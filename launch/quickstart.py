@@ -63,7 +63,7 @@ def main():
   cli.need_disk(out, 500e6, "the quickstart")
   write_requests(out)
   todo = stages(out)
-  cli.say("sora_jax quickstart: about 12 minutes on two CPU cores. It will, one after another:")
+  cli.say("sora_jax quickstart: 10 to 12 minutes on two CPU cores. It will, one after another:")
   for number, (_, what, _, _) in enumerate(todo, 1):
     cli.say(f"  {number}. {what}")
   cli.say(f"and write {out / 'index.html'}. Stop it at any time; run again, it goes on.")
