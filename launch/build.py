@@ -32,16 +32,21 @@ def make_layout(config):
 
 
 def sampling_layout(config):
-  """config.mesh where it fits the devices there are; else weights are cut over all of them, as a job may run elsewhere than the training."""
+  """config.mesh where there is one that fits the devices; else weights are cut over all of them, as a job may run elsewhere than the training."""
   try:
-    return make_layout(config)
+    if "mesh" in config:
+      return make_layout(config)
+    return layout.Layout(layout.make_mesh(fsdp=jax.device_count()))
   except BadInput:
     return layout.Layout(layout.make_mesh(fsdp=jax.device_count()))
 
 
 def make_model(config, text_dir, where):
-  """config.model and the tokenizer in W/text -> Model on a Layout."""
-  size = pick(dit.SIZES, config.model.size, "config.model.size")
+  """config.model and the tokenizer in W/text -> Model on a Layout. An imported model brings its shape as config.model.dit."""
+  if "dit" in config.model:
+    size = cli.checked(lambda: dit.DiTConfig(**config.model.dit.to_dict()), "config.model.dit")
+  else:
+    size = pick(dit.SIZES, config.model.size, "config.model.size")
   cfg = cli.checked(lambda: dataclasses.replace(size, remat=config.model.remat, dtype=config.model.dtype), "config.model")
   encoder = None
   if config.model.text:
@@ -49,7 +54,7 @@ def make_model(config, text_dir, where):
     encoder = dataclasses.replace(pick(text.SIZES, config.model.text, "config.model.text"), vocab=tokenizer.vocab)
     if encoder.width != cfg.text_width:
       raise BadInput(f"config.model.text {config.model.text!r} gives {encoder.width} values a token, {config.model.size!r} takes {cfg.text_width}")
-  return t2v.Model(cfg, encoder, where)
+  return t2v.Model(cfg, encoder, where, config.model.get("boundary", 0.0))
 
 
 def make_optimizer(config, boxed):

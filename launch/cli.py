@@ -184,6 +184,17 @@ def need_disk(directory, num_bytes, what):
     raise BadInput(f"{directory}: {what} needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free some space")
 
 
+def need_memory(num_bytes, what):
+  """BadInput unless this machine has that much memory available (where it can tell)."""
+  try:
+    lines = open("/proc/meminfo").read().splitlines()
+  except OSError:
+    return
+  free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), num_bytes)
+  if free < num_bytes:
+    raise BadInput(f"{what} needs {num_bytes / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free; take a larger machine")
+
+
 console = Console(highlight=False, soft_wrap=True)
 
 

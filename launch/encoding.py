@@ -13,7 +13,7 @@ import numpy as np
 
 from data import clips, records
 from launch import build, cli
-from sora_jax import checkpoint
+from sora_jax import checkpoint, layout
 from sora_jax.errors import BadInput
 from sora_jax.models import text, vae
 
@@ -72,14 +72,19 @@ class Encoder:
     return len(caption) > MAX_TEXT and len(self._tokenizer.encode(caption)) > MAX_TEXT
 
 
-def load_embedder(directory):
-  """W/text of a frozen encoder -> function of lists of ids, giving float32 [S, E] each, of true length."""
-  fields, params = checkpoint.load_part(directory)
+def load_embedder(directory, where=None):
+  """W/text of a frozen encoder -> function of lists of ids, giving float32 [S, E] each, of true length. Weights live on the Layout `where`."""
+  fields, params = checkpoint.load_part(directory, None)
   known = {field.name for field in dataclasses.fields(text.TextConfig)}
   shape = {name: value for name, value in fields.items() if name in known}
   cfg = cli.checked(lambda: text.TextConfig(**shape), directory / "config.json")
-  params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, cfg.dtype), params)
-  run = jax.jit(lambda params, *row: text.TextEncoder(cfg).apply({"params": params}, *row))
+  row = jax.numpy.zeros((1, 1), jax.numpy.int32)
+  boxed = jax.eval_shape(text.TextEncoder(cfg).init, jax.random.key(0), row, row)["params"]
+  target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.dtype), layout.unbox(boxed))
+  if where is not None:
+    target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), target, layout.shardings(boxed, where))
+  params = checkpoint.place(params, target)
+  run = jax.jit(lambda params, *row: text.TextEncoder(cfg, where).apply({"params": params}, *row))
 
   def embed(texts):
     found = [None] * len(texts)

@@ -19,7 +19,7 @@ from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.errors import BadInput
 from sora_jax.models import t2v, text, vae
 
-DEFAULTS = ("size", "frames", "fps", "steps", "sampler", "shift", "guidance")
+DEFAULTS = ("size", "frames", "fps", "steps", "sampler", "shift", "guidance", "guidance_low")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Bundle:
   params: dict
   vae_cfg: vae.VAEConfig
   vae_params: dict
-  tokenize: object                 # str -> ids
+  tokenize: object                 # str -> ids, or embeddings where the text encoder is frozen
   defaults: dict
+  schedule: str                    # a key of flow.SCHEDULES
   row_tokens: int
   rows: int
   base_fps: float | None
@@ -41,13 +42,15 @@ class Bundle:
   def of(cls, workdir, settings, model, params, step=0, identity=""):
     """From a config (a ConfigDict, or the dict of W/config.json) and weights; VAE and tokenizer are those in W."""
     cfg, vae_params = build.load_vae(epath.Path(workdir) / "vae")
-    defaults = {name: settings["sample"][name] for name in DEFAULTS}
+    defaults = {name: settings["sample"][name] for name in DEFAULTS if name in settings["sample"]}
     defaults["size"] = list(defaults["size"])
-    tokenizer = text.Tokenizer(epath.Path(workdir) / "text" / "tokenizer.model")
-    ids = lambda prompt: np.asarray(tokenizer.encode(prompt), np.int32)  # noqa: E731
-    embed = encoding.load_embedder(epath.Path(workdir) / "text") if model.text is None else None
-    tokenize = (lambda prompt: embed([ids(prompt)])[0]) if embed else ids
-    return cls(model, params, cfg, vae_params, tokenize, defaults, settings["sample"]["row_tokens"], settings["sample"]["rows"],
+    directory, pad = epath.Path(workdir) / "text", model.dit.text_pad
+    tokenizer = text.Tokenizer(directory / "tokenizer.model")
+    ids = lambda prompt: np.asarray(tokenizer.encode(prompt, pad or None), np.int32)  # noqa: E731
+    embed = encoding.load_embedder(directory, model.layout) if model.text is None else None
+    tokenize = (lambda prompt: text.padded(embed([ids(prompt)])[0], pad)) if embed else ids
+    schedule = settings["sample"].get("schedule", "uniform")
+    return cls(model, params, cfg, vae_params, tokenize, defaults, schedule, settings["sample"]["row_tokens"], settings["sample"]["rows"],
                settings["data"]["base_fps"] or None, step, identity)
 
   @classmethod
@@ -68,11 +71,34 @@ class Bundle:
 
   def canvas(self, request):
     """Request -> Canvas."""
-    return tasks.TASKS[request.task](request, stride=self.vae_cfg.stride, patch=self.model.dit.patch, channels=self.model.dit.channels,
-                                     encode=self.encode_image)
+    if request.guidance_low is not None and not self.model.boundary:
+      raise BadInput("guidance_low is for models of two experts, and this one has one; leave it out")
+    canvas = tasks.TASKS[request.task](request, stride=self.vae_cfg.stride, patch=self.model.dit.patch, channels=self.model.dit.channels,
+                                       encode=self.encode_image)
+    return self.with_channels(request, canvas) if self.model.dit.conditioning == "channels" else canvas
+
+  def with_channels(self, request, canvas):
+    """The canvas of a model that takes its image as channels (`WanImageToVideoPipeline.prepare_latents`, diffusers 0.42.1): for each pixel
+    frame of a latent frame whether it is given, then the latents of a video of the image and grey frames after it. No token is given."""
+    if not request.image:
+      raise BadInput("this model begins with an image: ask for the task image_to_video, and give an image")
+    frames, height, width, _ = canvas.latents_THWC.shape
+    pixels = self.read_image(request.image, request.size, (height * self.vae_cfg.stride[1], width * self.vae_cfg.stride[2]))[None, None]
+    grey = np.zeros((1, self.vae_cfg.stride[0], *pixels.shape[2:]), np.float32)
+    chunks = itertools.chain([pixels], itertools.repeat(grey, frames - 1))
+    latents = np.concatenate([np.asarray(mean) for mean in vae.encode_stream(self.vae_params, chunks, self.vae_cfg)], 1)[0]
+    mask = np.zeros((frames, height, width, self.model.dit.cond_channels - self.vae_cfg.z_dim), np.float32)
+    mask[0] = 1.0
+    cond_THWC = np.concatenate([mask, vae.normalise(latents, self.vae_cfg)], -1)
+    return dataclasses.replace(canvas, given_THW=np.zeros_like(canvas.given_THW), cond_THWC=cond_THWC)
 
   def encode_image(self, path, size, padded):
-    """An image file -> normalised latents [1, h, w, C]: scaled to cover `size`, its middle kept, edges repeated up to `padded`."""
+    """An image file -> normalised latents [1, h, w, C]: as `read_image` gives it."""
+    mean, _ = vae.encode(self.vae_params, self.read_image(path, size, padded)[None, None], self.vae_cfg)
+    return np.asarray(vae.normalise(np.asarray(mean), self.vae_cfg))[0]
+
+  def read_image(self, path, size, padded):
+    """An image file -> pixels [H, W, 3] in [-1, 1]: scaled to cover `size`, its middle kept, edges repeated up to `padded`."""
     if not os.path.exists(path):
       raise BadInput(f"image {path!r} does not exist; give the path of an image file")
     try:
@@ -81,9 +107,7 @@ class Bundle:
       raise BadInput(f"image {path!r} cannot be read: {error}") from None
     covered = cover(frame, size)
     edges = [(0, padded[0] - size[0]), (0, padded[1] - size[1]), (0, 0)]
-    pixels = np.pad(covered, edges, mode="edge").astype(np.float32) / 127.5 - 1
-    mean, _ = vae.encode(self.vae_params, pixels[None, None], self.vae_cfg)
-    return np.asarray(vae.normalise(np.asarray(mean), self.vae_cfg))[0]
+    return np.pad(covered, edges, mode="edge").astype(np.float32) / 127.5 - 1
 
   def decode(self, latents_THWC, frames, size):
     """Normalised latents -> iterator of uint8 [H, W, 3], cut to what was asked; streamed, so that memory does not grow with length."""
@@ -158,16 +182,18 @@ def run_job(bundle, requests, out, *, quiet=False, stop=cli.stop_requested):
         counts["kept"] += 1
         continue
       canvas = bundle.canvas(request)
-      todo.append((request, canvas, sample.prepare(request, canvas, bundle.tokenize, bundle.model.dit.patch, bundle.base_fps)))
+      todo.append((request, canvas, sample.prepare(request, canvas, bundle.tokenize, bundle.model.dit.patch, bundle.base_fps, bundle.schedule)))
     except BadInput as error:
       counts["failed"] += 1
       note_failure(out, name, str(error), fields)
       cli.say(f"request {name}: {error}")
   groups = {}
   for entry in todo:
-    groups.setdefault(entry[0].sampler, []).append(entry)
+    request, canvas, _ = entry
+    alike = (request.steps, request.shift, canvas.start_sigma) if bundle.model.boundary else ()      # experts change over for all at once
+    groups.setdefault((request.sampler, *alike), []).append(entry)
   with cli.Bar("sampling", sum(entry[0].steps for entry in todo) or 1, every=1e9 if quiet else 15.0) as bar:
-    for sampler, entries in groups.items():
+    for (sampler, *_), entries in groups.items():
       _run_group(bundle, entries, sampler, out, counts, bar, stop)
   return counts
 

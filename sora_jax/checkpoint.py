@@ -11,21 +11,20 @@ with its manifest, and is checked against it before it is restored; a damaged on
 
 import itertools
 import json
+import math
 import pathlib
 import zlib
 
 import jax
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
-import safetensors
-import safetensors.numpy
 from etils import epath
 
 from sora_jax.errors import BadInput
 
 FORMAT_VERSION = 1
 WEIGHTS = "weights.safetensors"
+DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64"}      # names in safetensors
 
 
 def flatten(tree, prefix=""):
@@ -71,33 +70,85 @@ def read_json(path):
 
 def save_part(directory, config, params, dtype=None):
   """Writes one part: its config (a dict) and its weights (a nested dict of arrays), cast to `dtype` where given."""
+  flat = flatten(params)
+  specs = {name: (leaf.shape, np.dtype(dtype or leaf.dtype)) for name, leaf in flat.items()}
+  write_part(directory, config, specs, ((name, np.asarray(leaf)) for name, leaf in flat.items()))
+
+
+def write_part(directory, config, specs, pieces):
+  """Writes one part of which only a piece is in memory at a time: see `write_safetensors`."""
   directory = epath.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
-  flat = {name: np.asarray(leaf if dtype is None else leaf.astype(dtype)) for name, leaf in flatten(params).items()}
   partial = directory / (WEIGHTS + ".partial")
-  partial.write_bytes(safetensors.numpy.save({name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}))
+  write_safetensors(partial, specs, pieces)
   partial.replace(directory / WEIGHTS)
   write_json(directory / "config.json", {"format_version": FORMAT_VERSION, **config})
 
 
-def load_part(directory):
-  """-> (config, weights as a nested dict of float32 numpy arrays). BadInput where a file is missing or cut short."""
+def write_safetensors(path, specs, pieces, metadata=None):
+  """A safetensors file, written front to back; safetensors' own writer wants all of it in memory.
+
+  specs: {name: (shape, dtype)} of all tensors. pieces: iterator of (name, array): a tensor whole, or its slices along the first axis,
+  one after the other; cast to its dtype. In the order of specs, whatever the dtypes. ValueError where they do not add up.
+  """
+  header, at = {"__metadata__": metadata} if metadata else {}, 0
+  for name, (shape, dtype) in specs.items():
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    header[name] = {"dtype": DTYPES[np.dtype(dtype).name], "shape": list(shape), "data_offsets": [at, at + size]}
+    at += size
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)
+  with epath.Path(path).open("wb") as f:
+    f.write(len(text).to_bytes(8, "little") + text)
+    at = 0
+    for name, array in pieces:
+      begin, end = header[name]["data_offsets"]
+      data = np.ascontiguousarray(array.astype(specs[name][1], copy=False))
+      if not begin <= at <= at + data.nbytes <= end:
+        raise ValueError(f"{name} does not come in its turn, or has {data.nbytes} bytes that do not fit {begin} to {end}, being at {at}")
+      f.write(data.view(np.uint8).data)
+      at += data.nbytes
+  if at != max((end for _, end in (header[name]["data_offsets"] for name in specs)), default=0):
+    raise ValueError(f"{path}: {at} bytes came; the tensors that were announced have more")
+
+
+def read_safetensors(path):
+  """{name: numpy array} of a file; of a local one, mapped: what is not looked at is not read. BadInput where it is damaged or cut short."""
+  path = epath.Path(path)
+  try:
+    data = np.memmap(path, np.uint8, "r") if isinstance(path, pathlib.Path) else np.frombuffer(path.read_bytes(), np.uint8)
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:start].tobytes())
+    header.pop("__metadata__", None)
+    if max((entry["data_offsets"][1] for entry in header.values()), default=0) != len(data) - start:
+      raise ValueError(f"it has {len(data) - start} bytes of weights, and announces others")
+    numpy_of = {theirs: np.dtype(ours) for ours, theirs in DTYPES.items()}
+    return {name: data[start + entry["data_offsets"][0]:start + entry["data_offsets"][1]].view(numpy_of[entry["dtype"]]).reshape(
+        entry["shape"]) for name, entry in header.items()}
+  except FileNotFoundError:
+    raise BadInput(f"there is no {path}; its config.json is there, so the copy is not whole: copy it again") from None
+  except (ValueError, KeyError, TypeError, IndexError) as error:
+    raise BadInput(f"{path} cannot be read ({error}); copy it again") from None
+
+
+def load_part(directory, dtype=np.float32):
+  """-> (config, weights as a nested dict of numpy arrays; mapped, not read, where they have this dtype; None: as they are stored).
+
+  BadInput where a file is missing or cut short.
+  """
   directory = epath.Path(directory)
   config = read_json(directory / "config.json")
-  try:
-    flat = _load_safetensors((directory / WEIGHTS).read_bytes())
-  except FileNotFoundError:
-    raise BadInput(f"there is no {directory / WEIGHTS}; its config.json is there, so the copy is not whole: copy it again") from None
-  except Exception as error:  # safetensors raises its own type for a damaged header, ValueError for a short body
-    raise BadInput(f"{directory / WEIGHTS} cannot be read ({error}); copy it again") from None
-  return config, unflatten({name: np.asarray(leaf, np.float32) for name, leaf in flat.items()})
+  flat = read_safetensors(directory / WEIGHTS)
+  return config, unflatten({name: leaf if dtype is None else leaf.astype(dtype, copy=False) for name, leaf in flat.items()})
 
 
-def _load_safetensors(data):
-  """bytes -> {name: numpy array}. safetensors' own loader of bytes does not know bfloat16."""
-  dtypes = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-  return {name: np.frombuffer(entry["data"], dtypes[entry["dtype"]]).reshape(entry["shape"])
-          for name, entry in safetensors.deserialize(data)}
+def place(tree, target):
+  """Arrays (mapped ones too) -> jax arrays like `target`, a tree of ShapeDtypeStructs; each device is given its part, and no more is read."""
+  def one(leaf, like):
+    part = lambda index: np.ascontiguousarray(leaf[index].astype(like.dtype, copy=False))  # noqa: E731
+    sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.make_array_from_callback(leaf.shape, sharding, part)
+  return jax.tree.map(one, tree, target)
 
 
 def fingerprint(directory, only=()):
@@ -107,22 +158,29 @@ def fingerprint(directory, only=()):
   for path in sorted(directory.iterdir(), key=lambda p: p.name):
     if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
       crc = zlib.crc32(path.name.encode(), crc)
-      for data in _chosen(path.read_bytes(), only) if only and path.name == WEIGHTS else (path.read_bytes(),):
+      for data in _chosen(path, only) if only and path.name == WEIGHTS else _pieces(path):
         crc = zlib.crc32(data, crc)
   return f"{crc:08x}"
 
 
-def _chosen(data, only):
-  """The bytes of safetensors -> names and bytes of the tensors under these names, in order; of a damaged file all bytes."""
+def _pieces(path, size=1 << 26):
+  """The bytes of a file, a piece at a time."""
+  with path.open("rb") as f:
+    while data := f.read(size):
+      yield data
+
+
+def _chosen(path, only):
+  """A safetensors file -> names and bytes of the tensors under these names, in order; of a damaged file all bytes."""
   try:
-    tensors = sorted(safetensors.deserialize(data))
-  except safetensors.SafetensorError:
-    yield data
+    tensors = read_safetensors(path)
+  except BadInput:
+    yield from _pieces(path)
     return
-  for name, entry in tensors:
+  for name in sorted(tensors):
     if name.split("/")[0] in only:
-      yield f"{name} {entry['dtype']} {entry['shape']}".encode()
-      yield bytes(entry["data"])
+      yield f"{name} {DTYPES[tensors[name].dtype.name]} {list(tensors[name].shape)}".encode()
+      yield np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data
 
 
 def shipped():
@@ -276,11 +334,11 @@ def load_weights(workdir, which="ema", target=None, say=print):
       return tree, step
     checkpoints.close()
   if (workdir / "model").exists():
-    config, tree = load_part(workdir / "model")
+    config, tree = load_part(workdir / "model", None)
     if target is not None:
       _check_shapes(workdir, tree, target)
-      tree = jax.tree.map(lambda leaf, like: jax.device_put(leaf.astype(like.dtype), like.sharding), tree, target)
-    return tree, config.get("step", 0)
+      return place(tree, target), config.get("step", 0)
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree), config.get("step", 0)
   raise BadInput(f"{workdir} holds no checkpoint and no model; train one there (python -m launch.train) or name another --workdir")
 
 

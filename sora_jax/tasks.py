@@ -13,15 +13,15 @@ from sora_jax.errors import BadInput
 
 MAX_PROMPT = 4000          # characters; a longer one is surely a mistake
 LIMITS = {"frames": (1, 100_000), "fps": (0.01, 1000), "steps": (1, 1000), "seed": (0, 2 ** 32 - 1), "shift": (0.01, 1000),
-          "guidance": (-1000, 1000), "guidance_rescale": (0, 1), "seconds": (0, 3600)}
+          "guidance": (-1000, 1000), "guidance_low": (-1000, 1000), "guidance_rescale": (0, 1), "seconds": (0, 3600)}
 MAX_SIDE = 16_384          # pixels
 
 FIELDS = {
     "id": str, "task": str, "prompt": str, "size": list, "frames": int, "seconds": float, "fps": float, "seed": int, "steps": int,
-    "sampler": str, "shift": float, "guidance": float, "guidance_interval": list, "guidance_rescale": float, "negative_prompt": str,
-    "image": str,
+    "sampler": str, "shift": float, "guidance": float, "guidance_low": float, "guidance_interval": list, "guidance_rescale": float,
+    "negative_prompt": str, "image": str,
 }
-LATER = ("guidance_low", "last_image", "video", "video_b", "mask", "given", "strength", "shots")
+LATER = ("last_image", "video", "video_b", "mask", "given", "strength", "shots")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Request:
   sampler: str
   shift: float
   guidance: float
+  guidance_low: float | None       # of the expert of low noise, where a model has two; None: as guidance
   guidance_interval: tuple
   guidance_rescale: float
   negative_prompt: str
@@ -54,6 +55,7 @@ class Canvas:
   frames: int
   size: tuple
   start_sigma: float = 1.0
+  cond_THWC: np.ndarray | None = None      # channels joined to the latents, for a model that takes conditions so (Wan I2V)
 
 
 def parse_request(fields, defaults, samplers):
@@ -69,8 +71,8 @@ def parse_request(fields, defaults, samplers):
       raise BadInput(f"{name} is {value!r}; it must be a {wanted.__name__}")
     if isinstance(value, str) and (value != value.encode("utf-8", "ignore").decode() or "\0" in value):
       raise BadInput(f"{name} is {value!r}, which holds something that is no character")
-  full = {"task": "text_to_video", "negative_prompt": "", "image": None, "guidance_interval": [0.0, 1.0], "guidance_rescale": 0.0,
-          "seed": 0, **defaults, **fields}
+  full = {"task": "text_to_video", "negative_prompt": "", "image": None, "guidance_low": None, "guidance_interval": [0.0, 1.0],
+          "guidance_rescale": 0.0, "seed": 0, **defaults, **fields}
   if full["task"] not in TASKS:
     raise BadInput(f"task is {full['task']!r}; this version has {', '.join(TASKS)}")
   if full["sampler"] not in samplers:
@@ -105,7 +107,7 @@ def parse_request(fields, defaults, samplers):
 def _check_limits(fields):
   """BadInput names the first number that is out of its range, or not a number."""
   for name, (least, most) in LIMITS.items():
-    if name in fields and not least <= fields[name] <= most:
+    if fields.get(name) is not None and not least <= fields[name] <= most:
       raise BadInput(f"{name} is {fields[name]}; it must be from {least} to {most}")
 
 

@@ -17,6 +17,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,36 @@ def interpolate(data, noise, sigma):
 def shifted(sigma, shift):
   """Sigma moved towards 1 by shift > 1; the identity for shift = 1. SD3 eq. 23; 0 and 1 stay."""
   return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def uniform_schedule(steps, shift, start=1.0):
+  """Noise levels of a sampling job, [steps + 1] from `start` down to 0, and the times that the model is told at each step: the same."""
+  sigmas = shifted(np.linspace(start, 0.0, steps + 1), shift)
+  return sigmas, sigmas[:-1]
+
+
+def unipc_schedule(steps, shift, start=1.0):
+  """As `UniPCMultistepScheduler` of diffusers 0.42.1 with flow sigmas: float32, first 1 - 1e-6, last step from sigma near 1/1000 to 0;
+  the model is told whole thousandths, cut off."""
+  sigmas = shifted(np.linspace(start, start / 1000, steps + 1)[:-1], shift)
+  sigmas[0] -= 1e-6 * (abs(sigmas[0] - 1) < 1e-6)
+  return np.append(sigmas, 0.0).astype(np.float32), np.trunc(1000 * sigmas) / 1000
+
+
+def euler_schedule(steps, shift, start=1.0):
+  """As `FlowMatchEulerDiscreteScheduler` of diffusers 0.42.1, which shifts twice: the ends of its range, then what lies between."""
+  last = float(shifted(np.float32(1 / 1000), np.float32(shift)))
+  sigmas = shifted(np.linspace(1000 * start, 1000 * last, steps) / 1000, shift).astype(np.float32)
+  return np.append(sigmas, np.float32(0.0)), sigmas
+
+
+# Keyed by kind, then sampler. "diffusers": what public models are sampled with; a sampler that is not named takes "uniform".
+SCHEDULES = {"uniform": {}, "diffusers": {"unipc": unipc_schedule, "euler": euler_schedule}}
+
+
+def schedule(kind, sampler, steps, shift, start=1.0):
+  """-> (sigmas [steps + 1], times [steps])."""
+  return SCHEDULES[kind].get(sampler, uniform_schedule)(steps, shift, start)
 
 
 def token_shift(tokens, cfg):

@@ -68,6 +68,7 @@ class DiTConfig:
   remat: str = "none"
 
   def __post_init__(self):
+    object.__setattr__(self, "patch", tuple(self.patch))
     if min(self.depth, self.heads, self.mlp, self.channels, self.text_width, *self.patch) < 1 or len(self.patch) != 3:
       raise ValueError(f"DiTConfig: sizes must be at least 1, with patch (t, y, x), not {self}")
     if self.head_size % 2 or self.head_size < 6 or self.time_freqs % 2:

@@ -1,4 +1,7 @@
-"""The text-to-video model: a DiT and, where it is trained with it, a text encoder. Weights are keyed "dit" and "text"."""
+"""The text-to-video model: a DiT, or two that share the noise levels, and, where it is trained with it, a text encoder.
+
+Weights are keyed "dit" and "text"; of two experts (Wan 2.2 A14B) "dit_high" and "dit_low".
+"""
 
 import dataclasses
 
@@ -12,21 +15,30 @@ from sora_jax.models.text import TextConfig, TextEncoder
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """Configs of the parts and where their arrays live; hashable, so it is static under jit. `text` None: embeddings come with the batch."""
+  """Configs of the parts and where their arrays live; hashable, so it is static under jit. `text` None: embeddings come with the batch.
+  `boundary` > 0: "dit_high" takes sigmas from there on, "dit_low" those below."""
   dit: DiTConfig
   text: TextConfig | None = None
   layout: Layout | None = None
+  boundary: float = 0.0
 
   def init(self, key):
     """Boxed weights (see layout.param): {"dit": ..., "text": ...}."""
     dit_key, text_key = jax.random.split(key)
     row = jnp.zeros((1, 1), jnp.int32)
-    params = {"dit": DiT(self.dit, self.layout).init(
+    params = {name: DiT(self.dit, self.layout).init(
         dit_key, jnp.zeros((1, 1, self.dit.values_in)), jnp.zeros((1, 1, 3)), row, jnp.zeros((1, 2)), row,
-        jnp.zeros((1, 1, self.dit.text_width)), row, row)["params"]}
+        jnp.zeros((1, 1, self.dit.text_width)), row, row)["params"] for name in (("dit_high", "dit_low") if self.boundary else ("dit",))}
     if self.text is not None:
       params["text"] = TextEncoder(self.text, self.layout).init(text_key, row, row)["params"]
     return params
+
+  def expert(self, params, sigma):
+    """Weights of all experts -> (those for this noise level, keyed "dit"; is it the expert of low noise?)."""
+    if not self.boundary:
+      return params, False
+    low = bool(sigma < self.boundary)
+    return {"dit": params["dit_low" if low else "dit_high"]}, low
 
   def embed_text(self, params, batch):
     """Text embeddings of a batch, [B, S, E]: the batch's own, or its ids through the encoder."""

@@ -20,6 +20,7 @@ import flax.linen as nn
 import ftfy
 import jax
 import jax.numpy as jnp
+import numpy as np
 import sentencepiece
 from jax import lax
 
@@ -172,6 +173,11 @@ class Tokenizer:
   def null(self):
     """ids of the empty prompt."""
     return self.encode("")
+
+
+def padded(text_SE, length):
+  """An embedding with zeros after it, up to `length` tokens: what public Wan models attend to. 0: as it is."""
+  return np.pad(text_SE, ((0, max(0, length - len(text_SE))), (0, 0)))
 
 
 def train_tokenizer(captions, path, vocab_size=512):

@@ -299,8 +299,7 @@ def config_to_dict(cfg, size=None):
 
 def config_from_dict(fields):
   """The inverse of `config_to_dict`; ValueError for a later format or fields that are not known."""
-  fields = dict(fields)
-  fields.pop("size", None)
+  fields = {name: value for name, value in fields.items() if name not in ("size", "made_from", "weights_crc32")}      # where it is from
   if fields.pop("format_version", 1) != 1:
     raise ValueError("vae/config.json: format_version is not 1; it was written by a later version of this program")
   known = {field.name for field in dataclasses.fields(VAEConfig)}

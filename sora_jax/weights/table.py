@@ -1,11 +1,12 @@
 """Two layouts of the same weights as one table, read in either direction.
 
-A table has rows `(our path, their name, their axes, our axes)`. Axes are words of single letters: "(Nkp) D" is a matrix whose
-first axis is N, k, p merged, "D N (pk)" the same numbers as three axes, the last one merged the other way round. `{}` in a name
-stands for the number of the layer, and the letter o for an axis of length 1; our weights of all layers are one array, layers
-first, under "blocks" or "layers".
+A row says of one of our arrays which tensors of theirs it is made of, and how the axes lie. Axes are words of single letters:
+"(Nkp) D" is a matrix whose first axis is N, k, p merged, "D N (pk)" the same numbers as three axes, the last one merged the other
+way round; the letter o is an axis of length 1. `{}` in a name stands for the number of the layer: our weights of all layers are one
+array, layers first. `parts` (a slice) takes some entries of their second axis, for a tensor that we keep as two.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -13,59 +14,113 @@ import numpy as np
 from sora_jax.errors import BadInput
 
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One of our arrays, `path` in nested dicts, and their tensors: one, or `depth` of them where `name` has a {}."""
+
+  path: tuple
+  name: str
+  theirs: str  # axes
+  ours: str
+  sizes: dict  # length of each letter
+  depth: int = 0
+  parts: slice | None = None  # of their second axis; the letter there has the length of this part
+
+  @property
+  def names(self):
+    return [self.name.format(i) for i in range(self.depth)] if "{}" in self.name else [self.name]
+
+  @property
+  def our_shape(self):
+    one = _shape(self.ours, self.sizes)
+    return (self.depth, *one) if "{}" in self.name else one
+
+  def to_ours(self, tensor):
+    """One tensor of theirs -> our array, or one layer of it."""
+    return rearrange(tensor if self.parts is None else tensor[:, self.parts], self.theirs, self.ours, self.sizes)
+
+  def to_theirs(self, array):
+    """The inverse of `to_ours`; of a part, that part."""
+    return rearrange(array, self.ours, self.theirs, self.sizes)
+
+
+def _letters(axes):
+  return [c for c in axes if c.isalpha() and c != "o"]
+
+
+def _shape(axes, sizes):
+  return tuple(math.prod(sizes[c] for c in _letters(word)) for word in axes.split())
+
+
 def rearrange(x, source, target, sizes):
   """x with axes `source` -> axes `target`; `sizes` gives the length of each letter. Raises ValueError where x has another shape."""
-  letters = lambda axes: [c for c in axes if c.isalpha() and c != "o"]  # noqa: E731
-  shape = lambda axes: tuple(math.prod(sizes[c] for c in letters(word)) for word in axes.split())  # noqa: E731
-  if tuple(x.shape) != shape(source):
-    raise ValueError(f"shape {tuple(x.shape)} where {shape(source)} was expected ({source})")
-  order = [letters(source).index(c) for c in letters(target)]
-  return x.reshape([sizes[c] for c in letters(source)]).transpose(order).reshape(shape(target))
+  if tuple(x.shape) != _shape(source, sizes):
+    raise ValueError(f"shape {tuple(x.shape)} where {_shape(source, sizes)} was expected ({source})")
+  order = [_letters(source).index(c) for c in _letters(target)]
+  return x.reshape([sizes[c] for c in _letters(source)]).transpose(order).reshape(_shape(target, sizes))
 
 
-def to_ours(tensors, table, sizes, depth, dtype=np.float32):
-  """Mapping name -> array in their layout -> nested dict of ours, one tensor in memory beside the result.
+def their_shapes(rows):
+  """rows -> {their name: shape}."""
+  shapes = {}
+  for row in rows:
+    for name in row.names:
+      shape = list(_shape(row.theirs, row.sizes))
+      if row.parts is not None and name in shapes:
+        shape[1] += shapes[name][1]
+      shapes[name] = tuple(shape)
+  return shapes
 
-  Raises BadInput that names what is missing, left over or of another shape.
-  """
-  expected = {name for _, their, _, _ in table for name in _names(their, depth)}
-  missing, extra = expected - set(tensors), set(tensors) - expected
+
+def check(tensors, rows):
+  """BadInput names what is missing, left over, or of another shape; nothing is read of `tensors` that can tell its shapes (files.Tensors)."""
+  shapes = their_shapes(rows)
+  missing, extra = sorted(shapes.keys() - set(tensors)), sorted(set(tensors) - shapes.keys())
   if missing or extra:
+    wanted = f" (shape {shapes[missing[0]]})" if missing else ""
     raise BadInput(
-      f"weights: {len(missing)} tensors missing {sorted(missing)[:3]}, {len(extra)} not known {sorted(extra)[:3]}; "
-      "is config.json of this model?"
+      f"weights: {len(missing)} tensors missing {missing[:3]}{wanted}, {len(extra)} not known {extra[:3]}; is config.json of this model?"
     )
+  tell = getattr(tensors, "shape", lambda name: tuple(np.shape(tensors[name])))
+  for name, shape in shapes.items():
+    if tell(name) != shape:
+      raise BadInput(f"weights: {name} has shape {tell(name)} where {shape} was expected; is config.json of this model?")
+
+
+def stream(tensors, rows):
+  """Mapping name -> array in their layout -> iterator of (row, layer, our array), in the order of rows, one tensor in memory at a time."""
+  for row in rows:
+    for i, name in enumerate(row.names):
+      yield row, i, row.to_ours(np.asarray(tensors[name]))
+
+
+def to_ours(tensors, rows, dtype=np.float32):
+  """Mapping name -> array in their layout -> nested dict of ours. Raises BadInput that names what is missing, left over or of another shape."""
+  check(tensors, rows)
   params = {}
-  for path, their, their_axes, our_axes in table:
-    names = _names(their, depth)
-    out = None
-    for i, name in enumerate(names):
-      try:
-        value = rearrange(np.asarray(tensors[name]), their_axes, our_axes, sizes)
-      except ValueError as error:
-        raise BadInput(f"weights: {name} has {error}; is config.json of this model?") from error
-      if "{}" not in their:
-        out = np.ascontiguousarray(value, dtype)
-      else:
-        out = np.empty((depth, *value.shape), dtype) if out is None else out
-        out[i] = value
+  for row, i, value in stream(tensors, rows):
+    *parents, last = row.path
     node = params
-    for key in path[:-1]:
+    for key in parents:
       node = node.setdefault(key, {})
-    node[path[-1]] = out
+    if i == 0:
+      node[last] = np.empty(row.our_shape, dtype)
+    node[last][i if row.depth and "{}" in row.name else ...] = value
   return params
 
 
-def to_theirs(params, table, sizes, depth):
+def to_theirs(params, rows):
   """Nested dict of ours -> iterator of (name, numpy array) in their layout, one at a time."""
-  for path, their, their_axes, our_axes in table:
+  held = []
+  for at, row in enumerate(rows):
     value = params
-    for key in path:
+    for key in row.path:
       value = value[key]
-    for i, name in enumerate(_names(their, depth)):
-      one = np.asarray(value[i] if "{}" in their else value)
-      yield name, np.ascontiguousarray(rearrange(one, our_axes, their_axes, sizes))
-
-
-def _names(their, depth):
-  return [their.format(i) for i in range(depth)] if "{}" in their else [their]
+    for i, name in enumerate(row.names):
+      one = row.to_theirs(np.asarray(value[i] if "{}" in row.name else value))
+      if row.parts is not None:
+        held.append(one)
+        if at + 1 < len(rows) and rows[at + 1].name == row.name:
+          continue
+        one, held = np.concatenate(held, 1), []
+      yield name, np.ascontiguousarray(one)

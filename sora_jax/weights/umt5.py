@@ -4,7 +4,7 @@ import numpy as np
 
 from sora_jax.errors import BadInput
 from sora_jax.models.text import TextConfig
-from sora_jax.weights import table
+from sora_jax.weights import files, table
 
 # V vocabulary, E width, N heads, K head size, F mlp, R buckets of distance
 _LAYER, _ATTENTION, _MLP = "encoder.block.{}.layer.", "0.SelfAttention.", "1.DenseReluDense."
@@ -23,32 +23,26 @@ TABLE = [
 EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # the same memory; save_pretrained keeps either
 
 
-def _sizes(cfg):
-  return {"V": cfg.vocab, "E": cfg.width, "N": cfg.heads, "K": cfg.head_size, "F": cfg.mlp, "R": cfg.buckets}
+def rows(cfg):
+  """The table of an encoder of this shape."""
+  sizes = {"V": cfg.vocab, "E": cfg.width, "N": cfg.heads, "K": cfg.head_size, "F": cfg.mlp, "R": cfg.buckets}
+  return [table.Row(*row, sizes, cfg.depth) for row in TABLE]
+
+
+def names(tensors):
+  """{name in the table: name in `tensors`}: the embedding stands under either of its names, or both."""
+  embedding = next((name for name in EMBEDDINGS if name in tensors), None)
+  return {name: name for name in tensors if name not in EMBEDDINGS} | ({EMBEDDINGS[0]: embedding} if embedding else {})
 
 
 def to_ours(tensors, cfg, dtype=np.float32):
   """Mapping of their names to arrays -> params of a TextEncoder. Raises BadInput that names what does not fit."""
-  return table.to_ours(_OneEmbedding(tensors), TABLE, _sizes(cfg), cfg.depth, dtype)
+  return table.to_ours(files.Renamed(tensors, names(tensors)), rows(cfg), dtype)
 
 
 def to_theirs(params, cfg):
   """Params of a TextEncoder -> iterator of (their name, numpy array)."""
-  return table.to_theirs(params, TABLE, _sizes(cfg), cfg.depth)
-
-
-class _OneEmbedding(dict):
-  """Their tensors with the embedding under its first name only, whichever is there."""
-
-  def __init__(self, tensors):
-    super().__init__((name, name) for name in tensors if name not in EMBEDDINGS)
-    for name in EMBEDDINGS:
-      if name in tensors:
-        self[EMBEDDINGS[0]] = name
-    self._tensors = tensors
-
-  def __getitem__(self, name):
-    return self._tensors[super().__getitem__(name)]
+  return table.to_theirs(params, rows(cfg))
 
 
 def config_to_ours(theirs):

@@ -4,6 +4,8 @@ Their patches go in as (C, pt, ph, pw) and come out as (pt, ph, pw, C); ours are
 neighbours, ours stand half a head apart: queries and keys of self-attention, and their norms, are permuted.
 """
 
+import dataclasses
+
 import numpy as np
 
 from sora_jax.errors import BadInput
@@ -56,11 +58,10 @@ CROSS_NORM = [
   (("blocks", "cross_scale"), "blocks.{}.norm2.weight", "D", "D"),
   (("blocks", "cross_shift"), "blocks.{}.norm2.bias", "D", "D"),
 ]
-COND = [(("patch_cond",), "patch_embedding.weight[cond]", "D Q t h w", "(thwQ) D")]
 
 
-def _table(cfg):
-  rows = TABLE + CROSS_NORM * cfg.cross_norm + COND * (cfg.cond_channels > 0)
+def rows(cfg):
+  """The table of a DiT of this shape. Condition channels follow the latents' in one tensor of theirs; ours are two arrays."""
   t, h, w = cfg.patch
   sizes = {
     "D": cfg.width,
@@ -81,40 +82,21 @@ def _table(cfg):
     "w": w,
     "o": 1,
   }
-  return rows, sizes, cfg.depth
+  found = [table.Row(*row, sizes, cfg.depth) for row in TABLE + CROSS_NORM * cfg.cross_norm]
+  if cfg.cond_channels:
+    cond = table.Row(("patch_cond",), found[0].name, "D Q t h w", "(thwQ) D", sizes, parts=slice(cfg.channels, None))
+    found[:1] = [dataclasses.replace(found[0], parts=slice(cfg.channels)), cond]
+  return found
 
 
 def to_ours(tensors, cfg, dtype=np.float32):
   """Mapping of their names to arrays -> params of a DiT. Raises BadInput that names what does not fit."""
-  if cfg.cond_channels and "patch_embedding.weight" in tensors:
-    tensors = _Split(tensors, cfg.channels)
-  return table.to_ours(tensors, *_table(cfg), dtype)
+  return table.to_ours(tensors, rows(cfg), dtype)
 
 
 def to_theirs(params, cfg):
   """Params of a DiT -> iterator of (their name, numpy array)."""
-  parts = []
-  for name, value in table.to_theirs(params, *_table(cfg)):
-    if cfg.cond_channels and name.startswith("patch_embedding.weight"):
-      parts.append(value)
-      if len(parts) < 2:
-        continue
-      name, value = "patch_embedding.weight", np.concatenate(parts, axis=1)
-    yield name, value
-
-
-class _Split(dict):
-  """Their tensors with the input channels of the patch embedding in two: latents, then conditions."""
-
-  def __init__(self, tensors, channels):
-    super().__init__(dict.fromkeys([*tensors, "patch_embedding.weight[cond]"]))
-    self._tensors, self._channels = tensors, channels
-
-  def __getitem__(self, name):
-    value = self._tensors[name.removesuffix("[cond]")]
-    if not name.startswith("patch_embedding.weight"):
-      return value
-    return value[:, self._channels :] if name.endswith("[cond]") else value[:, : self._channels]
+  return table.to_theirs(params, rows(cfg))
 
 
 def config_to_ours(theirs, expand_timesteps=False):

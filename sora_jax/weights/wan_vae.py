@@ -13,6 +13,7 @@ import numpy as np
 from sora_jax.errors import BadInput
 from sora_jax.layout import unbox
 from sora_jax.models.vae import SIZES, VAE, VAEConfig
+from sora_jax.weights import table
 
 # Part of our path -> part of their name. Of Wan 2.1 the encoder's blocks and resamplings stand in one list: {n} blocks, then one of these.
 NAMES = (
@@ -39,56 +40,35 @@ def _plain(blocks):
   )
 
 
-def weight_table(cfg):
-  """Rows (our path, our shape, their name, their shape) of all weights of this config."""
+KINDS = {("kernel", 5): ("O I t h w", "t h w I O"), ("kernel", 4): ("O I h w", "h w I O"), ("bias", 1): ("O", "O")}
+
+
+def rows(cfg):
+  """The table of a VAE of this config."""
   video = jax.ShapeDtypeStruct((1, 1, *cfg.stride[1:], 3), jnp.float32)
   shapes = unbox(jax.eval_shape(VAE(cfg).init, jax.random.key(0), video))["params"]
-  rows = []
+  found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
     path = tuple(key.key for key in path)
-    name, shape = ".".join(path), leaf.shape
+    name = ".".join(path)
     for pattern, new in NAMES + (RESIDUAL if cfg.is_residual else _plain(cfg.num_res_blocks)):
       name = re.sub(pattern, new, name)
-    if path[-1] == "kernel":
-      shape = (shape[-1], shape[-2], *shape[:-2])
     if path[-1] == "scale":
-      shape += (1, 1) if "attention" in path else (1, 1, 1)
-    rows.append((path, leaf.shape, name, shape))
-  return rows
+      theirs, ours = "O o o" if "attention" in path else "O o o o", "O"
+    else:
+      theirs, ours = KINDS[path[-1], leaf.ndim]
+    found.append(table.Row(path, name, theirs, ours, dict(zip(ours.split(), leaf.shape, strict=True))))
+  return found
 
 
 def to_ours(tensors, cfg, dtype=np.float32):
   """Mapping of their names to arrays -> params of a VAE. Raises BadInput that names what does not fit."""
-  rows = weight_table(cfg)
-  expected = {name for _, _, name, _ in rows}
-  missing, extra = expected - set(tensors), set(tensors) - expected
-  if missing or extra:
-    raise BadInput(f"weights: {len(missing)} tensors missing {sorted(missing)[:3]}, {len(extra)} not known {sorted(extra)[:3]}; "
-                   "is config.json of this model?")
-  params = {}
-  for path, our_shape, name, their_shape in rows:
-    value = np.asarray(tensors[name])
-    if value.shape != their_shape:
-      raise BadInput(f"weights: {name} has shape {value.shape} where {their_shape} was expected; is config.json of this model?")
-    if path[-1] == "kernel":
-      value = np.moveaxis(value, (0, 1), (-1, -2))
-    node = params
-    for key in path[:-1]:
-      node = node.setdefault(key, {})
-    node[path[-1]] = np.ascontiguousarray(value.reshape(our_shape), dtype)
-  return params
+  return table.to_ours(tensors, rows(cfg), dtype)
 
 
 def to_theirs(params, cfg):
   """Params of a VAE -> iterator of (their name, numpy array)."""
-  for path, _, name, their_shape in weight_table(cfg):
-    value = params
-    for key in path:
-      value = value[key]
-    value = np.asarray(value)
-    if path[-1] == "kernel":
-      value = np.moveaxis(value, (-1, -2), (0, 1))
-    yield name, np.ascontiguousarray(value.reshape(their_shape))
+  return table.to_theirs(params, rows(cfg))
 
 
 def config_to_ours(theirs):

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from sora_jax.models import vae
-from sora_jax.weights import wan_vae
+from sora_jax.weights import table, wan_vae
 
 KINDS = {
     "plain": dict(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 4], num_res_blocks=2, temperal_downsample=[False, True, True],
@@ -59,7 +59,7 @@ def test_the_public_sizes_have_their_names_and_shapes(name):
   fields = wan_vae.config_to_theirs(cfg)
   with torch.device("meta"):
     theirs = AutoencoderKLWan(**{key: value for key, value in fields.items() if not key.startswith("_")})
-  rows = {row[2]: tuple(row[3]) for row in wan_vae.weight_table(cfg)}
+  rows = table.their_shapes(wan_vae.rows(cfg))
   assert rows == {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
   if name == "wan2.1":                       # which is the class's default
     assert {key: list(value) if isinstance(value, tuple) else value for key, value in AutoencoderKLWan().config.items()
