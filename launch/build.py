@@ -1,6 +1,7 @@
 """From configs and work directories to the dataclasses of the library: done once, at the edge, failing before anything compiles."""
 
 import dataclasses
+import os
 import shutil
 
 import jax
@@ -73,6 +74,13 @@ def load_vae(directory):
   return cli.checked(lambda: vae.config_from_dict(fields), str(directory)), jax.device_put(params)
 
 
+def text_config(directory, fields=None):
+  """W/text of a frozen encoder -> TextConfig."""
+  fields = fields or checkpoint.read_json(directory / "config.json")
+  known = {field.name for field in dataclasses.fields(text.TextConfig)}
+  return cli.checked(lambda: text.TextConfig(**{name: value for name, value in fields.items() if name in known}), directory / "config.json")
+
+
 def fingerprint(part):
   """Of a part, what data made with it depend on: of a VAE the encoder, so that its decoder may be trained further."""
   return checkpoint.fingerprint(part, vae.ENCODER if epath.Path(part).name == "vae" else ())
@@ -92,7 +100,10 @@ def copy_part(source, target):
     partial.rmtree()
   partial.mkdir(parents=True)
   for path in source.iterdir():
-    shutil.copyfile(path, partial / path.name)
+    try:
+      os.link(path, partial / path.name)        # no file of a part is ever written to, only replaced; a text encoder has 11 GB
+    except OSError:
+      shutil.copyfile(path, partial / path.name)
   if target.exists():
     target.rmtree()
   partial.rename(target)

@@ -75,9 +75,7 @@ class Encoder:
 def load_embedder(directory, where=None):
   """W/text of a frozen encoder -> function of lists of ids, giving float32 [S, E] each, of true length. Weights live on the Layout `where`."""
   fields, params = checkpoint.load_part(directory, None)
-  known = {field.name for field in dataclasses.fields(text.TextConfig)}
-  shape = {name: value for name, value in fields.items() if name in known}
-  cfg = cli.checked(lambda: text.TextConfig(**shape), directory / "config.json")
+  cfg = build.text_config(directory, fields)
   row = jax.numpy.zeros((1, 1), jax.numpy.int32)
   boxed = jax.eval_shape(text.TextEncoder(cfg).init, jax.random.key(0), row, row)["params"]
   target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.dtype), layout.unbox(boxed))

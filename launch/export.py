@@ -1,48 +1,33 @@
-"""Weights of a work directory as plain files: a directory that launch.sample and launch.encode take as --workdir, and that can be shipped.
+"""Weights of a work directory as files for other programs; the folder's README.md says how to load it, and where it comes from.
 
-  python -m launch.export --workdir=W --format=safetensors --dtype=bfloat16 --out=DIR
+  python -m launch.export --workdir=W --format=diffusers --out=DIR
 
-DIR/config.json, DIR/vae, DIR/text, DIR/model; each part a config.json and weights.safetensors.
+  diffusers     a pipeline that `WanPipeline.from_pretrained` opens; its parts alone where the model is no whole pipeline of Wan
+  safetensors   a directory that our programs take as --workdir, and that can be shipped: config.json, vae/, text/, model/
+  numpy         the same weights as .npz files
 """
 
-import ml_dtypes
-import numpy as np
 from absl import flags
-from etils import epath
 
-from launch import build, cli
-from sora_jax import checkpoint
+from launch import cli, exporting
 from sora_jax.errors import BadInput
 
-WORKDIR = flags.DEFINE_string("workdir", "", "work directory of launch.train")
+WORKDIR = flags.DEFINE_string("workdir", "", "work directory of launch.train or launch.import_weights")
 OUT = flags.DEFINE_string("out", "", "where the files go; must be empty")
-FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors"], "kind of files")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of the weights")
+FORMAT = flags.DEFINE_enum("format", "safetensors", list(exporting.FORMATS), "kind of files")
+DTYPE = flags.DEFINE_enum("dtype", "source", ["source", "bfloat16", "float16", "float32"],
+                          "of the weights; source: as each tensor was where it was imported from, or as it was trained")
 WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "running mean of the weights, or the last ones")
 
 
 def main():
   if not WORKDIR.value or not OUT.value:
-    raise BadInput("give --workdir=W of launch.train, and --out=DIR")
-  workdir, out = epath.Path(WORKDIR.value), epath.Path(OUT.value)
-  config, given = checkpoint.read_json(workdir / "config.json"), f"{checkpoint.identity(workdir, WEIGHTS.value)} {DTYPE.value}"
-  there = {path.name for path in out.iterdir()} if out.exists() else set()
-  if "config.json" in there and checkpoint.read_json(out / "model" / "config.json").get("made_from") == given:
-    cli.say(f"{out} holds this export already; nothing to do")
-    return cli.OK
-  if there - {"vae", "text", "model"}:                      # these alone are what a kill left of an export
-    raise BadInput(f"--out={out} is not empty; give another, or empty it")
-  weights, step = checkpoint.load_weights(workdir, WEIGHTS.value, say=cli.say)
-  dtype = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}[DTYPE.value]
-  fields, params = checkpoint.load_part(workdir / "vae")
-  checkpoint.save_part(out / "vae", fields, params, dtype)
-  build.copy_part(workdir / "text", out / "text")
-  checkpoint.save_part(out / "model", {"step": step, "weights": WEIGHTS.value, "made_from": given}, weights, dtype)
-  config["data"]["path"] = config["init"] = ""              # of the machine that it was trained on; nobody else has them
-  checkpoint.write_json(out / "config.json", config)
-  size = sum((out / part / checkpoint.WEIGHTS).stat().length for part in ("vae", "model"))
-  cli.say(f"step {step} of {workdir} is in {out}, {size / 1e6:.2f} MB of weights in {DTYPE.value}. "
-          f"Next: python -m launch.sample --workdir={out} --prompt=TEXT --out=OUT")
+    raise BadInput("give --workdir=W of launch.train or launch.import_weights, and --out=DIR")
+  step = exporting.export(WORKDIR.value, OUT.value, FORMAT.value, DTYPE.value, WEIGHTS.value)
+  if step is None:
+    cli.say(f"{OUT.value} holds this export already; nothing to do")
+  else:
+    cli.say(f"step {step} of {WORKDIR.value} is in {OUT.value}; its README.md says how to load it")
   return cli.OK
 
 

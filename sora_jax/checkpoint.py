@@ -153,17 +153,18 @@ def place(tree, target):
 
 def fingerprint(directory, only=()):
   """A short checksum of a part: of its config and every other file but README; of its weights, where `only` is given, those that lie
-  under these names."""
+  under these names; not of the weights where its config holds a checksum of them."""
   directory, crc = epath.Path(directory), 0
+  known = "weights_crc32" in read_json(directory / "config.json") if (directory / "config.json").exists() else False
   for path in sorted(directory.iterdir(), key=lambda p: p.name):
-    if path.is_file() and path.suffix in (".json", ".safetensors", ".model"):
+    if path.is_file() and path.suffix in (".json", ".safetensors", ".model") and not (known and path.name == WEIGHTS):
       crc = zlib.crc32(path.name.encode(), crc)
-      for data in _chosen(path, only) if only and path.name == WEIGHTS else _pieces(path):
+      for data in _chosen(path, only) if only and path.name == WEIGHTS else pieces_of(path):
         crc = zlib.crc32(data, crc)
   return f"{crc:08x}"
 
 
-def _pieces(path, size=1 << 26):
+def pieces_of(path, size=1 << 26):
   """The bytes of a file, a piece at a time."""
   with path.open("rb") as f:
     while data := f.read(size):
@@ -175,7 +176,7 @@ def _chosen(path, only):
   try:
     tensors = read_safetensors(path)
   except BadInput:
-    yield from _pieces(path)
+    yield from pieces_of(path)
     return
   for name in sorted(tensors):
     if name.split("/")[0] in only:
@@ -316,11 +317,12 @@ def _walk(directory):
       yield path
 
 
-def load_weights(workdir, which="ema", target=None, say=print):
+def load_weights(workdir, which="ema", target=None, say=print, *, mapped=False):
   """Weights of a work directory, keyed as they were trained ("dit", "text"): -> (tree, step).
 
   From its newest whole checkpoint, `which` being "ema" or "params"; or, where there is none, from W/model/ (an exported or
-  shipped model). `target`: a tree of ShapeDtypeStructs with shardings; None gives arrays on the first device.
+  shipped model). `target`: a tree of ShapeDtypeStructs with shardings; None gives arrays on the first device, or, `mapped`, those of W/model as
+  they are stored, read when they are looked at.
   """
   workdir = epath.Path(workdir)
   if (workdir / "checkpoints").exists():
@@ -338,7 +340,7 @@ def load_weights(workdir, which="ema", target=None, say=print):
     if target is not None:
       _check_shapes(workdir, tree, target)
       return place(tree, target), config.get("step", 0)
-    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree), config.get("step", 0)
+    return tree if mapped else jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree), config.get("step", 0)
   raise BadInput(f"{workdir} holds no checkpoint and no model; train one there (python -m launch.train) or name another --workdir")
 
 

@@ -35,6 +35,12 @@ class Row:
     one = _shape(self.ours, self.sizes)
     return (self.depth, *one) if "{}" in self.name else one
 
+  def of(self, params):
+    """Our array in a nested dict."""
+    for key in self.path:
+      params = params[key]
+    return params
+
   def to_ours(self, tensor):
     """One tensor of theirs -> our array, or one layer of it."""
     return rearrange(tensor if self.parts is None else tensor[:, self.parts], self.theirs, self.ours, self.sizes)
@@ -113,9 +119,7 @@ def to_theirs(params, rows):
   """Nested dict of ours -> iterator of (name, numpy array) in their layout, one at a time."""
   held = []
   for at, row in enumerate(rows):
-    value = params
-    for key in row.path:
-      value = value[key]
+    value = row.of(params)
     for i, name in enumerate(row.names):
       one = row.to_theirs(np.asarray(value[i] if "{}" in row.name else value))
       if row.parts is not None:

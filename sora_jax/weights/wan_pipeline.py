@@ -15,12 +15,8 @@ from sora_jax.errors import BadInput
 from sora_jax.weights import files, table, umt5, wan_dit, wan_vae
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
-# Class of a part: (what we call it, config.json -> our config, our config -> rows, names of tensors -> {name in rows: name there}).
-PARTS = {
-  "WanTransformer3DModel": ("dit", wan_dit.config_to_ours, wan_dit.rows, None),
-  "AutoencoderKLWan": ("vae", wan_vae.config_to_ours, wan_vae.rows, None),
-  "UMT5EncoderModel": ("text", umt5.config_to_ours, umt5.rows, umt5.names),
-}
+PARTS = {"WanTransformer3DModel": "dit", "AutoencoderKLWan": "vae", "UMT5EncoderModel": "text"}  # class of a part: what we call it
+MODULES = {"dit": wan_dit, "vae": wan_vae, "text": umt5}
 FOLDERS = {"dit": "transformer", "dit_high": "transformer", "dit_low": "transformer_2", "vae": "vae", "text": "text_encoder"}
 # What a scheduler must say for its trajectories to be those of our samplers with the "diffusers" schedule; what it leaves out is right.
 SCHEDULERS = {
@@ -118,16 +114,17 @@ def open_part(folder, expand_timesteps=False):
   kind = config.get("_class_name") or next(iter(config.get("architectures") or []), None)
   if kind not in PARTS:
     raise BadInput(f"weights: {folder} is a {kind}, which is not known; known are {', '.join(PARTS)}, and {', '.join(PIPELINES)}")
-  key, config_to_ours, rows, names = PARTS[kind]
+  key = PARTS[kind]
+  module = MODULES[key]
   try:
-    cfg = config_to_ours(config, expand_timesteps) if key == "dit" else config_to_ours(config)
+    cfg = module.config_to_ours(config, expand_timesteps) if key == "dit" else module.config_to_ours(config)
   except (KeyError, TypeError, ValueError) as error:
     raise BadInput(f"weights: config.json of {folder} is not that of a {kind} ({error!r}); download it again") from None
   tensors = files.Tensors(folder)
   stored = {name: tensors.dtype(name) for name in tensors}
-  if names:
-    tensors = files.Renamed(tensors, names(tensors))
-  part = Part(key, pathlib.Path(folder), cfg, rows(cfg), tensors, stored)
+  if key == "text":
+    tensors = files.Renamed(tensors, umt5.names(tensors))
+  part = Part(key, pathlib.Path(folder), cfg, module.rows(cfg), tensors, stored)
   try:
     table.check(part.tensors, part.rows)
   except BadInput as error:
@@ -144,3 +141,60 @@ def read_json(path):
     return value
   except (OSError, ValueError) as error:
     raise BadInput(f"weights: {path} cannot be read ({error}); download it again") from None
+
+
+def part_to_theirs(key, cfg, params, stored, to_dtype):
+  """Params of one part -> (its config.json, {their name: (shape, dtype)}, iterator of (their name, array)).
+
+  stored: {name: dtype} where it was imported, which names an embedding as it was named there; to_dtype: dtype -> dtype that is wanted.
+  """
+  module = MODULES[key.split("_")[0]]
+  rows = module.rows(cfg)
+  leaves = {name: row.of(params).dtype for row in rows for name in row.names}
+  names = {name: [name] for name in leaves}
+  if stored and key == "text":
+    names[umt5.EMBEDDINGS[0]] = [name for name in umt5.EMBEDDINGS if name in stored]
+  shapes = table.their_shapes(rows)
+  specs = {theirs: (shapes[name], to_dtype((stored or {}).get(theirs, leaves[name]))) for name in shapes for theirs in names[name]}
+  pieces = ((theirs, array) for name, array in table.to_theirs(params, rows) for theirs in names[name])
+  return module.config_to_theirs(cfg), specs, pieces
+
+
+def _new_index(path, model, settings, workdir):
+  """model_index.json."""
+  del settings, workdir
+  index = {
+    "_class_name": "WanImageToVideoPipeline" if model.dit.cond_channels else "WanPipeline",
+    "_diffusers_version": "0.42.1",
+    "boundary_ratio": model.boundary or None,
+    "expand_timesteps": model.dit.conditioning == "token_sigma",
+    "scheduler": ["diffusers", "UniPCMultistepScheduler"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+    "tokenizer": ["transformers", "T5Tokenizer"],
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": ["diffusers", "WanTransformer3DModel"] if model.boundary else [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+  }
+  if model.dit.cond_channels:
+    index |= {"image_encoder": [None, None], "image_processor": [None, None]}
+  path.write_text(json.dumps(index, indent=2))
+
+
+def _new_scheduler(path, model, settings, workdir):
+  """scheduler/: UniPC, with the shift of the model."""
+  del model, workdir
+  path.mkdir()
+  config = {"_class_name": "UniPCMultistepScheduler", "_diffusers_version": "0.42.1", **SCHEDULERS["UniPCMultistepScheduler"][2]}
+  (path / "scheduler_config.json").write_text(json.dumps(config | {"flow_shift": settings["shift"]}, indent=2))
+
+
+def _new_tokenizer(path, model, settings, workdir):
+  """tokenizer/: the sentencepiece model."""
+  del model, settings
+  path.mkdir()
+  (path / "spiece.model").write_bytes((workdir / "text" / "tokenizer.model").read_bytes())
+  special = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 0}
+  (path / "tokenizer_config.json").write_text(json.dumps(special | {"model_max_length": 512}, indent=2))
+
+
+NEW = {"model_index.json": _new_index, "scheduler": _new_scheduler, "tokenizer": _new_tokenizer}  # where there is none to give back

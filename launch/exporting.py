@@ -1,0 +1,157 @@
+"""Exporting: a work directory in, files for other programs out. Used by launch.export; each format is one entry in FORMATS."""
+
+import dataclasses
+import pathlib
+import shutil
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from launch import build, card, cli
+from sora_jax import checkpoint
+from sora_jax.errors import BadInput
+from sora_jax.weights import wan_pipeline
+
+SHARD = 5_000_000_000            # bytes of a file of diffusers at most
+
+
+@dataclasses.dataclass
+class Export:
+  """What a format is given. `weights`: nested dict of arrays, read when they are looked at; `dtype`: a name, or "source"."""
+  workdir: epath.Path
+  config: dict
+  weights: dict
+  step: int
+  which: str                     # "ema" or "params"
+  dtype: str
+
+  def cast(self, stored):
+    """What an array is written as that is stored as `stored`."""
+    return np.dtype(stored if self.dtype == "source" else self.dtype)
+
+  def part(self, name):
+    """W/vae or W/text -> (config, weights)."""
+    return checkpoint.load_part(self.workdir / name, None)
+
+
+def export(workdir, out, kind, dtype="source", which="ema"):
+  """W -> the folder `out`, with its README.md. -> the step that it is of; None where `out` holds this already.
+
+  It is written beside `out` and renamed when it is whole. BadInput where `out` holds something else.
+  """
+  workdir, out = epath.Path(workdir), pathlib.Path(out)
+  config = checkpoint.read_json(workdir / "config.json")
+  if "model" not in config or "sample" not in config:
+    raise BadInput(f"{workdir} is no work directory of launch.train or launch.import_weights; name another --workdir")
+  made_from = f"{checkpoint.identity(workdir, which)} {kind} {dtype}"
+  if (out / "export.json").exists() and checkpoint.read_json(out / "export.json").get("made_from") == made_from:
+    return None
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise BadInput(f"--out={out} is not empty; give another, or empty it")
+  weights, step = checkpoint.load_weights(workdir, which, mapped=True, say=cli.say)
+  job = Export(workdir, config, weights, step, which, dtype)
+  partial = out.parent / f"{out.name}.partial"
+  shutil.rmtree(partial, ignore_errors=True)
+  cli.need_disk(out.parent, sum(leaf.nbytes for leaf in checkpoint.flatten(weights).values()), "the weights")
+  partial.mkdir(parents=True)
+  try:
+    loading = FORMATS[kind](job, partial)
+  except BadInput:
+    shutil.rmtree(partial)
+    raise
+  files = card.write(partial, job, kind, loading)
+  checkpoint.write_json(partial / "export.json", {"format_version": checkpoint.FORMAT_VERSION, "made_from": made_from, "step": step, "sha256": files})
+  if out.exists():
+    out.rmdir()
+  partial.rename(out)
+  return step
+
+
+def export_safetensors(job, out):
+  """Our own layout: a directory that our programs take as --workdir."""
+  vae_fields, vae_params = job.part("vae")
+  for name, fields, params in [("vae", vae_fields, vae_params), ("model", {"step": job.step, "weights": job.which}, job.weights)]:
+    flat = checkpoint.flatten(params)
+    specs = {key: (leaf.shape, job.cast(leaf.dtype)) for key, leaf in flat.items()}
+    fields = {key: value for key, value in fields.items() if key not in ("made_from", "weights_crc32")}
+    checkpoint.write_part(out / name, fields, specs, ((key, np.asarray(leaf)) for key, leaf in flat.items()))
+  build.copy_part(job.workdir / "text", out / "text")
+  own = {"init": "", "data": job.config["data"] | {"path": ""}}      # paths of the machine that it was trained on; nobody else has them
+  checkpoint.write_json(out / "config.json", job.config | own)
+  return "Any program of sora_jax takes this folder:\n\n```bash\npython -m launch.sample --workdir=THIS --prompt=TEXT --out=OUT\n```\n"
+
+
+def export_numpy(job, out):
+  """A file of arrays for each part, named as in our layout."""
+  parts = {"vae": job.part("vae")[1], **job.weights}
+  if (job.workdir / "text" / checkpoint.WEIGHTS).exists():
+    parts["text"] = job.part("text")[1]
+  for name, params in parts.items():
+    flat = checkpoint.flatten(params)
+    if job.dtype == "bfloat16" or any(job.cast(leaf.dtype) == ml_dtypes.bfloat16 for leaf in flat.values()):
+      raise BadInput("numpy has no bfloat16; give --dtype=float32 or --dtype=float16, or another --format")
+    np.savez(out / f"{name}.npz", **{key: np.asarray(leaf).astype(job.cast(leaf.dtype), copy=False) for key, leaf in flat.items()})
+  checkpoint.write_json(out / "config.json", job.config | {"vae": job.part("vae")[0]})
+  return ("Names are those of `sora_jax/models`: `blocks/self/query` is [layer, width, head, head size].\n\n"
+          "```python\nweights = dict(numpy.load('THIS/dit.npz'))\n```\n")
+
+
+def export_diffusers(job, out):
+  """A pipeline as diffusers saves it; what was imported comes back under the names and with the files that it had."""
+  source = job.workdir / "source"
+  stored = checkpoint.read_json(source / "tensors.json") if source.exists() else {}
+  model = build.make_model(build.attributes(job.config), job.workdir / "text", None)
+  if job.config["data"].get("base_fps"):
+    raise BadInput("this model counts time in seconds (config.data.base_fps), which WanTransformer3DModel does not know; use another --format")
+  whole = model.text is None and model.dit.text_pad > 0
+  parts = {key: (model.dit, params) for key, params in job.weights.items() if key.startswith("dit")}
+  parts["vae"] = build.load_vae(job.workdir / "vae")[0], job.part("vae")[1]
+  if whole:
+    parts["text"] = build.text_config(job.workdir / "text"), job.part("text")[1]
+  for key, (cfg, params) in parts.items():
+    folder = wan_pipeline.FOLDERS[key]
+    fields, specs, pieces = wan_pipeline.part_to_theirs(key, cfg, params, stored.get(key), job.cast)
+    if (source / folder / "config.json").exists():
+      fields = checkpoint.read_json(source / folder / "config.json")
+    if key == "text" and job.dtype != "source":
+      fields["dtype"] = job.dtype
+    (out / folder).mkdir()
+    checkpoint.write_json(out / folder / "config.json", fields)
+    write_shards(out / folder, "model" if key == "text" else "diffusion_pytorch_model", specs, pieces)
+  if not whole:
+    return ("The parts of the model, without a pipeline around them: its text encoder was trained with it and reads prompts at their true length, "
+            "which `WanPipeline` does not.\n\n```python\nfrom diffusers import AutoencoderKLWan, WanTransformer3DModel\n"
+            "dit = WanTransformer3DModel.from_pretrained('THIS', subfolder='transformer')\n"
+            "vae = AutoencoderKLWan.from_pretrained('THIS', subfolder='vae')\n```\n")
+  for name, new in wan_pipeline.NEW.items():
+    if (source / name).is_dir():
+      shutil.copytree(source / name, out / name)
+    elif (source / name).exists():
+      shutil.copyfile(source / name, out / name)
+    else:
+      new(out / name, model, job.config["sample"], job.workdir)
+  return ("```python\nfrom diffusers import DiffusionPipeline\npipe = DiffusionPipeline.from_pretrained('THIS')\n"
+          "video = pipe(prompt='...', height=480, width=832, num_frames=81).frames[0]\n```\n")
+
+
+def write_shards(folder, stem, specs, pieces, most=SHARD):
+  """STEM.safetensors; or STEM-00001-of-00003.safetensors and so on, of `most` bytes, and an index, as `save_pretrained` writes them."""
+  size = lambda name: int(np.prod(specs[name][0])) * np.dtype(specs[name][1]).itemsize  # noqa: E731
+  shards, room = [{}], most
+  for name in specs:
+    if size(name) > room and shards[-1]:
+      shards.append({})
+      room = most
+    shards[-1][name] = specs[name]
+    room -= size(name)
+  where, pieces = {}, iter(pieces)
+  for i, shard in enumerate(shards, 1):
+    file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+    checkpoint.write_safetensors(folder / file, shard, (next(pieces) for _ in shard), {"format": "pt"})
+    where |= dict.fromkeys(shard, file)
+  if len(shards) > 1:
+    checkpoint.write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": sum(map(size, specs))}, "weight_map": where})
+
+
+FORMATS = {"safetensors": export_safetensors, "diffusers": export_diffusers, "numpy": export_numpy}

@@ -1,0 +1,158 @@
+"""Importing open weights: a folder in a foreign layout in, a work directory out. Used by launch.import_weights.
+
+Everything is checked before anything is written; weights pass through memory one tensor at a time, into files that programs then
+read a device's part at a time (checkpoint.place).
+"""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+import zlib
+
+import jax.numpy as jnp
+import numpy as np
+
+from launch import cli
+from sora_jax import checkpoint
+from sora_jax.errors import BadInput
+from sora_jax.models import text, vae
+from sora_jax.weights import table, wan_pipeline
+
+
+def import_weights(source, workdir, dtype="source"):
+  """Folder -> W. dtype: of the transformer and the text encoder, "source" as they come. -> False where W holds it all already."""
+  source, workdir = pathlib.Path(source), pathlib.Path(workdir)
+  found = wan_pipeline.open_pipeline(source)
+  tokenizer = read_tokenizer(found.tokenizer) if found.tokenizer else {}
+  fit_together(found, tokenizer)
+  parts = {}                                    # directory in W -> its parts: the experts share one
+  for part in found.parts:
+    parts.setdefault("model" if part.key.startswith("dit") else part.key, []).append(part)
+  todo = {name: some for name, some in parts.items() if not is_done(workdir / name, some, dtype)}
+  if not todo and (workdir / "source" / "tensors.json").exists():
+    return False
+  specs = {name: {key: spec for part in some for key, spec in part_specs(part, dtype).items()} for name, some in todo.items()}
+  size = sum(np.prod(shape) * kind.itemsize for some in specs.values() for shape, kind in some.values())
+  cli.need_disk(workdir, size, "the weights")
+  cli.need_memory(4 * 4 * max(np.prod(shape) for part in found.parts for shape in table.their_shapes(part.rows).values()), "the largest tensor")
+  cli.lock_workdir(workdir)
+  for note in found.notes:
+    cli.say(note)
+  cli.say(f"importing {', '.join(part.folder.name for part in found.parts)} of {source} into {workdir}: "
+          f"{sum(map(count, found.parts)) / 1e6:.2f} M parameters, {size / 1e9:.3f} GB to write")
+  with cli.Bar("tensors", sum(len(part.stored) for some in todo.values() for part in some)) as bar:
+    for name, some in todo.items():
+      fields = part_config(some, dtype)
+      checkpoint.write_part(workdir / name, fields, specs[name], pieces(some, fields, bar))
+  for name, data in tokenizer.items():
+    (workdir / "text").mkdir(exist_ok=True)
+    (workdir / "text" / name).write_bytes(data)
+  if found.sample:
+    checkpoint.write_json(workdir / "config.json", experiment(found, dtype))
+  keep_source(source, workdir / "source", found)
+  return True
+
+
+def is_done(directory, some, dtype):
+  """Does it hold these parts? BadInput where it holds others."""
+  path = directory / "config.json"
+  if not path.exists():
+    return False
+  if checkpoint.read_json(path).get("made_from") != made_from(some, dtype):
+    raise BadInput(f"{directory} holds other weights, or these with another --dtype; give another --workdir")
+  return True
+
+
+def made_from(some, dtype):
+  """Changes when the files of the parts do."""
+  files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for part in some for path in sorted(part.folder.iterdir())
+           if path.suffix in (".safetensors", ".json")]
+  return f"{zlib.crc32(repr((files, dtype)).encode()):08x}"
+
+
+def part_specs(part, dtype):
+  """{our name: (shape, dtype)}."""
+  def kind(row):
+    if dtype != "source" and part.key != "vae":
+      return np.dtype(dtype)
+    return np.dtype(functools.reduce(jnp.promote_types, {part.tensors.dtype(name) for name in row.names}))
+  return {our_name(part, row): (row.our_shape, kind(row)) for row in part.rows}
+
+
+def our_name(part, row):
+  """As in W: model/ holds "dit/...", or "dit_high/..." and "dit_low/..."."""
+  return "/".join([part.key] * part.key.startswith("dit") + list(row.path))
+
+
+def part_config(some, dtype):
+  """What config.json of the directory says; `pieces` adds a checksum of the weights."""
+  part = some[0]
+  fields = {"made_from": made_from(some, dtype)}
+  if part.key == "vae":
+    return fields | vae.config_to_dict(part.cfg)
+  if part.key == "text":
+    stored = set(part.stored.values())
+    half = dtype == "bfloat16" or dtype == "source" and stored == {"bfloat16"}
+    return fields | dataclasses.asdict(dataclasses.replace(part.cfg, dtype="bfloat16" if half else "float32"))
+  return fields | {"step": 0, "dit": dataclasses.asdict(part.cfg)}
+
+
+def pieces(some, fields, bar):
+  """All tensors in our layout -> iterator of (our name, array or one layer of it)."""
+  crc = 0
+  for part in some:
+    for row, _, array in table.stream(part.tensors, part.rows):
+      array = np.ascontiguousarray(array)
+      crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
+      bar.advance(1, part.folder.name)
+      yield our_name(part, row), array
+  fields["weights_crc32"] = f"{crc:08x}"
+
+
+def read_tokenizer(folder):
+  """tokenizer/ -> {file of W/text: its bytes}."""
+  for name in ("spiece.model", "tokenizer.model"):
+    if (folder / name).exists():
+      text.Tokenizer(folder / name)
+      return {"tokenizer.model": (folder / name).read_bytes()}
+  raise BadInput(f"{folder} holds no spiece.model; download the tokenizer again")
+
+
+def fit_together(found, tokenizer):
+  """BadInput where the parts of a pipeline are not for each other."""
+  cfg = {part.key.split("_")[0]: part.cfg for part in found.parts}
+  if {"dit", "text"} <= cfg.keys() and cfg["dit"].text_width != cfg["text"].width:
+    raise BadInput(f"the text encoder gives {cfg['text'].width} values a token, the transformer takes {cfg['dit'].text_width}; are they one?")
+  if {"dit", "vae"} <= cfg.keys() and cfg["dit"].channels != cfg["vae"].z_dim:
+    raise BadInput(f"the VAE has {cfg['vae'].z_dim} latent channels, the transformer takes {cfg['dit'].channels}; is it of this pipeline?")
+  if found.sample and not ({"vae", "text"} <= cfg.keys() and tokenizer):
+    raise BadInput("a pipeline needs vae/, text_encoder/ and tokenizer/ beside its transformer; download it again, or import single parts")
+
+
+def keep_source(source, target, found):
+  """What export needs to give the same folder back: all small files, and name and dtype of every tensor."""
+  for path in sorted(source.rglob("*")):
+    if path.is_file() and path.suffix in (".json", ".txt", ".md", ".model") and not path.name.endswith(".index.json"):
+      copy = target / path.relative_to(source)
+      copy.parent.mkdir(parents=True, exist_ok=True)
+      shutil.copyfile(path, copy)
+  checkpoint.write_json(target / "tensors.json", {part.key: part.stored for part in found.parts})
+
+
+def experiment(found, dtype):
+  """W/config.json: what launch.sample reads, and launch.train where it begins from W."""
+  dit = next(part for part in found.parts if part.key.startswith("dit"))
+  half = dtype == "bfloat16" or dtype == "source" and "bfloat16" in set(dit.stored.values())
+  return {
+      "format_version": checkpoint.FORMAT_VERSION, "program": cli.program(),
+      "model": {"size": "imported", "dit": dataclasses.asdict(dit.cfg), "boundary": found.boundary, "text": "", "remat": "none",
+                "dtype": "bfloat16" if half else "float32"},
+      "data": {"base_fps": 0.0},
+      "sample": {**found.sample, "row_tokens": 1024, "rows": 1},
+  }
+
+
+def count(part):
+  """Parameters of a part."""
+  return sum(np.prod(row.our_shape) for row in part.rows)
