@@ -22,11 +22,13 @@ CORE = [
     "numpy>=2.1",
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12,<0.13",
+    "protobuf>=6",                       # reads sentencepiece's models
     "rich>=14",
     "safetensors>=0.6",
     "sentencepiece>=0.2.1",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.9",        # as_data_source over ArrayRecord; TensorFlow itself is never imported
+    "wcwidth>=0.3",                      # graphemes
 ]
 
 EXTRAS = {

@@ -11,6 +11,7 @@ the row, and one bias [N, S, S] serves all rows.
 import dataclasses
 import html
 import io
+import json
 import math
 import os
 import pathlib
@@ -23,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import sentencepiece
 from jax import lax
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from sora_jax.errors import BadInput
 from sora_jax.layout import Layout, param
+from sora_jax.models import unigram
 from sora_jax.models.attention import attend
 
 PAD, EOS, UNK = 0, 1, 2  # T5's layout of special ids; no begin of sentence
@@ -151,23 +154,34 @@ def clean(prompt):
 
 
 class Tokenizer:
-  """A sentencepiece model: prompt <-> ids. `vocab` is its number of ids. Raises BadInput where the file is none."""
+  """A sentencepiece model: prompt <-> ids. `vocab` is its number of ids. Raises BadInput where the file is none.
+
+  Unigram models are read as T5's family does (unigram.py), with the special tokens of tokenizer_config.json where it lies beside.
+  """
 
   def __init__(self, path):
+    path = pathlib.Path(path)
     try:
-      self._model = sentencepiece.SentencePieceProcessor(model_proto=pathlib.Path(path).read_bytes())
+      data = path.read_bytes()
+      self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except (OSError, RuntimeError) as error:
       raise BadInput(f"tokenizer: {path} is no sentencepiece model ({error}); give a spiece.model or tokenizer.model") from error
-    self.vocab = self._model.get_piece_size()
+    self._encode, proto = self._model.encode, ModelProto.FromString(data)
+    if unigram.is_unigram(proto):
+      config = path.with_name("tokenizer_config.json")
+      if config.exists() and not any(piece.piece == "<extra_id_0>" for piece in proto.pieces):      # else it is complete
+        unigram.add_tokens(proto, json.loads(config.read_text()))
+      self._encode = unigram.Unigram(proto).encode
+    self.vocab = len(proto.pieces)
 
   def encode(self, prompt, most=None):
     """Prompt -> list of ids that ends in EOS; at most `most` of them, the end cut off before EOS."""
-    ids = self._model.encode(clean(prompt))
+    ids = self._encode(clean(prompt))
     return ids[: None if most is None else most - 1] + [EOS]
 
   def decode(self, ids):
     """ids -> text, without special ids."""
-    return self._model.decode([int(i) for i in ids if i not in (PAD, EOS)])
+    return self._model.decode([int(i) for i in ids if i not in (PAD, EOS) and i < self._model.get_piece_size()])
 
   @property
   def null(self):

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import torch
-from diffusers.pipelines.wan import pipeline_wan
 from transformers import UMT5Config, UMT5EncoderModel
 
 from sora_jax.models import text
@@ -48,11 +47,6 @@ def test_our_weights_load_in_transformers(tmp_path):
   ids = torch.arange(2, 20)[None]
   with torch.no_grad():
     assert torch.equal(model(ids).last_hidden_state, twin.eval()(ids).last_hidden_state)
-
-
-def test_prompts_are_cleaned_as_the_pipeline_does():
-  for prompt in ("  a &amp;amp;lt; b\n\t c  ", "â€œquotedâ€\x9d caf\u00c3\u00a9", "", "ﬁne — “print”…", "<b>x</b>"):
-    assert text.clean(prompt) == pipeline_wan.prompt_clean(prompt)
 
 
 def test_the_public_encoder_has_its_number_of_weights():

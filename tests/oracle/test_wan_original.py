@@ -1,0 +1,72 @@
+"""Names of the original Wan releases, renamed, against the real classes of diffusers and transformers, tiny and at the public sizes."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders import single_file_utils
+from transformers import UMT5Config, UMT5EncoderModel
+
+from sora_jax.models import vae
+from sora_jax.weights import wan_original, wan_vae
+
+ORIGINAL = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "wan_original.json").read_text())
+DITS = ["dit tiny", "wan-1.3b", "wan-14b", "wan-14b-i2v", "wan-5b"]
+VAES = {"plain tiny": False, "wan2.1": False, "residual tiny": True, "wan2.2": True}
+
+
+def shapes(name):
+  """All weights of an original model: name -> shape."""
+  return {key.format(i): tuple(shape) for key, (shape, times) in ORIGINAL[name]["weights"].items() for i in range(times)}
+
+
+def renamed(name, part, cfg=None):
+  original = shapes(name)
+  assert wan_original.recognise(original) == (part, "original")
+  new = wan_original.rename(original, part, cfg)
+  assert wan_original.recognise(new) == (part, "diffusers")
+  assert wan_original.rename(new, part, cfg, "diffusers") == {there: here for here, there in new.items()}
+  return {here: original[there] for here, there in new.items()}
+
+
+def of(model):
+  return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", DITS)
+def test_dit(name):
+  """Its config.json builds diffusers' class, whose weights are the renamed ones; diffusers' own converter agrees."""
+  size = ORIGINAL[name]["size"]
+  with torch.device("meta"):
+    model = WanTransformer3DModel.from_config(wan_original.config_to_diffusers({"_class_name": "WanModel", "text_len": 512} | size))
+  assert renamed(name, "dit") == of(model)
+  theirs = single_file_utils.convert_wan_transformer_to_diffusers({key: key for key in shapes(name)})
+  assert theirs == wan_original.rename(shapes(name), "dit")
+
+
+@pytest.mark.parametrize("name", VAES)
+def test_vae(name):
+  size, residual = dict(ORIGINAL[name]["size"]), VAES[name]
+  cfg = vae.VAEConfig(base_dim=size["dim"], decoder_base_dim=size.get("dec_dim"), z_dim=size["z_dim"], dim_mult=size["dim_mult"],
+                      num_res_blocks=size["num_res_blocks"], temporal_downsample=size["temperal_downsample"], is_residual=residual,
+                      patch_size=2 if residual else 1)
+  with torch.device("meta"):
+    model = AutoencoderKLWan(**{key: value for key, value in wan_vae.config_to_theirs(cfg).items() if not key.startswith("_")})
+  assert renamed(name, "vae", cfg) == of(model)
+  if name == "wan2.1":
+    theirs = single_file_utils.convert_wan_vae_to_diffusers({key: key for key in shapes(name)})
+    assert theirs == wan_original.rename(shapes(name), "vae", cfg)
+
+
+@pytest.mark.parametrize("name", ["text tiny", "umt5-xxl"])
+def test_text_encoder(name):
+  size = ORIGINAL[name]["size"]
+  config = UMT5Config(vocab_size=size["vocab"], d_model=size["dim"], d_kv=size["dim_attn"] // size["num_heads"], d_ff=size["dim_ffn"],
+                      num_layers=size["num_layers"], num_heads=size["num_heads"], relative_attention_num_buckets=size["num_buckets"],
+                      feed_forward_proj="gated-gelu")
+  with torch.device("meta"):
+    expected = of(UMT5EncoderModel(config))
+  del expected["encoder.embed_tokens.weight"]       # the same memory as shared.weight
+  assert renamed(name, "text") == expected
