@@ -12,19 +12,20 @@ import zlib
 
 import jax.numpy as jnp
 import numpy as np
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from launch import cli
 from sora_jax import checkpoint
 from sora_jax.errors import BadInput
-from sora_jax.models import text, vae
-from sora_jax.weights import table, wan_pipeline
+from sora_jax.models import vae
+from sora_jax.weights import spiece, table, wan_pipeline
 
 
 def import_weights(source, workdir, dtype="source"):
   """Folder -> W. dtype: of the transformer and the text encoder, "source" as they come. -> False where W holds it all already."""
   source, workdir = pathlib.Path(source), pathlib.Path(workdir)
   found = wan_pipeline.open_pipeline(source)
-  tokenizer = read_tokenizer(found.tokenizer) if found.tokenizer else {}
+  tokenizer = spiece.from_folder(found.tokenizer) if found.tokenizer else None
   fit_together(found, tokenizer)
   parts = {}                                    # directory in W -> its parts: the experts share one
   for part in found.parts:
@@ -45,9 +46,9 @@ def import_weights(source, workdir, dtype="source"):
     for name, some in todo.items():
       fields = part_config(some, dtype)
       checkpoint.write_part(workdir / name, fields, specs[name], pieces(some, fields, bar))
-  for name, data in tokenizer.items():
+  if tokenizer:
     (workdir / "text").mkdir(exist_ok=True)
-    (workdir / "text" / name).write_bytes(data)
+    (workdir / "text" / "tokenizer.model").write_bytes(tokenizer)
   if found.sample:
     checkpoint.write_json(workdir / "config.json", experiment(found, dtype))
   keep_source(source, workdir / "source", found)
@@ -66,8 +67,8 @@ def is_done(directory, some, dtype):
 
 def made_from(some, dtype):
   """Changes when the files of the parts do."""
-  files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for part in some for path in sorted(part.folder.iterdir())
-           if path.suffix in (".safetensors", ".json")]
+  files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for part in some
+           for path in (sorted(part.folder.iterdir()) if part.folder.is_dir() else [part.folder]) if path.suffix in (".safetensors", ".json")]
   return f"{zlib.crc32(repr((files, dtype)).encode()):08x}"
 
 
@@ -102,21 +103,12 @@ def pieces(some, fields, bar):
   """All tensors in our layout -> iterator of (our name, array or one layer of it)."""
   crc = 0
   for part in some:
-    for row, _, array in table.stream(part.tensors, part.rows):
+    for row, array in table.stream(part.tensors, part.rows):
       array = np.ascontiguousarray(array)
       crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
       bar.advance(1, part.folder.name)
       yield our_name(part, row), array
   fields["weights_crc32"] = f"{crc:08x}"
-
-
-def read_tokenizer(folder):
-  """tokenizer/ -> {file of W/text: its bytes}."""
-  for name in ("spiece.model", "tokenizer.model"):
-    if (folder / name).exists():
-      text.Tokenizer(folder / name)
-      return {"tokenizer.model": (folder / name).read_bytes()}
-  raise BadInput(f"{folder} holds no spiece.model; download the tokenizer again")
 
 
 def fit_together(found, tokenizer):
@@ -126,18 +118,21 @@ def fit_together(found, tokenizer):
     raise BadInput(f"the text encoder gives {cfg['text'].width} values a token, the transformer takes {cfg['dit'].text_width}; are they one?")
   if {"dit", "vae"} <= cfg.keys() and cfg["dit"].channels != cfg["vae"].z_dim:
     raise BadInput(f"the VAE has {cfg['vae'].z_dim} latent channels, the transformer takes {cfg['dit'].channels}; is it of this pipeline?")
-  if found.sample and not ({"vae", "text"} <= cfg.keys() and tokenizer):
+  if "text" in cfg and tokenizer and (most := len(ModelProto.FromString(tokenizer).pieces)) > cfg["text"].vocab:
+    raise BadInput(f"the tokenizer has {most} ids, the text encoder knows {cfg['text'].vocab}; are they one pipeline?")
+  if found.sample and len(found.parts) > 1 and not ({"vae", "text"} <= cfg.keys() and tokenizer):
     raise BadInput("a pipeline needs vae/, text_encoder/ and tokenizer/ beside its transformer; download it again, or import single parts")
 
 
 def keep_source(source, target, found):
   """What export needs to give the same folder back: all small files, and name and dtype of every tensor."""
-  for path in sorted(source.rglob("*")):
-    if path.is_file() and path.suffix in (".json", ".txt", ".md", ".model") and not path.name.endswith(".index.json"):
+  for path in sorted(source.rglob("*")) if (source / "model_index.json").exists() else []:
+    if path.is_file() and (path.suffix in (".json", ".txt", ".md", ".model") or path.name.startswith("LICENSE")) and ".index." not in path.name:
       copy = target / path.relative_to(source)
       copy.parent.mkdir(parents=True, exist_ok=True)
       shutil.copyfile(path, copy)
-  checkpoint.write_json(target / "tensors.json", {part.key: part.stored for part in found.parts})
+  before = checkpoint.read_json(target / "tensors.json") if (target / "tensors.json").exists() else {}
+  checkpoint.write_json(target / "tensors.json", before | {part.key: part.stored for part in found.parts})
 
 
 def experiment(found, dtype):

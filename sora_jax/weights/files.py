@@ -14,13 +14,14 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of weights 
 class Tensors(Mapping):
   """Name -> numpy array (bfloat16 as ml_dtypes) of a `.safetensors` file or a folder of them. Nothing is read before it is asked for.
 
-  Raises BadInput where there is no such file, a shard is missing or cut short, two shards hold the same name, or a dtype is not of DTYPES.
+  `stem`: a pattern of the files' names. Raises BadInput where there is no such file, a shard is missing or cut short, two shards hold the
+  same name, or a dtype is not of DTYPES.
   """
 
-  def __init__(self, path):
+  def __init__(self, path, stem="*"):
     path = pathlib.Path(path)
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    indices = sorted(path.glob("*.safetensors.index.json")) if path.is_dir() else []
+    files = sorted(path.glob(f"{stem}.safetensors")) if path.is_dir() else [path]
+    indices = sorted(path.glob(f"{stem}.safetensors.index.json")) if path.is_dir() else []
     if indices:
       try:
         files = [path / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]

@@ -94,24 +94,25 @@ def check(tensors, rows):
 
 
 def stream(tensors, rows):
-  """Mapping name -> array in their layout -> iterator of (row, layer, our array), in the order of rows, one tensor in memory at a time."""
+  """Mapping name -> array in their layout -> iterator of (row, our array or a layer of it), in the order of rows, one tensor in memory at a time."""
   for row in rows:
-    for i, name in enumerate(row.names):
-      yield row, i, row.to_ours(np.asarray(tensors[name]))
+    for name in row.names:
+      yield row, row.to_ours(np.asarray(tensors[name]))
 
 
 def to_ours(tensors, rows, dtype=np.float32):
   """Mapping name -> array in their layout -> nested dict of ours. Raises BadInput that names what is missing, left over or of another shape."""
   check(tensors, rows)
   params = {}
-  for row, i, value in stream(tensors, rows):
+  for row in rows:
     *parents, last = row.path
     node = params
     for key in parents:
       node = node.setdefault(key, {})
-    if i == 0:
-      node[last] = np.empty(row.our_shape, dtype)
-    node[last][i if row.depth and "{}" in row.name else ...] = value
+    node[last] = np.empty(row.our_shape, dtype)
+    layers = node[last] if "{}" in row.name else node[last][None]
+    for layer, (_, value) in zip(layers, stream(tensors, [row]), strict=True):
+      layer[...] = value
   return params
 
 

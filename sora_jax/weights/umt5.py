@@ -1,9 +1,11 @@
 """Weights of `UMT5EncoderModel` (transformers 5.23.0; folder `text_encoder` of the Wan models) <-> `models.text`."""
 
+import dataclasses
+
 import numpy as np
 
 from sora_jax.errors import BadInput
-from sora_jax.models.text import TextConfig
+from sora_jax.models.text import SIZES, TextConfig
 from sora_jax.weights import files, table
 
 # V vocabulary, E width, N heads, K head size, F mlp, R buckets of distance
@@ -60,6 +62,24 @@ def config_to_ours(theirs):
     buckets=theirs["relative_attention_num_buckets"],
     max_distance=theirs["relative_attention_max_distance"],
     eps=theirs["layer_norm_epsilon"],
+  )
+
+
+def config_of(tensors):
+  """The config of an encoder that comes without one, from the shapes of its weights; the rest is UMT5-XXL's. `tensors` tell shapes."""
+  layer = "encoder.block.{}.layer.0.SelfAttention.{}.weight"
+  vocab, width = tensors.shape(EMBEDDINGS[0])
+  buckets, heads = tensors.shape(layer.format(0, "relative_attention_bias"))
+  return dataclasses.replace(
+    SIZES["umt5-xxl"],
+    vocab=vocab,
+    width=width,
+    depth=sum(name.endswith("SelfAttention.q.weight") for name in tensors),
+    heads=heads,
+    head_size=tensors.shape(layer.format(0, "q"))[0] // heads,
+    mlp=tensors.shape("encoder.block.0.layer.1.DenseReluDense.wo.weight")[1],
+    buckets=buckets,
+    dtype="float32",
   )
 
 

@@ -1,8 +1,13 @@
-"""A folder of the Wan family as diffusers saves it (`WanPipeline`, `WanImageToVideoPipeline`, diffusers 0.42.1), or one part of it.
+"""A folder of the Wan family as diffusers saves it (`WanPipeline`, `WanImageToVideoPipeline`, diffusers 0.42.1), as its authors released
+it, or one part of it.
 
   model_index.json                  the class, `boundary_ratio` of two experts, `expand_timesteps` of TI2V-5B
   transformer/ transformer_2/       the DiT; of two experts that of high noise, and that of low noise
   vae/ text_encoder/ tokenizer/ scheduler/
+
+The original releases (Wan-AI/Wan2.1-T2V-1.3B and so on) hold the DiT as config.json and diffusion_pytorch_model*.safetensors, of two
+experts in high_noise_model/ and low_noise_model/, the tokenizer in google/umt5-xxl/, and the VAE and the text encoder as pickles, to be
+made into .safetensors files beside them first.
 
 Only headers and config files are read here. What is in a part: wan_dit.py, wan_vae.py, umt5.py.
 """
@@ -12,7 +17,8 @@ import json
 import pathlib
 
 from sora_jax.errors import BadInput
-from sora_jax.weights import files, table, umt5, wan_dit, wan_vae
+from sora_jax.models.vae import SIZES
+from sora_jax.weights import files, table, umt5, wan_dit, wan_original, wan_vae
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 PARTS = {"WanTransformer3DModel": "dit", "AutoencoderKLWan": "vae", "UMT5EncoderModel": "text"}  # class of a part: what we call it
@@ -38,6 +44,10 @@ SETTINGS = {
   "two experts, from an image": dict(size=(720, 1280), frames=81, fps=16.0, steps=40, guidance=3.5, guidance_low=3.5),
   "a timestep for each token": dict(size=(704, 1280), frames=121, fps=24.0, steps=50, guidance=5.0),
 }
+# Of the original releases, which say neither: where experts change over, and the shift.
+BOUNDARY = {"two experts": 0.875, "two experts, from an image": 0.9}
+SHIFT = {"one expert": 5.0, "two experts": 12.0, "two experts, from an image": 5.0, "a timestep for each token": 5.0}
+CONVERT = "safetensors.torch.save_file(torch.load('{0}', weights_only=True), '{1}.safetensors')"
 
 
 @dataclasses.dataclass
@@ -66,10 +76,17 @@ class Pipeline:
 def open_pipeline(source):
   """A pipeline's folder, or one part's -> Pipeline, checked: every tensor is there with its shape. Raises BadInput that names what is wrong."""
   source = pathlib.Path(source)
+  if source.is_file():
+    return Pipeline([open_file(source)])
   if not source.is_dir():
-    raise BadInput(f"weights: {source} is no directory; give the folder of a pipeline, with model_index.json, or of one part, with config.json")
+    raise BadInput(f"weights: {source} does not exist; give the folder of a pipeline, with model_index.json, or of one part, with config.json")
+  original = (source / "high_noise_model", source / "low_noise_model") if (source / "high_noise_model").is_dir() else (source,)
+  if (original[0] / "config.json").exists() and files.read_config(original[0]).get("_class_name") == "WanModel":
+    return open_original(source, original)
   if not (source / "model_index.json").exists():
-    return Pipeline([open_part(source)])
+    part, sibling = open_part(source), source.resolve().parent / "tokenizer"
+    settings = SETTINGS["one expert"] | {"sampler": "unipc", "shift": 3.0, "schedule": "diffusers"}
+    return Pipeline([part], sibling if part.key == "text" and sibling.is_dir() else None, sample=settings if part.key == "dit" else None)
   index = read_json(source / "model_index.json")
   if index.get("_class_name") not in PIPELINES:
     raise BadInput(f"weights: {source} is a {index.get('_class_name')}; known are {', '.join(PIPELINES)}")
@@ -79,20 +96,70 @@ def open_pipeline(source):
       raise BadInput(f"weights: model_index.json of {source} names {name}, and there is no such folder; download it again")
   expand, boundary = bool(index.get("expand_timesteps")), index.get("boundary_ratio") or 0.0
   parts = [open_part(source / name, expand) for name in there]
-  if "transformer_2" in there:
-    high, low = (part for part in parts if part.key == "dit")
-    if not boundary or high.cfg != low.cfg:
-      raise BadInput(f"weights: {source} has two transformers; they must have one shape, and model_index.json a boundary_ratio, not {boundary}")
-    high.key, low.key = "dit_high", "dit_low"
-  elif boundary:
-    raise BadInput(f"weights: {source} has boundary_ratio {boundary} and no transformer_2; import the whole pipeline, or set it to null")
+  _name_experts(source, parts)
+  if ("transformer_2" in there) != bool(boundary):
+    raise BadInput(f"weights: {source} has {'two transformers' if not boundary else 'one transformer'} and boundary_ratio {boundary} in "
+                   "model_index.json; two need one, and one none: download it again")
   found = Pipeline(parts, source / "tokenizer" if (source / "tokenizer").is_dir() else None, boundary)
-  dit = next((part.cfg for part in parts if part.key.startswith("dit")), None)
-  if dit:
-    family = "a timestep for each token" if expand else "two experts" if boundary else "one expert"
-    family += ", from an image" if boundary and dit.cond_channels else ""
-    found.sample = SETTINGS[family] | _schedule(source / "scheduler", found.notes)
+  if any(part.key.startswith("dit") for part in parts):
+    found.sample = SETTINGS[_family(parts)] | _schedule(source / "scheduler", found.notes)
   return found
+
+
+def _name_experts(source, parts):
+  """Two DiTs, that of high noise first, become dit_high and dit_low."""
+  dits = [part for part in parts if part.key == "dit"]
+  if len(dits) == 2:
+    if dits[0].cfg != dits[1].cfg:
+      raise BadInput(f"weights: the two transformers of {source} have other shapes ({dits[0].cfg} and {dits[1].cfg}); download it again")
+    dits[0].key, dits[1].key = "dit_high", "dit_low"
+
+
+def _family(parts):
+  """A key of SETTINGS."""
+  dit, two = next(part.cfg for part in parts if part.key.startswith("dit")), any(part.key == "dit_low" for part in parts)
+  if dit.conditioning == "token_sigma":
+    return "a timestep for each token"
+  return ("two experts, from an image" if dit.cond_channels else "two experts") if two else "one expert"
+
+
+def open_original(source, folders):
+  """An original release -> Pipeline; `folders` hold its DiTs. Without VAE and text encoder as safetensors, the DiTs alone."""
+  parts = []
+  for folder in folders:
+    config = files.read_config(folder)
+    tensors = files.Tensors(folder, "diffusion_pytorch_model*")
+    names = wan_original.rename(tensors, "dit")
+    cfg = _checked(folder, "WanModel", lambda config=config, names=names: wan_dit.config_to_ours(
+      wan_original.config_to_diffusers(config, names.values()), config.get("model_type") == "ti2v"))
+    parts.append(_part("dit", folder, cfg, files.Renamed(tensors, names), tensors))
+  _name_experts(source, parts)
+  parts += [open_file(path) for path in sorted(source.glob("*.safetensors")) if not path.name.startswith("diffusion_pytorch_model")]
+  tokenizer = source / "google" / "umt5-xxl"
+  found = Pipeline(parts, tokenizer if tokenizer.is_dir() else None)
+  pickles = [path for path in sorted(source.glob("*.pth")) if not path.with_suffix(".safetensors").exists()]
+  found.notes += [f"{path.name} is a pickle of PyTorch, which is not read here; where torch is, {CONVERT.format(path.name, path.stem)} makes a "
+                  "file that is, and the same command then takes it too" for path in pickles]
+  if {part.key for part in parts} >= {"vae", "text"} and found.tokenizer:
+    family = _family(parts)
+    found.boundary = BOUNDARY.get(family, 0.0)
+    found.sample = SETTINGS[family] | {"sampler": "unipc", "shift": SHIFT[family], "schedule": "diffusers"}
+  return found
+
+
+def open_file(path):
+  """One safetensors file of a VAE or a text encoder, which say by their names and shapes what they are -> Part."""
+  tensors = files.Tensors(path)
+  key, layout = wan_original.recognise(tensors)
+  if key == "dit":
+    raise BadInput(f"weights: {path} is a transformer, which needs its config.json; give the folder that holds both")
+  named = tensors
+  if layout == "original":
+    residual = any(name.startswith("decoder.upsamples.0.upsamples.") for name in tensors)
+    named = files.Renamed(tensors, wan_original.rename(tensors, key, SIZES["wan2.2" if residual else "wan2.1"]))
+  elif key == "text":
+    named = files.Renamed(tensors, umt5.names(tensors))
+  return _part(key, path, _checked(path, key, lambda: MODULES[key].config_of(named)), named, tensors)
 
 
 def _schedule(folder, notes):
@@ -115,21 +182,28 @@ def open_part(folder, expand_timesteps=False):
   if kind not in PARTS:
     raise BadInput(f"weights: {folder} is a {kind}, which is not known; known are {', '.join(PARTS)}, and {', '.join(PIPELINES)}")
   key = PARTS[kind]
-  module = MODULES[key]
+  extra = (expand_timesteps,) if key == "dit" else ()
+  cfg = _checked(folder, kind, lambda: MODULES[key].config_to_ours(config, *extra))
+  tensors = files.Tensors(folder)
+  return _part(key, folder, cfg, files.Renamed(tensors, umt5.names(tensors)) if key == "text" else tensors, tensors)
+
+
+def _checked(folder, kind, build):
+  """build(), a config from theirs."""
   try:
-    cfg = module.config_to_ours(config, expand_timesteps) if key == "dit" else module.config_to_ours(config)
+    return build()
   except (KeyError, TypeError, ValueError) as error:
     raise BadInput(f"weights: config.json of {folder} is not that of a {kind} ({error!r}); download it again") from None
-  tensors = files.Tensors(folder)
-  stored = {name: tensors.dtype(name) for name in tensors}
-  if key == "text":
-    tensors = files.Renamed(tensors, umt5.names(tensors))
-  part = Part(key, pathlib.Path(folder), cfg, module.rows(cfg), tensors, stored)
+
+
+def _part(key, folder, cfg, named, tensors):
+  """A Part whose tensors have been checked against its rows."""
+  rows = MODULES[key].rows(cfg)
   try:
-    table.check(part.tensors, part.rows)
+    table.check(named, rows)
   except BadInput as error:
     raise BadInput(f"{folder}: {error}") from None
-  return part
+  return Part(key, pathlib.Path(folder), cfg, rows, named, {name: tensors.dtype(name) for name in tensors})
 
 
 def read_json(path):

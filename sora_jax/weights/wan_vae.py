@@ -4,6 +4,7 @@ One table gives their name of each of our weights; the axes follow from the kind
 trip is bit-exact.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -85,6 +86,16 @@ def config_to_ours(theirs):
     if theirs.get(name, 3) != channels:
       raise BadInput(f"weights: {name}={theirs[name]}; {channels} is 3 colours times patch_size {fields['patch_size']} squared")
   return VAEConfig(**fields)
+
+
+def config_of(tensors):
+  """The config of a VAE that comes without one: the public kind that its weights are of, at their width. `tensors` tell shapes."""
+  size = SIZES["wan2.2" if "decoder.up_blocks.0.upsampler.resample.1.weight" in tensors else "wan2.1"]
+  base, z_dim = tensors.shape("encoder.conv_in.weight")[0], tensors.shape("post_quant_conv.weight")[0]
+  if z_dim != size.z_dim:
+    raise BadInput(f"weights: a VAE of {z_dim} latent channels without a config.json; only those with {size.z_dim} are known so")
+  wide = tensors.shape("decoder.conv_out.weight")[1]
+  return dataclasses.replace(size, base_dim=base, decoder_base_dim=None if wide == base else wide)
 
 
 def config_to_theirs(cfg):
