@@ -7,6 +7,8 @@ Variants, with the hardware that each was written for and what to expect:
   world  two CPU cores, an hour and a half on the embedded world: the small model that ships, which was then trained on for an hour
          (commands and scores: sora_jax/assets/world/README.md).
   base   one TPU v5p-8 or larger: our size B, on records of a 4x16x16 VAE with 48 channels, with text embeddings in the records.
+  finetune  goes on from imported weights, --config.init=W: all of them (Wan 1.3B: a TPU v5p-8), or with --config.lora.rank=32 adapters
+         alone (Wan 14B: the same). Records are encoded with --workdir=W, so that VAE and text encoder are those of the weights.
 
 Steps are updates; a row is `row_tokens` tokens, a step is `rows` rows of all hosts together.
 """
@@ -16,7 +18,7 @@ import ml_collections
 
 def get_config(variant="tiny"):
   """The page of a variant."""
-  variants = {"tiny": tiny, "world": world, "base": base}
+  variants = {"tiny": tiny, "world": world, "base": base, "finetune": finetune}
   if variant not in variants:
     raise ValueError(f"configs/t2v.py has no variant {variant!r}; it has {', '.join(variants)}")
   return variants[variant]()
@@ -34,10 +36,16 @@ def tiny():
   config.ema_decay = 0.99
 
   config.model = ml_collections.ConfigDict()
-  config.model.size = "tiny"           # a key of sora_jax.models.dit.SIZES
+  config.model.size = "tiny"           # a key of sora_jax.models.dit.SIZES; "init": that of config.init
+  config.model.expert = ""             # which of two experts in config.init to train: high or low (noise)
   config.model.remat = "none"
   config.model.dtype = "float32"
   config.model.text = "tiny"           # a key of sora_jax.models.text.SIZES, trained with the DiT; "" when records hold embeddings
+
+  config.lora = ml_collections.ConfigDict()
+  config.lora.rank = 0                 # > 0: train adapters of this rank; the weights of config.init stay as they are
+  config.lora.alpha = 32.0             # an adapter's product is scaled by alpha / rank
+  config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")      # layers by their names in diffusers, or the ends of these
 
   config.data = ml_collections.ConfigDict()
   config.data.path = ""                # what launch.encode wrote
@@ -126,4 +134,24 @@ def base():
   config.sample.row_tokens = 40_960
   config.sample.rows = 1
   config.mesh.fsdp = 4
+  return config
+
+
+def finetune():
+  """From imported weights. What is None is taken from config.init."""
+  config = base()
+  config.model.size = "init"
+  config.steps = 2000
+  config.checkpoint_every = 250
+  config.ema_decay = 0.999
+  config.data.rows = 8
+  config.data.row_clips = 16
+  config.data.image_to_video = 0.0     # for weights that take given tokens at sigma 0 (Wan 2.2 TI2V-5B) alone
+  config.optim.learning_rate = 1e-5    # adapters bear ten times as much
+  config.optim.warmup = 50
+  config.sigma.base_shift = 5.0
+  config.sigma.shift_power = 0.0
+  config.sample.prompts = ()
+  for name, kind in (("size", tuple), ("frames", int), ("fps", float), ("steps", int), ("sampler", str), ("shift", float), ("guidance", float)):
+    config.sample[name] = ml_collections.config_dict.placeholder(kind)
   return config

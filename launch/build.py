@@ -12,7 +12,7 @@ from launch import cli
 from sora_jax import checkpoint, layout, optim
 from sora_jax.diffusion import flow
 from sora_jax.errors import BadInput
-from sora_jax.models import dit, t2v, text, vae
+from sora_jax.models import dit, lora, t2v, text, vae
 
 
 def attributes(config):
@@ -42,6 +42,35 @@ def sampling_layout(config):
     return layout.Layout(layout.make_mesh(fsdp=jax.device_count()))
 
 
+def adopt(config):
+  """Fills in what a config (a ConfigDict) takes from config.init: the shape of the weights, and settings of `sample` that are None."""
+  if config.init and "://" not in config.init:
+    config.init = os.path.abspath(config.init)
+  if config.model.size != "init":
+    if config.lora.rank or config.model.expert:
+      raise BadInput("config.lora.rank and config.model.expert are for weights of --config.init; give --config.model.size=init with it")
+    return
+  if not config.init:
+    raise BadInput("config.model.size is 'init' and there is no --config.init; give the work directory of launch.import_weights")
+  theirs = checkpoint.read_json(epath.Path(config.init) / "config.json")
+  if "model" not in theirs or "sample" not in theirs:
+    raise BadInput(f"--config.init={config.init} is no work directory of launch.import_weights or launch.train; name another")
+  model, expert = theirs["model"], config.model.expert
+  if expert not in (("high", "low") if model.get("boundary") else ("",)):
+    raise BadInput(f"config.model.expert is {expert!r}; {config.init} holds " + ("two experts: train high or low" if model.get("boundary") else
+                   "one model: leave it empty"))
+  if model.get("expert") or theirs.get("lora", {}).get("rank"):
+    raise BadInput(f"{config.init} holds one expert or adapters; export it (launch.export), which puts all together, and begin from that")
+  with config.unlocked():
+    config.model.dit = model["dit"] if "dit" in model else dataclasses.asdict(pick(dit.SIZES, model["size"], "model.size"))
+    config.model.boundary = model.get("boundary", 0.0)
+    if config.lora.rank or expert:
+      config.model.base = checkpoint.identity(config.init)
+    for name, value in theirs["sample"].items():
+      if config.sample.get(name) is None:
+        config.sample[name] = tuple(value) if isinstance(value, list) else value
+
+
 def make_model(config, text_dir, where):
   """config.model and the tokenizer in W/text -> Model on a Layout. An imported model brings its shape as config.model.dit."""
   if "dit" in config.model:
@@ -56,6 +85,48 @@ def make_model(config, text_dir, where):
     if encoder.width != cfg.text_width:
       raise BadInput(f"config.model.text {config.model.text!r} gives {encoder.width} values a token, {config.model.size!r} takes {cfg.text_width}")
   return t2v.Model(cfg, encoder, where, config.model.get("boundary", 0.0))
+
+
+def trained_part(config, model):
+  """The Model whose weights launch.train makes: all of `model`, one expert of it, or adapters."""
+  if config.model.get("expert"):
+    model = dataclasses.replace(model, boundary=0.0)
+  if config.get("lora") and config.lora.rank:
+    adapters = cli.checked(lambda: lora.LoRAConfig(**config.lora), "config.lora")
+    model = dataclasses.replace(model, lora=adapters, dit=dataclasses.replace(model.dit, lora_scale=adapters.scale))
+  return model
+
+
+def targets(model, dtype=None):
+  """What the weights of a Model are restored into: ShapeDtypeStructs, where they live; `dtype` instead of float32."""
+  boxed = jax.eval_shape(model.init, jax.random.key(0))
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), layout.unbox(boxed))
+  if model.layout is None:
+    return shapes
+  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, layout.shardings(boxed, model.layout))
+
+
+def load_weights(workdir, config, model, which="ema", dtype=None):
+  """All weights of a Model in W -> (nested dict, step). Where W holds one expert or adapters, the rest is that of config.init, and
+  adapters are added to it."""
+  part = trained_part(config, model)
+  own, step = checkpoint.load_weights(workdir, which, targets(part, None if part.lora else dtype), say=cli.say)
+  if part == model:
+    return own, step
+  params = base_weights(config, model, dtype)
+  key = f"dit_{config.model.expert}" if config.model.expert else "dit"
+  params[key] = lora.merge(params[key], own["lora"]["dit"], part.lora.scale) if part.lora else own["dit"]
+  return params, step
+
+
+def base_weights(config, model, dtype=None):
+  """The weights of config.init that an expert or adapters go with; BadInput where they are not those any more."""
+  if not (epath.Path(config.init) / "config.json").exists() or checkpoint.identity(config.init) != config.model.base:
+    raise BadInput(f"the weights of {config.init} are missing or have changed since they were built upon; put them back")
+  theirs = attributes(checkpoint.read_json(epath.Path(config.init) / "config.json"))
+  with theirs.unlocked():
+    theirs.model.dit = config.model.dit
+  return load_weights(config.init, theirs, model, "ema", dtype)[0]
 
 
 def make_optimizer(config, boxed):

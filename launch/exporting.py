@@ -11,7 +11,7 @@ from etils import epath
 from launch import build, card, cli
 from sora_jax import checkpoint
 from sora_jax.errors import BadInput
-from sora_jax.weights import wan_pipeline
+from sora_jax.weights import lora, wan_pipeline
 
 SHARD = 5_000_000_000            # bytes of a file of diffusers at most
 
@@ -49,7 +49,11 @@ def export(workdir, out, kind, dtype="source", which="ema"):
     return None
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise BadInput(f"--out={out} is not empty; give another, or empty it")
-  weights, step = checkpoint.load_weights(workdir, which, mapped=True, say=cli.say)
+  settings = build.attributes(config)
+  if settings.model.get("expert") or settings.get("lora") and settings.lora.rank:
+    weights, step = build.load_weights(workdir, settings, build.make_model(settings, workdir / "text", None), which)
+  else:
+    weights, step = checkpoint.load_weights(workdir, which, mapped=True, say=cli.say)
   job = Export(workdir, config, weights, step, which, dtype)
   partial = out.parent / f"{out.name}.partial"
   shutil.rmtree(partial, ignore_errors=True)
@@ -78,6 +82,8 @@ def export_safetensors(job, out):
     checkpoint.write_part(out / name, fields, specs, ((key, np.asarray(leaf)) for key, leaf in flat.items()))
   build.copy_part(job.workdir / "text", out / "text")
   own = {"init": "", "data": job.config["data"] | {"path": ""}}      # paths of the machine that it was trained on; nobody else has them
+  if "lora" in job.config:
+    own |= {"lora": job.config["lora"] | {"rank": 0}, "model": job.config["model"] | {"expert": ""}}      # they are merged
   checkpoint.write_json(out / "config.json", job.config | own)
   return "Any program of sora_jax takes this folder:\n\n```bash\npython -m launch.sample --workdir=THIS --prompt=TEXT --out=OUT\n```\n"
 
@@ -135,6 +141,21 @@ def export_diffusers(job, out):
           "video = pipe(prompt='...', height=480, width=832, num_frames=81).frames[0]\n```\n")
 
 
+def export_lora(job, out):
+  """Adapters alone, as `pipe.load_lora_weights` takes them."""
+  settings = build.attributes(job.config)
+  part = build.trained_part(settings, build.make_model(settings, job.workdir / "text", None))
+  if part.lora is None:
+    raise BadInput(f"{job.workdir} holds no adapters: it was trained without --config.lora.rank; export it as diffusers or safetensors")
+  own, _ = checkpoint.load_weights(job.workdir, job.which, build.targets(part), say=cli.say)
+  tensors = {name: value.astype(job.cast(np.float32)) for name, value in lora.to_theirs(own["lora"]["dit"], part.dit, part.lora)}
+  specs = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+  checkpoint.write_safetensors(out / lora.FILE, specs, tensors.items(), {"format": "pt"})
+  second = ", load_into_transformer_2=True" if settings.model.get("expert") == "low" else ""
+  return ("```python\nfrom diffusers import DiffusionPipeline\npipe = DiffusionPipeline.from_pretrained('THE PIPELINE IT WAS TRAINED ON')\n"
+          f"pipe.load_lora_weights('THIS'{second})\n```\n")
+
+
 def write_shards(folder, stem, specs, pieces, most=SHARD):
   """STEM.safetensors; or STEM-00001-of-00003.safetensors and so on, of `most` bytes, and an index, as `save_pretrained` writes them."""
   size = lambda name: int(np.prod(specs[name][0])) * np.dtype(specs[name][1]).itemsize  # noqa: E731
@@ -154,4 +175,4 @@ def write_shards(folder, stem, specs, pieces, most=SHARD):
     checkpoint.write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": sum(map(size, specs))}, "weight_map": where})
 
 
-FORMATS = {"safetensors": export_safetensors, "diffusers": export_diffusers, "numpy": export_numpy}
+FORMATS = {"safetensors": export_safetensors, "diffusers": export_diffusers, "numpy": export_numpy, "lora": export_lora}

@@ -3,7 +3,11 @@
   python -m launch.import_weights --source=DIR --workdir=W
 
 DIR: a pipeline of the Wan family as diffusers saves it (Wan 2.1 T2V, Wan 2.2 TI2V-5B, T2V-A14B, I2V-A14B), or one part of it (such as
-DIR/vae). Everything is checked before anything is written; weights pass through memory one tensor at a time.
+DIR/vae). Adapters in the layout of PEFT and diffusers go on top of weights that are there already, which they need from then on:
+
+  python -m launch.import_weights --source=LORA --base=W --workdir=W2
+
+Everything is checked before anything is written; weights pass through memory one tensor at a time.
 """
 
 import pathlib
@@ -17,12 +21,18 @@ SOURCE = flags.DEFINE_string("source", "", "folder of a pipeline, or of one of i
 WORKDIR = flags.DEFINE_string("workdir", "", "where the weights go, in our layout")
 DTYPE = flags.DEFINE_enum("dtype", "source", ["source", "bfloat16", "float32"], "of the transformer and the text encoder; source: as they come")
 
+BASE = flags.DEFINE_string("base", "", "with adapters: work directory of the weights that they adapt")
+EXPERT = flags.DEFINE_enum("expert", "", ["", "high", "low"], "with adapters: which of two experts they adapt")
+
 
 def main():
   if not SOURCE.value or not WORKDIR.value:
     raise BadInput("give --source=DIR, the folder of the weights, and --workdir=W")
   workdir = pathlib.Path(WORKDIR.value)
-  if not importing.import_weights(SOURCE.value, workdir, DTYPE.value):
+  if BASE.value:
+    adapters = importing.import_lora(SOURCE.value, BASE.value, workdir, EXPERT.value)
+    cli.say(f"done: adapters of rank {adapters.rank}. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+  elif not importing.import_weights(SOURCE.value, workdir, DTYPE.value):
     cli.say(f"{workdir} holds these weights already; nothing to do")
   elif (workdir / "config.json").exists():
     cli.say(f"done. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")

@@ -6,19 +6,22 @@ read a device's part at a time (checkpoint.place).
 
 import dataclasses
 import functools
+import json
 import pathlib
 import shutil
 import zlib
 
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
+from etils import epath
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from launch import cli
+from launch import build, cli
 from sora_jax import checkpoint
 from sora_jax.errors import BadInput
-from sora_jax.models import vae
-from sora_jax.weights import spiece, table, wan_pipeline
+from sora_jax.models import dit, vae
+from sora_jax.weights import files, lora, spiece, table, wan_pipeline
 
 
 def import_weights(source, workdir, dtype="source"):
@@ -53,6 +56,32 @@ def import_weights(source, workdir, dtype="source"):
     checkpoint.write_json(workdir / "config.json", experiment(found, dtype))
   keep_source(source, workdir / "source", found)
   return True
+
+
+def import_lora(source, base, workdir, expert=""):
+  """A file of adapters in the layout of PEFT and diffusers, or its folder, to the weights in `base` -> W, which needs `base` from then on."""
+  source, base, workdir = pathlib.Path(source), epath.Path(base), epath.Path(workdir)
+  file = source / lora.FILE if source.is_dir() else source
+  tensors = files.Tensors(file)
+  config = ml_collections.ConfigDict({
+      "init": str(base), "model": {"size": "init", "expert": expert, "remat": "none", "dtype": "float32", "text": ""}, "sample": {},
+      "data": {"base_fps": 0.0}, "lora": {"rank": 1, "alpha": 1.0, "targets": ("to_q",)}})
+  build.adopt(config)
+  theirs = checkpoint.read_json(base / "config.json")
+  config.model.dtype = theirs["model"]["dtype"]
+  adapters, params = lora.to_ours(tensors, dit.DiTConfig(**config.model.dit), tensors.metadata)
+  config.lora = dataclasses.asdict(adapters)
+  if cli.is_begun(workdir):
+    raise BadInput(f"{workdir} holds a model already; give another --workdir")
+  cli.lock_workdir(workdir)
+  for part in ("vae", "text"):
+    build.copy_part(base / part, workdir / part)
+  if (base / "source").exists():
+    shutil.copytree(base / "source", workdir / "source", dirs_exist_ok=True)
+  fields = {"format_version": checkpoint.FORMAT_VERSION, "program": cli.program(), **json.loads(config.to_json_best_effort())}
+  checkpoint.write_json(workdir / "config.json", fields)
+  checkpoint.save_part(workdir / "model", {"step": 0}, {"lora": {"dit": params}})
+  return adapters
 
 
 def is_done(directory, some, dtype):
@@ -137,11 +166,11 @@ def keep_source(source, target, found):
 
 def experiment(found, dtype):
   """W/config.json: what launch.sample reads, and launch.train where it begins from W."""
-  dit = next(part for part in found.parts if part.key.startswith("dit"))
-  half = dtype == "bfloat16" or dtype == "source" and "bfloat16" in set(dit.stored.values())
+  part = next(part for part in found.parts if part.key.startswith("dit"))
+  half = dtype == "bfloat16" or dtype == "source" and "bfloat16" in set(part.stored.values())
   return {
       "format_version": checkpoint.FORMAT_VERSION, "program": cli.program(),
-      "model": {"size": "imported", "dit": dataclasses.asdict(dit.cfg), "boundary": found.boundary, "text": "", "remat": "none",
+      "model": {"size": "imported", "dit": dataclasses.asdict(part.cfg), "boundary": found.boundary, "text": "", "remat": "none",
                 "dtype": "bfloat16" if half else "float32"},
       "data": {"base_fps": 0.0},
       "sample": {**found.sample, "row_tokens": 1024, "rows": 1},

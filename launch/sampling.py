@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from launch import build, cli, encoding
-from sora_jax import checkpoint, layout, patches, sample, tasks, video
+from sora_jax import checkpoint, patches, sample, tasks, video
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.errors import BadInput
 from sora_jax.models import t2v, text, vae
@@ -63,10 +63,8 @@ class Bundle:
     settings = build.attributes(config)
     where = build.sampling_layout(settings)
     model = build.make_model(settings, epath.Path(workdir) / "text", where)
-    boxed = jax.eval_shape(model.init, jax.random.key(0))
-    target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), layout.unbox(boxed),
-                          layout.shardings(boxed, where))
-    params, step = checkpoint.load_weights(workdir, which, target, say=cli.say)
+    half = "dit" in settings.model and model.dit.dtype == "bfloat16"      # weights that are computed with in half precision are kept so
+    params, step = build.load_weights(workdir, settings, model, which, "bfloat16" if half else None)
     return cls.of(workdir, config, model, params, step, checkpoint.identity(workdir, which))
 
   def canvas(self, request):

@@ -3,8 +3,10 @@
   python -m launch.train --config=configs/t2v.py:tiny --config.data.path=RECORDS --workdir=W
 """
 
+import dataclasses
 import functools
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -29,10 +31,13 @@ def main():
   if not config.data.path:
     raise BadInput("no --config.data.path; give the directory that launch.encode wrote")
   loop.check(config)
+  build.adopt(config)
   index = records.RecordIndex.open(config.data.path)
   where, sigma = build.make_layout(config), build.make_sigma(config)
   source_text = epath.Path(config.data.path) / "text"
-  model = build.make_model(config, source_text, where)
+  whole = build.make_model(config, source_text, where)
+  model = build.trained_part(config, whole)
+  check_init(config, model)
   tx = build.make_optimizer(config, train.boxed_weights(model))
   rows_plan = make_plan(config, index, model)
   check_index(index, model, config.data.path)
@@ -40,12 +45,19 @@ def main():
   cli.claim_workdir(workdir, config, FREE)
   for part in ("vae", "text"):
     build.copy_part(epath.Path(config.data.path) / part, epath.Path(workdir) / part)
+  if config.init and (epath.Path(config.init) / "source").exists() and not (epath.Path(workdir) / "source").exists():
+    shutil.copytree(epath.Path(config.init) / "source", epath.Path(workdir) / "source")      # what launch.export gives back
 
   target = train.abstract_state(model, tx)
   size = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
   cli.need_disk(workdir, 2.2 * size, "a checkpoint beside the one before it")
   checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
   state, cursor, step = resume(checkpoints, target) or begin(config, model, tx, target)
+  frozen = build.base_weights(config, whole) if model.lora else None
+  if config.model.expert:
+    boundary = config.model.boundary
+    sigma = dataclasses.replace(sigma, **({"low": boundary} if config.model.expert == "high" else {"high": boundary}))
+    frozen = frozen and {"dit": frozen[f"dit_{config.model.expert}"]}
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   if step >= config.steps:
     cli.say(f"{workdir} is already trained for {step} steps; nothing to do. "
@@ -60,7 +72,7 @@ def main():
                             max_damaged=config.data.max_damaged, on_damage=cli.say, threads=config.data.threads)
   update = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), donate_argnums=0,
                                      out_shardings=(train.shardings(model, tx), None)),
-                             key=jax.random.key(config.seed), model=model, tx=tx, ema_decay=config.ema_decay, sigma=sigma)
+                             key=jax.random.key(config.seed), frozen=frozen, model=model, tx=tx, ema_decay=config.ema_decay, sigma=sigma)
   slots = config.data.rows * config.data.row_tokens
 
   def counted(state, batch):
@@ -68,7 +80,7 @@ def main():
     return state, metrics | {"slots": slots}
 
   placed = ((train.place_batch(batch, where), after.to_json()) for batch, after in stream)
-  hooks = ((config.sample.every, functools.partial(draw_samples, config, workdir, model)),) if config.sample.every else ()
+  hooks = ((config.sample.every, functools.partial(draw_samples, config, workdir, model, frozen)),) if config.sample.every else ()
   state, code = loop.run_steps(config, workdir, state, placed, counted, first_step=step, checkpoints=checkpoints, items=items, hooks=hooks)
   checkpoints.close()
   if code == cli.OK:
@@ -94,15 +106,19 @@ def resume(checkpoints, target):
 
 def begin(config, model, tx, target):
   """A new state, its weights drawn, or taken from another work directory (config.init)."""
-  state = train.init_state(model, tx, jax.random.key(config.seed))
-  if config.init:
-    text = epath.Path(config.init) / "text"
-    if model.text is not None and text.exists() and build.fingerprint(text) != build.fingerprint(epath.Path(config.data.path) / "text"):
-      raise BadInput(f"the tokenizer of {config.init} is not that of the records; encode them with --workdir={config.init}")
+  if not config.init:
+    return train.init_state(model, tx, jax.random.key(config.seed)), None, 0
+  if model.lora:
+    cli.say(f"training adapters of rank {config.lora.rank} to the weights of {config.init}")
+    return train.init_state(model, tx, jax.random.key(config.seed)), None, 0
+  if config.model.expert:
+    key = f"dit_{config.model.expert}"
+    weights, step = checkpoint.load_weights(config.init, "ema", {key: target.params["dit"]}, only=True, say=cli.say)
+    weights = {"dit": weights[key]}
+  else:
     weights, step = checkpoint.load_weights(config.init, "ema", target.params, say=cli.say)
-    cli.say(f"starting from the weights of {config.init}, step {step}")
-    state = train.State(state.step, weights, jax.tree.map(lambda leaf: leaf.copy(), weights), state.opt, state.bad)
-  return state, None, 0
+  cli.say(f"starting from the weights of {config.init}, step {step}")
+  return train.state_of(weights, model, tx), None, 0
 
 
 def make_plan(config, index, model):
@@ -113,7 +129,8 @@ def make_plan(config, index, model):
     raise BadInput("the records hold no text embeddings, and config.model.text names no encoder to train; name one, or encode with a --workdir "
                    "that has a frozen text encoder")
   null = len(null_ids) if model.text is not None else len(null_embedding)
-  rows = plan.Plan(index.rows, rows_per_step=config.data.rows, shape=shape, patch=model.dit.patch, seed=config.seed, null_text_tokens=null)
+  rows = plan.Plan(index.rows, rows_per_step=config.data.rows, shape=shape, patch=model.dit.patch, seed=config.seed, null_text_tokens=null,
+                   text_pad=model.dit.text_pad or None)
   if rows.misfits:
     first = rows.misfits[0]
     raise BadInput(f"{len(rows.misfits)} of {len(index)} clips fit in no row; the first: {index.describe(first.position)}: {first.reason}; "
@@ -135,9 +152,24 @@ def check_index(index, model, directory):
     raise BadInput(f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {directory}/vae ({beside}); encode again")
 
 
-def draw_samples(config, workdir, model, step, state):
+def check_init(config, model):
+  """BadInput where config.init is not of the parts that made the records, or images are given to weights that take none, or take them as
+  channels."""
+  for part in ("vae", "text") if config.init else ():
+    there, here = epath.Path(config.init) / part, epath.Path(config.data.path) / part
+    if there.exists() and build.fingerprint(there) != build.fingerprint(here):
+      raise BadInput(f"{part}/ of {config.init} is not that of the records; encode them with --workdir={config.init}")
+  conditioning = model.dit.conditioning
+  if conditioning == "channels":
+    raise BadInput("these weights begin with an image that is joined as channels (Wan I2V-A14B), which the records do not hold; sampling and "
+                   "export of them work, training does not: begin from Wan 2.2 TI2V-5B, or a text to video model")
+  if conditioning != "token_sigma" and config.data.image_to_video:
+    raise BadInput(f"config.data.image_to_video is {config.data.image_to_video}; these weights know no tokens that are given: set it to 0")
+
+
+def draw_samples(config, workdir, model, frozen, step, state):
   """Videos of config.sample.prompts from the EMA weights, in W/samples/STEP/."""
-  bundle = sampling.Bundle.of(workdir, config, model, state.ema, step, f"step {step}")
+  bundle = sampling.Bundle.of(workdir, config, model, {**(frozen or {}), **state.ema}, step, f"step {step}")
   out = os.path.join(workdir, "samples", str(step))
   requests = [{"id": f"{i:02d}", "prompt": prompt} for i, prompt in enumerate(config.sample.prompts)]
   sampling.run_job(bundle, requests, out, quiet=True)

@@ -153,14 +153,20 @@ def place(tree, target):
 
 def fingerprint(directory, only=()):
   """A short checksum of a part: of its config and every other file but README; of its weights, where `only` is given, those that lie
-  under these names; not of the weights where its config holds a checksum of them."""
+  under these names. A part that was imported says the checksum of its weights in its config, beside where they were from."""
   directory, crc = epath.Path(directory), 0
-  known = "weights_crc32" in read_json(directory / "config.json") if (directory / "config.json").exists() else False
+  config = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
+  known = config.get("weights_crc32")
   for path in sorted(directory.iterdir(), key=lambda p: p.name):
-    if path.is_file() and path.suffix in (".json", ".safetensors", ".model") and not (known and path.name == WEIGHTS):
-      crc = zlib.crc32(path.name.encode(), crc)
-      for data in _chosen(path, only) if only and path.name == WEIGHTS else pieces_of(path):
-        crc = zlib.crc32(data, crc)
+    if not path.is_file() or path.suffix not in (".json", ".safetensors", ".model") or known and path.name == WEIGHTS:
+      continue
+    crc = zlib.crc32(path.name.encode(), crc)
+    if known and path.name == "config.json":
+      data = [json.dumps({name: value for name, value in config.items() if name != "made_from"}, sort_keys=True).encode()]
+    else:
+      data = _chosen(path, only) if only and path.name == WEIGHTS else pieces_of(path)
+    for piece in data:
+      crc = zlib.crc32(piece, crc)
   return f"{crc:08x}"
 
 
@@ -317,12 +323,12 @@ def _walk(directory):
       yield path
 
 
-def load_weights(workdir, which="ema", target=None, say=print, *, mapped=False):
+def load_weights(workdir, which="ema", target=None, say=print, *, mapped=False, only=False):
   """Weights of a work directory, keyed as they were trained ("dit", "text"): -> (tree, step).
 
   From its newest whole checkpoint, `which` being "ema" or "params"; or, where there is none, from W/model/ (an exported or
   shipped model). `target`: a tree of ShapeDtypeStructs with shardings; None gives arrays on the first device, or, `mapped`, those of W/model as
-  they are stored, read when they are looked at.
+  they are stored, read when they are looked at. `only`: of W/model what `target` names at the top, and no more.
   """
   workdir = epath.Path(workdir)
   if (workdir / "checkpoints").exists():
@@ -337,6 +343,8 @@ def load_weights(workdir, which="ema", target=None, say=print, *, mapped=False):
     checkpoints.close()
   if (workdir / "model").exists():
     config, tree = load_part(workdir / "model", None)
+    if only:
+      tree = {name: tree.get(name, {}) for name in target}
     if target is not None:
       _check_shapes(workdir, tree, target)
       return place(tree, target), config.get("step", 0)

@@ -39,6 +39,12 @@ def abstract_state(model, tx):
   return State(scalar, params, params, opt, scalar)
 
 
+def state_of(params, model, tx):
+  """A State that begins with these weights, which it takes (they are donated)."""
+  build = lambda params: State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.zeros((), jnp.int32))  # noqa: E731
+  return jax.jit(build, out_shardings=shardings(model, tx), donate_argnums=0)(params)
+
+
 def init_state(model, tx, key):
   """A new State; every weight is made where it lives."""
   def build(key):
@@ -69,8 +75,12 @@ def mixed(batch, keys_BG, sigma_BG):
   return x_BLP, noise_BLP, sigma_BU, sigma_index_BL
 
 
-def loss_fn(params, model, batch, key, sigma):
-  """Mean squared error of the velocity over all not-given tokens of the global batch. -> scalar"""
+def loss_fn(params, model, batch, key, sigma, frozen=None):
+  """Mean squared error of the velocity over all not-given tokens of the global batch. -> scalar
+
+  frozen: weights beside `params`, by key, which no gradient is taken of (those that adapters adapt).
+  """
+  params = {**(frozen or {}), **params}
   x_BLP, noise_BLP, sigma_BU, sigma_index_BL, _ = noised(batch, key, sigma)
   text_BSE = model.embed_text(params, batch)
   predicted = model.velocity(params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE)
@@ -78,13 +88,13 @@ def loss_fn(params, model, batch, key, sigma):
   return total / jnp.maximum(count, 1)
 
 
-def train_step(state, batch, key, *, model, tx, ema_decay, sigma):
+def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma):
   """One update. (State, PackedBatch, key of the run) -> (State, metrics); same inputs, same outputs.
 
   The noise of a clip depends on the key, its uid and its epoch, so a resumed run replays it. An update whose loss or gradient is
   not finite leaves params, ema and opt as they were; `step` goes on, `bad` counts it, metrics["bad"] is 1.
   """
-  loss, grads = jax.value_and_grad(loss_fn)(state.params, model, batch, key, sigma)
+  loss, grads = jax.value_and_grad(loss_fn)(state.params, model, batch, key, sigma, frozen)
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
   updates, opt = tx.update(grads, state.opt, state.params)

@@ -29,6 +29,8 @@ class SigmaConfig:
   base_tokens: int = 256
   shift_power: float = 0.5         # shift = base_shift * (tokens / base_tokens) ** shift_power; SD3 eq. 23 has 0.5
   uniform: float = 0.1             # share of clips whose sigma is drawn uniformly, so that both ends are seen
+  low: float = 0.0                 # what is drawn is mapped to [low, high]: the range of an expert
+  high: float = 1.0
 
   def __post_init__(self):
     if self.std <= 0 or self.base_shift <= 0 or self.base_tokens < 1 or not 0 <= self.uniform <= 1:
@@ -93,7 +95,7 @@ def draw_sigma(keys_BG, tokens_BG, cfg):
     normal, uniform, which = jax.random.split(key, 3)
     logit_normal = jax.nn.sigmoid(cfg.mean + cfg.std * jax.random.normal(normal))
     drawn = jnp.where(jax.random.uniform(which) < cfg.uniform, jax.random.uniform(uniform), logit_normal)
-    return shifted(drawn, token_shift(tokens, cfg))
+    return cfg.low + (cfg.high - cfg.low) * shifted(drawn, token_shift(tokens, cfg))
   return jax.vmap(jax.vmap(one))(keys_BG, jnp.maximum(tokens_BG, 1).astype(jnp.float32))
 
 

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from sora_jax.layout import Layout, param
+from sora_jax.models import lora
 from sora_jax.models.attention import SAVED, attend
 
 REMAT = {  # what a block keeps for its backward pass
@@ -64,6 +65,7 @@ class DiTConfig:
   conditioning: str = "token_sigma"  # how given tokens enter: at sigma 0 | joined channels | replaced by noised truth at each step
   predicts: str = "velocity"  # what the last layer gives: velocity | data, from which velocity follows
   text_pad: int = 0  # every prompt is padded with zeros to so many tokens, and they are attended to (Wan: 512); 0 not
+  lora_scale: float = 1.0  # of adapters, where there are any
   dtype: str = "float32"  # of activations; weights are float32
   remat: str = "none"
 
@@ -197,7 +199,11 @@ class Part(nn.Module):
   layout: Layout | None = None
 
   def weight(self, name, shape, axes, init=nn.initializers.zeros):
-    return param(self, name, init, shape, axes)
+    """A weight, with the change that an adapter (models/lora.py) in the collection "lora" makes to it."""
+    value = param(self, name, init, shape, axes)
+    if self.has_variable("lora", name):
+      value = value + lora.change(self.get_variable("lora", name), self.cfg.lora_scale)
+    return value
 
   def shard(self, x, *axes):
     return x if self.layout is None else self.layout.constrain(x, *axes)
@@ -325,7 +331,7 @@ class DiT(Part):
     block = Block if REMAT[cfg.remat] is None else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
     blocks = nn.scan(
       block,
-      variable_axes={"params": 0},
+      variable_axes={"params": 0, "lora": 0},
       split_rngs={"params": True},
       in_axes=(0, nn.broadcast),
       length=cfg.depth,

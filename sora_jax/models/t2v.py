@@ -9,21 +9,28 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.layout import Layout
+from sora_jax.models import lora
 from sora_jax.models.dit import DiT, DiTConfig
+from sora_jax.models.lora import LoRAConfig
 from sora_jax.models.text import TextConfig, TextEncoder
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
   """Configs of the parts and where their arrays live; hashable, so it is static under jit. `text` None: embeddings come with the batch.
-  `boundary` > 0: "dit_high" takes sigmas from there on, "dit_low" those below."""
+  `boundary` > 0: "dit_high" takes sigmas from there on, "dit_low" those below. `lora`: the weights to train are adapters, keyed "lora",
+  and those that they adapt stay as they are."""
   dit: DiTConfig
   text: TextConfig | None = None
   layout: Layout | None = None
   boundary: float = 0.0
+  lora: LoRAConfig | None = None
 
   def init(self, key):
-    """Boxed weights (see layout.param): {"dit": ..., "text": ...}."""
+    """Boxed weights (see layout.param) that are trained: {"dit": ..., "text": ...}, or {"lora": {"dit": ...}}."""
+    if self.lora is not None:
+      boxed = jax.eval_shape(dataclasses.replace(self, lora=None).init, key)
+      return {"lora": {name: lora.init(key, self.lora, boxed[name]) for name in boxed if name != "text"}}
     dit_key, text_key = jax.random.split(key)
     row = jnp.zeros((1, 1), jnp.int32)
     params = {name: DiT(self.dit, self.layout).init(
@@ -48,6 +55,7 @@ class Model:
 
   def velocity(self, params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE):
     """The predicted velocity of every token, [B, L, P] float32."""
+    adapters = {"lora": params["lora"]["dit"]} if "lora" in params else {}
     return DiT(self.dit, self.layout).apply(
-        {"params": params["dit"]}, x_BLP, batch.coords_BL3, batch.segment_BL, sigma_BU, sigma_index_BL, text_BSE,
+        {"params": params["dit"], **adapters}, x_BLP, batch.coords_BL3, batch.segment_BL, sigma_BU, sigma_index_BL, text_BSE,
         batch.prompt_BL, batch.prompt_BS, batch.cond_BLQ)

@@ -35,10 +35,11 @@ class Tensors(Mapping):
           "safetensors.torch.save_file(torch.load(NAME, weights_only=True), NEW)"
         )
       raise BadInput(f"weights: {path} holds no .safetensors file; give the folder of one part of a model, such as .../transformer")
-    self._where, self._specs = {}, {}
+    self._where, self._specs, self.metadata = {}, {}, {}
     for file in files:
       try:
         with safe_open(file, framework="numpy") as opened:
+          self.metadata.update(opened.metadata() or {})
           slices = {name: opened.get_slice(name) for name in opened.keys()}
           specs = {name: (tuple(one.get_shape()), str(one.get_dtype())) for name, one in slices.items()}
       except (OSError, SafetensorError) as error:
