@@ -13,6 +13,7 @@ CORE = [
     "av>=16",
     "chex>=0.1.91",
     "etils[epath]>=1.12",
+    "flatbuffers>=25",          # jax.export writes with it
     "flax>=0.12.2,<0.13",
     "ftfy>=6.3",
     "grain>=0.2.16,<0.3",
@@ -33,8 +34,7 @@ CORE = [
 
 EXTRAS = {
     "test": ["hypothesis>=6.140", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "scikit-video>=1.1.11"],
-    "oracle": ["torch==2.13.0", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", "accelerate>=1.12"],
-    "onnx": ["jax2onnx>=0.17", "onnxruntime>=1.25"],
+    "oracle": ["torch==2.13.0", "diffusers>=0.42,<0.43", "transformers>=5.20,<6", "accelerate>=1.12", "peft>=0.17"],
     "tpu": ["jax[tpu]>=0.10,<0.11"],
 }
 

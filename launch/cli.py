@@ -135,16 +135,17 @@ def checked(build, what):
 
 
 def lock_workdir(workdir):
-  """One training program at a time in W: BadInput where another is at work. The lock ends with the program, however it ends."""
+  """One program at a time writes in W: BadInput where another is at work. -> the open file; the lock ends with it, or with the program."""
   import jax
   os.makedirs(workdir, exist_ok=True)
-  if jax.process_index():
-    return
-  _locks.append(open(os.path.join(workdir, ".lock"), "w"))
+  lock = open(os.path.join(workdir, ".lock"), "w")
+  _locks.append(lock)
   try:
-    fcntl.flock(_locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not jax.process_index():
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError:
     raise BadInput(f"{workdir}: another program is training here; wait for it, or give another --workdir") from None
+  return lock
 
 
 def is_begun(workdir):

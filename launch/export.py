@@ -5,6 +5,8 @@
   diffusers     a pipeline that `WanPipeline.from_pretrained` opens; its parts alone where the model is no whole pipeline of Wan
   safetensors   a directory that our programs take as --workdir, and that can be shipped: config.json, vae/, text/, model/
   numpy         the same weights as .npz files
+  stablehlo     the DiT's velocity, and the VAE a chunk at a time, by jax.export: for CPU, CUDA and TPU, any batch and size
+  onnx          the DiT's velocity for one size, weights inside
   lora          adapters alone (launch.train --config.lora.rank), which `pipe.load_lora_weights` takes; the others merge them
 """
 

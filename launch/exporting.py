@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from launch import build, card, cli
+from launch import build, card, cli, graphs
 from sora_jax import checkpoint
 from sora_jax.errors import BadInput
 from sora_jax.weights import lora, wan_pipeline
@@ -175,4 +175,5 @@ def write_shards(folder, stem, specs, pieces, most=SHARD):
     checkpoint.write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": sum(map(size, specs))}, "weight_map": where})
 
 
-FORMATS = {"safetensors": export_safetensors, "diffusers": export_diffusers, "numpy": export_numpy, "lora": export_lora}
+FORMATS = {"safetensors": export_safetensors, "diffusers": export_diffusers, "numpy": export_numpy, "lora": export_lora,
+           "stablehlo": graphs.export_stablehlo, "onnx": graphs.export_onnx}

@@ -40,21 +40,21 @@ def import_weights(source, workdir, dtype="source"):
   size = sum(np.prod(shape) * kind.itemsize for some in specs.values() for shape, kind in some.values())
   cli.need_disk(workdir, size, "the weights")
   cli.need_memory(4 * 4 * max(np.prod(shape) for part in found.parts for shape in table.their_shapes(part.rows).values()), "the largest tensor")
-  cli.lock_workdir(workdir)
   for note in found.notes:
     cli.say(note)
   cli.say(f"importing {', '.join(part.folder.name for part in found.parts)} of {source} into {workdir}: "
           f"{sum(map(count, found.parts)) / 1e6:.2f} M parameters, {size / 1e9:.3f} GB to write")
-  with cli.Bar("tensors", sum(len(part.stored) for some in todo.values() for part in some)) as bar:
+  total = sum(len(part.stored) for some in todo.values() for part in some)
+  with cli.lock_workdir(workdir), cli.Bar("tensors", total) as bar:
     for name, some in todo.items():
       fields = part_config(some, dtype)
       checkpoint.write_part(workdir / name, fields, specs[name], pieces(some, fields, bar))
-  if tokenizer:
-    (workdir / "text").mkdir(exist_ok=True)
-    (workdir / "text" / "tokenizer.model").write_bytes(tokenizer)
-  if found.sample:
-    checkpoint.write_json(workdir / "config.json", experiment(found, dtype))
-  keep_source(source, workdir / "source", found)
+    if tokenizer:
+      (workdir / "text").mkdir(exist_ok=True)
+      (workdir / "text" / "tokenizer.model").write_bytes(tokenizer)
+    if found.sample:
+      checkpoint.write_json(workdir / "config.json", experiment(found, dtype))
+    keep_source(source, workdir / "source", found)
   return True
 
 
@@ -73,14 +73,14 @@ def import_lora(source, base, workdir, expert=""):
   config.lora = dataclasses.asdict(adapters)
   if cli.is_begun(workdir):
     raise BadInput(f"{workdir} holds a model already; give another --workdir")
-  cli.lock_workdir(workdir)
-  for part in ("vae", "text"):
-    build.copy_part(base / part, workdir / part)
-  if (base / "source").exists():
-    shutil.copytree(base / "source", workdir / "source", dirs_exist_ok=True)
-  fields = {"format_version": checkpoint.FORMAT_VERSION, "program": cli.program(), **json.loads(config.to_json_best_effort())}
-  checkpoint.write_json(workdir / "config.json", fields)
-  checkpoint.save_part(workdir / "model", {"step": 0}, {"lora": {"dit": params}})
+  with cli.lock_workdir(workdir):
+    for part in ("vae", "text"):
+      build.copy_part(base / part, workdir / part)
+    if (base / "source").exists():
+      shutil.copytree(base / "source", workdir / "source", dirs_exist_ok=True)
+    fields = {"format_version": checkpoint.FORMAT_VERSION, "program": cli.program(), **json.loads(config.to_json_best_effort())}
+    checkpoint.write_json(workdir / "config.json", fields)
+    checkpoint.save_part(workdir / "model", {"step": 0}, {"lora": {"dit": params}})
   return adapters
 
 
@@ -122,10 +122,14 @@ def part_config(some, dtype):
   if part.key == "vae":
     return fields | vae.config_to_dict(part.cfg)
   if part.key == "text":
-    stored = set(part.stored.values())
-    half = dtype == "bfloat16" or dtype == "source" and stored == {"bfloat16"}
-    return fields | dataclasses.asdict(dataclasses.replace(part.cfg, dtype="bfloat16" if half else "float32"))
+    return fields | dataclasses.asdict(dataclasses.replace(part.cfg, dtype=compute_dtype(part, dtype)))
   return fields | {"step": 0, "dit": dataclasses.asdict(part.cfg)}
+
+
+def compute_dtype(part, dtype):
+  """What a part is computed in: bfloat16 where most of its weights are."""
+  kinds = list(part.stored.values()) if dtype == "source" else [dtype]
+  return "bfloat16" if 2 * kinds.count("bfloat16") > len(kinds) else "float32"
 
 
 def pieces(some, fields, bar):
@@ -167,11 +171,10 @@ def keep_source(source, target, found):
 def experiment(found, dtype):
   """W/config.json: what launch.sample reads, and launch.train where it begins from W."""
   part = next(part for part in found.parts if part.key.startswith("dit"))
-  half = dtype == "bfloat16" or dtype == "source" and "bfloat16" in set(part.stored.values())
   return {
       "format_version": checkpoint.FORMAT_VERSION, "program": cli.program(),
       "model": {"size": "imported", "dit": dataclasses.asdict(part.cfg), "boundary": found.boundary, "text": "", "remat": "none",
-                "dtype": "bfloat16" if half else "float32"},
+                "dtype": compute_dtype(part, dtype)},
       "data": {"base_fps": 0.0},
       "sample": {**found.sample, "row_tokens": 1024, "rows": 1},
   }

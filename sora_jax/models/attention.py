@@ -114,13 +114,14 @@ def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale):
 
   def tiles(x, tile):  # [B, L, ...] -> [n, tile, ...]
     flat = x.reshape(-1, *x.shape[2:])
-    flat = jnp.pad(flat, [(0, -flat.shape[0] % tile)] + [(0, 0)] * (flat.ndim - 1))
-    return flat.reshape(-1, tile, *flat.shape[1:])
+    n = -(-flat.shape[0] // tile)
+    flat = jnp.pad(flat, [(0, n * tile - flat.shape[0])] + [(0, 0)] * (flat.ndim - 1))
+    return flat.reshape(n, tile, *flat.shape[1:])
 
   def number(segment):
     return jnp.where(segment > 0, segment + ids * jnp.arange(B, dtype=segment.dtype)[:, None], 0)
 
-  short = L * M <= 1024 * 1024
+  short = jax.core.is_constant_dim(L * M) and L * M <= 1024 * 1024  # lengths may be symbols, where a model is exported
   tile = 64 if short else 256
   segment_q, segment_k = tiles(number(segment_BL), tile), tiles(number(segment_BM), tile)
   heads = [jnp.moveaxis(tiles(x.astype(jnp.float32), tile), 2, 1) for x in (query_BLNK * scale, key_BMNK, value_BMNK)]  # [n, N, tile, K]

@@ -163,6 +163,8 @@ def attend_in_frames(query, key, value):
     scores = jnp.einsum("...qc,...kc->...qk", query, key, preferred_element_type=jnp.float32) * C ** -0.5
     return jnp.einsum("...qk,...kc->...qc", jax.nn.softmax(scores).astype(value.dtype), value)
 
+  if not jax.core.is_constant_dim(frames * pixels):         # symbols, where a model is exported
+    return jax.lax.map(lambda frame: attend(*frame), (query, key, value))
   if frames * pixels * pixels <= ATTENTION_SCORES:
     return attend(query, key, value)
   block = max(ATTENTION_SCORES // pixels, 1)
