@@ -5,15 +5,14 @@ import math
 
 import hypothesis
 import hypothesis.strategies as st
-import jax
 import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from sora_jax import patches
 from sora_jax.models import dit
 from sora_jax.weights import files, wan_dit
+from tests.golden.calls import dit_velocities
 
 TINY = {
   "patch_size": (1, 2, 2),
@@ -78,36 +77,6 @@ def theirs(model, latents_THWC, timestep, text_SE):
   return y.numpy()[0].transpose(1, 2, 3, 0)
 
 
-def ours(cfg, params, clips):
-  """The same by ours, all clips in one row: list of (latents_THWC, timestep, text_SE) -> list of velocities."""
-  row = {"tokens": [], "coords": [], "segment": [], "sigma": [], "text": [], "prompt": [], "cond": []}
-  for i, (latents, timestep, text) in enumerate(clips, start=1):
-    tokens = patches.patchify(latents[..., : cfg.channels], cfg.patch)
-    row["tokens"].append(tokens)
-    row["cond"].append(patches.patchify(latents[..., cfg.channels :], cfg.patch))
-    row["coords"].append(patches.coords(patches.grid(latents.shape[:3], cfg.patch)))
-    row["segment"].append(np.full(len(tokens), i))
-    row["sigma"].append(np.broadcast_to(np.float32(timestep) / 1000, len(tokens)))
-    row["text"].append(text)
-    row["prompt"].append(np.full(len(text), i))
-  row = {name: np.concatenate(parts)[None] for name, parts in row.items()}
-  sigma_U, index_L = np.unique(row["sigma"][0], return_inverse=True)
-  velocity = jax.jit(dit.DiT(cfg).apply)(
-    {"params": params},
-    row["tokens"],
-    row["coords"],
-    row["segment"],
-    sigma_U[None],
-    index_L[None],
-    row["text"],
-    row["segment"],
-    row["prompt"],
-    row["cond"] if cfg.cond_channels else None,
-  )[0]
-  ends = np.cumsum([patches.token_count(c[0].shape[:3], cfg.patch) for c in clips])[:-1]
-  return [patches.unpatchify(part, c[0].shape[:3], cfg.patch) for part, c in zip(np.split(np.asarray(velocity), ends), clips, strict=True)]
-
-
 @hypothesis.settings(max_examples=14, deadline=None, derandomize=True, database=None)
 @hypothesis.given(size=SIZES, clips=CLIPS)
 def test_clips_in_one_row_are_calls_of_diffusers(size, clips, close):
@@ -122,7 +91,7 @@ def test_clips_in_one_row_are_calls_of_diffusers(size, clips, close):
     if one["given"]:
       time = np.where(np.arange(math.prod(one["grid"])) < math.prod(one["grid"][1:]), 0, time).astype(np.float32)
     called.append((draw(*thw, size["in_channels"]), time, draw(one["text"], size["text_dim"])))
-  for mine, one in zip(ours(cfg, params, called), called, strict=True):
+  for mine, one in zip(dit_velocities(cfg, params, called), called, strict=True):
     close("DiT", mine, theirs(model, *one))
 
 
