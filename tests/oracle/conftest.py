@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-TOLERANCE = 1e-5  # of the largest value that theirs has; the project promises 1e-4
+TOLERANCE = 2e-5  # of the largest value that theirs has; the project promises 1e-4
 WORST = pytest.StashKey()
 
 
