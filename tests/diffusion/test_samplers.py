@@ -1,11 +1,15 @@
 """Samplers against an ODE whose solution is known: the flow from N(0, 1) noise to one Gaussian, x(sigma) = mean (1-sigma) + std-mix."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sora_jax.diffusion import samplers
+from sora_jax.diffusion import flow, samplers
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "schedulers.npz"
 
 MEAN, STD = 0.7, 0.4
 
@@ -91,3 +95,22 @@ def test_a_loop_in_jit(name):
   end, evaluations = sample(x)
   np.testing.assert_allclose(end, run(name, x, np.asarray(sigmas)), atol=1e-5)
   assert int(evaluations) == (10 if name == "heun" else 5)
+
+
+@pytest.mark.parametrize("name", ["unipc", "euler"])
+def test_as_diffusers_steps(name):
+  """Noise levels, what the model is told of them, and every x of diffusers' schedulers (golden/make.py) at 1, 2, 3, 10 and 50 steps."""
+  golden = np.load(GOLDEN)
+  init, step = samplers.SAMPLERS[name]
+  velocity = lambda x, sigma, time: (jnp.tanh(1.3 * x) * (1.5 - time) - 0.4 * jnp.cos(3 * x + 2 * time), time)  # noqa: E731
+  stepped = jax.jit(lambda *state: step(velocity, *state, None))
+  for key in [key for key in golden if key.startswith(name) and key.endswith("_x")]:
+    _, steps, shift, _ = key.split("_")
+    sigmas, times = flow.schedule("diffusers", name, int(steps), float(shift))
+    np.testing.assert_allclose(sigmas, golden[key[:-1] + "sigmas"], atol=1e-7)
+    np.testing.assert_allclose(1000 * times, golden[key[:-1] + "times"], atol=1e-3)
+    x, carry = golden["start"], init(golden["start"], jnp.float32(0))
+    for i, time in enumerate(times):      # the aux of a sampler carries the time here
+      carry = carry | {"aux": jnp.float32(time)} if name == "unipc" else jnp.float32(time)
+      x, carry = stepped(x, carry, jnp.float32(sigmas[i]), jnp.float32(sigmas[i + 1]))
+      np.testing.assert_allclose(x, golden[key][i], atol=1e-5, err_msg=f"{key} after step {i + 1}")

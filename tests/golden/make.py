@@ -1,8 +1,14 @@
-"""Golden files, from the real classes with random weights:  python -m tests.golden.make [tokenizer ...]   (needs the extra `oracle`)
+"""Golden files, from the real classes with random weights:  python -m tests.golden.make [tensors tokenizer ...]   (needs the extra `oracle`)
 
+dit, dit_image      WanTransformer3DModel of diffusers 0.42.1, in shards: clips of odd sizes, a time for each clip and for each token
+vae, vae_residual   AutoencoderKLWan of both kinds: clips of several lengths, not square
+umt5                UMT5EncoderModel of transformers 5.23.0: prompts of several lengths
+  golden.npz        inputs and outputs of call 0, 1, ...
+schedulers.npz      noise levels, times and every x of UniPC and Euler as diffusers steps, for the velocity below
 tokenizer/public    a small UMT5-like vocabulary in the layout of the public ones (spiece.model, tokenizer_config.json), no replacements
 tokenizer/table     another, with replacements of characters, as transformers 5 saves it (tokenizer.json alone)
   golden.json       rows [prompt, ids]: `T5Tokenizer` of transformers 5.23.0 on diffusers' `prompt_clean` of the prompt, cut to 48
+wan_original.json   made by wan_names.py
 """
 
 import io
@@ -11,9 +17,12 @@ import pathlib
 import random
 import sys
 
+import numpy as np
 import sentencepiece
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from transformers import T5Tokenizer
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 HERE = pathlib.Path(__file__).parent
 CORPUS = """
@@ -123,6 +132,100 @@ def make_tokenizer():
     texts = [text for text in prompts(140, seed=1) if len(text) < 200]
     rows = [[text, tokenizer(prompt_clean(text), truncation=True, max_length=48)["input_ids"]] for text in texts]
     (folder / name / "golden.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+DITS = {  # arguments; calls: latents t, y, x; tokens of text; time of the clip, or of its first frame's tokens and of the others
+  "dit": (
+    {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 16, "out_channels": 16, "text_dim": 32, "freq_dim": 64, "ffn_dim": 96},
+    [((3, 8, 8), 7, 731.0), ((1, 6, 10), 3, 12.5), ((2, 4, 6), 5, (0.0, 400.0))],
+  ),
+  "dit_image": (
+    {"patch_size": (2, 1, 3), "num_attention_heads": 1, "attention_head_dim": 14, "in_channels": 7, "out_channels": 4, "text_dim": 9,
+     "freq_dim": 10, "ffn_dim": 21, "cross_attn_norm": False},
+    [((4, 3, 9), 2, 999.0), ((2, 5, 3), 6, 250.0)],
+  ),
+}  # fmt: skip
+VAES = {  # arguments; calls: frames, height, width
+  "vae": (
+    {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True, True],
+     "latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    [(9, 24, 40), (1, 16, 8)],
+  ),
+  "vae_residual": (
+    {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
+     "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 8,
+     "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    [(9, 16, 24), (1, 24, 8)],
+  ),
+}  # fmt: skip
+STEPS, SHIFTS = (1, 2, 3, 10, 50), (1.0, 3.0, 5.0)
+
+
+def velocity(x, time):
+  """Any smooth function of both, not linear in x; `time` in [0, 1] is what the model is told."""
+  return (np.tanh(1.3 * x) * (1.5 - time) - 0.4 * np.cos(3 * x + 2 * time)).astype(np.float32)
+
+
+def shaken(kind, config, only=""):
+  """A random model whose weights (those whose names end in one of `only`) are moved from where they start, so that none is just 0 or 1."""
+  torch.manual_seed(0)
+  model = kind(**config) if isinstance(config, dict) else kind(config)
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      if name.endswith(only):
+        weight.add_(0.1 * torch.randn_like(weight))
+  return model.eval()
+
+
+def save(model, name, calls, **options):
+  """The model's folder and its calls: dicts of tensors with a leading axis of 1, which is left out."""
+  model.save_pretrained(str(HERE / name), **options)
+  arrays = {f"{key}{i}": value[0].detach().numpy() for i, call in enumerate(calls) for key, value in call.items()}
+  np.savez_compressed(HERE / name / "golden.npz", **arrays)
+
+
+def make_tensors():
+  """dit, dit_image, vae, vae_residual, umt5."""
+  for name, (fields, shapes) in DITS.items():
+    model, calls = shaken(WanTransformer3DModel, {"num_layers": 2} | fields), []
+    for thw, words, time in shapes:
+      tokens = [n // p for n, p in zip(thw, model.config.patch_size, strict=True)]
+      x, text = torch.randn(1, model.config.in_channels, *thw), torch.randn(1, words, model.config.text_dim)
+      if isinstance(time, tuple):
+        time = [time[0]] * (tokens[1] * tokens[2]) + [time[1]] * ((tokens[0] - 1) * tokens[1] * tokens[2])
+      time = torch.tensor([time])
+      calls.append({"x": x, "time": time, "text": text, "y": model(x, time, text, return_dict=False)[0]})
+    save(model, name, calls, max_shard_size="100KB")
+  for name, (fields, shapes) in VAES.items():
+    model, calls = shaken(AutoencoderKLWan, fields, only=("gamma", "bias")), []  # kernels of few channels magnify rounding
+    for shape in shapes:
+      video = 2 * torch.rand(1, 3, *shape) - 1
+      latents = model.encode(video).latent_dist.mean
+      calls.append({"video": video, "latents": latents, "again": model.decode(latents).sample})
+    save(model, name, calls)
+  config = UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
+  model, calls = shaken(UMT5EncoderModel, config), []
+  for length in (7, 1, 140):
+    ids = torch.randint(2, 128, (1, length))
+    calls.append({"ids": ids, "h": model(ids).last_hidden_state})
+  save(model, "umt5", calls)
+
+
+def make_schedulers():
+  arrays = {"start": np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)}
+  for steps in STEPS:
+    for shift in SHIFTS:
+      unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2)
+      for name, scheduler in (("unipc", unipc), ("euler", FlowMatchEulerDiscreteScheduler(shift=shift))):
+        scheduler.set_timesteps(steps)
+        x, path = torch.from_numpy(arrays["start"]), []
+        for time in scheduler.timesteps:
+          v = velocity(x.numpy(), np.float32(time) / 1000)
+          x = scheduler.step(torch.from_numpy(v), time, x, return_dict=False)[0]
+          path.append(x.numpy())
+        key = f"{name}_{steps}_{shift:g}_"
+        arrays |= {f"{key}sigmas": scheduler.sigmas.numpy(), f"{key}times": scheduler.timesteps.numpy(), f"{key}x": np.stack(path)}
+  np.savez_compressed(HERE / "schedulers.npz", **arrays)
 
 
 if __name__ == "__main__":

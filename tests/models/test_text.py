@@ -93,14 +93,15 @@ def test_sizes():
 
 
 def test_umt5_weights_give_umt5_answers():
-  """Weights and output of transformers' own class (5.23.0; origin: a random UMT5EncoderModel), its prompt behind another in one row."""
+  """Weights and output of transformers' own class (5.23.0; golden/make.py): prompts of 7, 1 and 140 tokens in one row, in another order."""
   cfg = umt5.config_to_ours(files.read_config(GOLDEN))
   tensors, golden = files.Tensors(GOLDEN), np.load(GOLDEN / "golden.npz")
-  weights, ids = umt5.to_ours(tensors, cfg), golden["ids"][0][golden["mask"][0] > 0]
-  row = np.concatenate([[9, 8, 7], ids])[None].astype(np.int32)
-  prompt = np.asarray([[1] * 3 + [2] * len(ids)], np.int32)
-  ours = jax.jit(lambda w: text.TextEncoder(cfg).apply({"params": w}, row, prompt))(weights)
-  np.testing.assert_allclose(ours[0, 3:], golden["h"][0][golden["mask"][0] > 0], atol=5e-6)
+  weights = umt5.to_ours(tensors, cfg)
+  row = np.concatenate([golden[f"ids{i}"] for i in (2, 0, 1)])[None].astype(np.int32)
+  prompt = np.repeat([3, 1, 2], [len(golden[f"ids{i}"]) for i in (2, 0, 1)])[None].astype(np.int32)
+  ours = np.asarray(jax.jit(lambda w: text.TextEncoder(cfg).apply({"params": w}, row, prompt))(weights))
+  for i in range(3):
+    np.testing.assert_allclose(ours[prompt == i + 1], golden[f"h{i}"], atol=1e-5 * np.abs(golden[f"h{i}"]).max())
 
   back = dict(umt5.to_theirs(weights, cfg))
   assert set(tensors) <= {*back, *umt5.EMBEDDINGS}

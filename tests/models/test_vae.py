@@ -152,15 +152,17 @@ def test_patches_of_pixels_go_there_and_back():
 
 @pytest.mark.parametrize("name", ["vae", "vae_residual"])
 def test_golden(name):
-  """Weights, videos and latents of diffusers 0.42.1 `AutoencoderKLWan` (golden/README.md) come out the same; and back, bit for bit."""
+  """Weights, videos and latents of diffusers 0.42.1 `AutoencoderKLWan` (golden/make.py) come out the same; and back, bit for bit."""
   folder = GOLDEN / name
   tensors, theirs = files.Tensors(folder), files.read_config(folder)
-  golden = {key: np.moveaxis(value, 1, -1) for key, value in np.load(folder / "golden.npz").items()}
+  golden = {key: np.moveaxis(value, 0, -1)[None] for key, value in np.load(folder / "golden.npz").items()}
   cfg = wan_vae.config_to_ours(theirs)
   params = wan_vae.to_ours(tensors, cfg)
-  mean, _ = vae.encode(params, golden["vae_in"], cfg)
-  np.testing.assert_allclose(mean, golden["vae_z"], atol=1e-5 * np.abs(golden["vae_z"]).max())
-  np.testing.assert_allclose(vae.decode(params, golden["vae_z"], cfg), golden["vae_rec"], atol=1e-5)
+  for i in range(2):
+    latents = golden[f"latents{i}"]
+    mean, _ = vae.encode(params, golden[f"video{i}"], cfg)
+    np.testing.assert_allclose(mean, latents, atol=1e-5 * np.abs(latents).max())
+    np.testing.assert_allclose(vae.decode(params, latents, cfg), golden[f"again{i}"], atol=1e-5)
   back = dict(wan_vae.to_theirs(params, cfg))
   assert back.keys() == set(tensors) and all(np.array_equal(back[key], tensors[key]) for key in back)
   assert {key: value for key, value in wan_vae.config_to_theirs(cfg).items() if theirs.get(key) != value} == {}

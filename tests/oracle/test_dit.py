@@ -1,16 +1,18 @@
 """models.dit against diffusers' WanTransformer3DModel, live: same weights, same inputs, same answer; and the other way round."""
 
 import json
+import math
 
-import jax
+import hypothesis
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from sora_jax import patches
 from sora_jax.models import dit
 from sora_jax.weights import files, wan_dit
+from tests.golden.calls import dit_velocities
 
 TINY = {
   "patch_size": (1, 2, 2),
@@ -24,15 +26,44 @@ TINY = {
   "num_layers": 2,
   "rope_max_seq_len": 64,
 }
+SIZES = st.fixed_dictionaries(
+  {
+    "patch_size": st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
+    "num_attention_heads": st.integers(1, 4),
+    "attention_head_dim": st.integers(3, 17).map(lambda half: 2 * half),  # most are no multiple of 6: odd shares of t, y and x
+    "in_channels": st.sampled_from((4, 5, 7, 11)),  # the first four are the latents, the others conditions
+    "out_channels": st.just(4),
+    "text_dim": st.integers(3, 20),
+    "freq_dim": st.integers(2, 24).map(lambda half: 2 * half),
+    "ffn_dim": st.integers(5, 70),
+    "num_layers": st.integers(1, 3),
+    "cross_attn_norm": st.booleans(),
+  }
+)
+CLIPS = st.lists(
+  st.fixed_dictionaries(
+    {
+      "grid": st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)),
+      "time": st.floats(0, 1000, width=32),
+      "given": st.booleans(),  # its first frame at time 0, as TI2V-5B is called
+      "text": st.integers(1, 12),
+    }
+  ),
+  min_size=2,
+  max_size=3,
+)
 
 
-def peer(folder, **changes):
-  """A random Wan model with every weight moved from its initial value, its folder as saved, and ours from that folder."""
+def peer(changes, folder=None):
+  """A random Wan model with every weight moved from its initial value, and ours with the same; by way of a folder where one is given."""
   torch.manual_seed(0)
   model = WanTransformer3DModel(**(TINY | changes)).eval()
   with torch.no_grad():
     for weight in model.parameters():
       weight.add_(0.1 * torch.randn_like(weight))
+  if folder is None:
+    cfg = wan_dit.config_to_ours(dict(model.config))
+    return model, cfg, wan_dit.to_ours({name: value.numpy() for name, value in model.state_dict().items()}, cfg)
   model.save_pretrained(folder, max_shard_size="20KB")
   cfg = wan_dit.config_to_ours(files.read_config(folder))
   return model, cfg, wan_dit.to_ours(files.Tensors(folder), cfg)
@@ -46,71 +77,35 @@ def theirs(model, latents_THWC, timestep, text_SE):
   return y.numpy()[0].transpose(1, 2, 3, 0)
 
 
-def ours(cfg, params, clips):
-  """The same by ours, all clips in one row: list of (latents_THWC, timestep, text_SE) -> list of velocities."""
-  row = {"tokens": [], "coords": [], "segment": [], "sigma": [], "text": [], "prompt": [], "cond": []}
-  for i, (latents, timestep, text) in enumerate(clips, start=1):
-    tokens = patches.patchify(latents[..., : cfg.channels], cfg.patch)
-    row["tokens"].append(tokens)
-    row["cond"].append(patches.patchify(latents[..., cfg.channels :], cfg.patch))
-    row["coords"].append(patches.coords(patches.grid(latents.shape[:3], cfg.patch)))
-    row["segment"].append(np.full(len(tokens), i))
-    row["sigma"].append(np.broadcast_to(np.float32(timestep) / 1000, len(tokens)))
-    row["text"].append(text)
-    row["prompt"].append(np.full(len(text), i))
-  row = {name: np.concatenate(parts)[None] for name, parts in row.items()}
-  sigma_U, index_L = np.unique(row["sigma"][0], return_inverse=True)
-  velocity = jax.jit(dit.DiT(cfg).apply)(
-    {"params": params},
-    row["tokens"],
-    row["coords"],
-    row["segment"],
-    sigma_U[None],
-    index_L[None],
-    row["text"],
-    row["segment"],
-    row["prompt"],
-    row["cond"] if cfg.cond_channels else None,
-  )[0]
-  ends = np.cumsum([patches.token_count(c[0].shape[:3], cfg.patch) for c in clips])[:-1]
-  return [patches.unpatchify(part, c[0].shape[:3], cfg.patch) for part, c in zip(np.split(np.asarray(velocity), ends), clips, strict=True)]
-
-
-def clip(seed, thw, channels, timestep, text_tokens, text_width=10):
-  rng = np.random.default_rng(seed)
+@hypothesis.settings(max_examples=14, deadline=None, derandomize=True, database=None)
+@hypothesis.given(size=SIZES, clips=CLIPS)
+def test_clips_in_one_row_are_calls_of_diffusers(size, clips, close):
+  """Any shape of model, clips of any size packed in one row, prompts of their own length, a time for each clip or for each token."""
+  model, cfg, params = peer(size)
+  rng = np.random.default_rng(0)
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
-  return draw(*thw, channels), timestep, draw(text_tokens, text_width)
+  called = []
+  for one in clips:
+    thw = tuple(n * p for n, p in zip(one["grid"], size["patch_size"], strict=True))
+    time = np.float32(one["time"])
+    if one["given"]:
+      time = np.where(np.arange(math.prod(one["grid"])) < math.prod(one["grid"][1:]), 0, time).astype(np.float32)
+    called.append((draw(*thw, size["in_channels"]), time, draw(one["text"], size["text_dim"])))
+  for mine, one in zip(dit_velocities(cfg, params, called), called, strict=True):
+    close("DiT", mine, theirs(model, *one))
 
 
-@pytest.mark.parametrize(
-  "changes",
-  [{}, {"patch_size": (2, 1, 3), "attention_head_dim": 26}, {"cross_attn_norm": False}, {"in_channels": 15}],
-  ids=["plain", "odd-patch-and-head", "no-cross-norm", "image-channels"],
-)
-def test_two_clips_in_one_row_are_two_calls_of_diffusers(changes, tmp_path):
-  """Odd sizes, batch timesteps, prompts of their own length; also with condition channels (I2V-A14B)."""
-  model, cfg, params = peer(tmp_path, **changes)
-  channels = cfg.channels + cfg.cond_channels
-  clips = [clip(1, (2, 6, 12), channels, 731.0, 5), clip(2, (4, 10, 6), channels, 40.0, 9)]
-  for mine, one in zip(ours(cfg, params, clips), clips, strict=True):
-    expected = theirs(model, *one)
-    assert np.abs(expected).max() > 0.3
-    np.testing.assert_allclose(mine, expected, atol=2e-5)
-
-
-def test_a_timestep_for_each_token(tmp_path):
-  """As TI2V-5B is called: given tokens at 0, the others at t."""
-  model, cfg, params = peer(tmp_path)
-  latents, _, text = clip(3, (3, 6, 8), 6, None, 7)
-  timesteps = np.where(np.arange(36) < 12, 0, 625).astype(np.float32)
-  expected = theirs(model, latents, timesteps, text)
-  np.testing.assert_allclose(ours(cfg, params, [(latents, timesteps, text)])[0], expected, atol=2e-5)
-  assert np.abs(expected - theirs(model, latents, np.float32(625), text)).max() > 1e-2
+def test_a_time_for_each_token_matters():
+  """Given tokens at 0, the others at t: not the same as all at t, so the test above would see one read for the other."""
+  model, cfg, _ = peer({})
+  latents, text = np.random.default_rng(3).normal(size=(3, 6, 8, 6)).astype(np.float32), np.ones((7, 10), np.float32)
+  times = np.where(np.arange(36) < 12, 0, 625).astype(np.float32)
+  assert np.abs(theirs(model, latents, times, text) - theirs(model, latents, np.float32(625), text)).max() > 1e-2
 
 
 def test_our_weights_load_in_diffusers(tmp_path):
-  """Exported weights, loaded by name: the same tensors, and a config that diffusers builds from."""
-  model, cfg, params = peer(tmp_path, in_channels=15)
+  """Read from the shards of a folder, written and loaded by name: the same tensors, and a config that diffusers builds from."""
+  model, cfg, params = peer({"in_channels": 15}, tmp_path)
   twin = WanTransformer3DModel.from_config(json.loads(json.dumps(wan_dit.config_to_theirs(cfg))))
   state = {name: torch.from_numpy(value) for name, value in wan_dit.to_theirs(params, cfg)}
   twin.load_state_dict(state, strict=True)

@@ -1,0 +1,38 @@
+"""What the real DiT does in several calls, ours does in one row; for the golden files and the live comparison."""
+
+import jax
+import numpy as np
+
+from sora_jax import patches
+from sora_jax.models import dit
+
+
+def dit_velocities(cfg, params, clips):
+  """All clips packed in one row: list of (latents_THWC with conditions joined, time 0..1000 of the clip or of each token, text_SE) ->
+  list of velocities [T, H, W, C]."""
+  row = {"tokens": [], "coords": [], "segment": [], "sigma": [], "text": [], "prompt": [], "cond": []}
+  for i, (latents, timestep, text) in enumerate(clips, start=1):
+    tokens = patches.patchify(latents[..., : cfg.channels], cfg.patch)
+    row["tokens"].append(tokens)
+    row["cond"].append(patches.patchify(latents[..., cfg.channels :], cfg.patch))
+    row["coords"].append(patches.coords(patches.grid(latents.shape[:3], cfg.patch)))
+    row["segment"].append(np.full(len(tokens), i))
+    row["sigma"].append(np.broadcast_to(np.float32(timestep) / 1000, len(tokens)))
+    row["text"].append(text)
+    row["prompt"].append(np.full(len(text), i))
+  row = {name: np.concatenate(parts)[None] for name, parts in row.items()}
+  sigma_U, index_L = np.unique(row["sigma"][0], return_inverse=True)
+  velocity = jax.jit(dit.DiT(cfg).apply)(
+    {"params": params},
+    row["tokens"],
+    row["coords"],
+    row["segment"],
+    sigma_U[None],
+    index_L[None],
+    row["text"],
+    row["segment"],
+    row["prompt"],
+    row["cond"] if cfg.cond_channels else None,
+  )[0]
+  ends = np.cumsum([patches.token_count(c[0].shape[:3], cfg.patch) for c in clips])[:-1]
+  return [patches.unpatchify(part, c[0].shape[:3], cfg.patch) for part, c in zip(np.split(np.asarray(velocity), ends), clips, strict=True)]
