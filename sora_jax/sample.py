@@ -81,13 +81,15 @@ def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, 
   keys_BG = keys_BG[:len(rows)]
   x, noise_BLP, text_BSE = _start(model, params, batch, keys_BG, sigmas[..., 0], guided=guided)
   carry = SAMPLERS[sampler][0](x, None)
-  steps = sigmas.shape[-1] - 1
+  steps, text_kv, of_expert = sigmas.shape[-1] - 1, None, None
   for i in range(steps):
     if stop():
       return None
     weights, low = model.expert(params, times[..., i].max())
+    if low is not of_expert:
+      text_kv, of_expert = _text_kv(model, weights, text_BSE), low
     scales = {"scale": settings["scale_low" if low else "scale"], **{name: settings[name] for name in ("low", "high", "rescale")}}
-    x, carry = _step(model, weights, batch, text_BSE, noise_BLP, x, carry, sigmas[..., i], sigmas[..., i + 1], times[..., i], scales,
+    x, carry = _step(model, weights, batch, text_BSE, text_kv, noise_BLP, x, carry, sigmas[..., i], sigmas[..., i + 1], times[..., i], scales,
                      sampler=sampler, guided=guided)
     x.block_until_ready()
     on_step(i + 1, steps)
@@ -132,13 +134,18 @@ def _start(model, params, batch, keys_BG, sigma_BG, *, guided):
   return flow.interpolate(rows.tokens_BLP, noise_BLP, sigma_BL1), noise_BLP, text_BSE
 
 
+@functools.partial(jax.jit, static_argnames=("model",))
+def _text_kv(model, params, text_BSE):
+  return model.text_kv(params, text_BSE)
+
+
 def _clean(model, rows):
   """[B, L] bool: given tokens that the model takes at sigma 0. One that knows no such tokens gets them noised like their clip, at each step."""
   return rows.given_BL & (model.dit.conditioning == "token_sigma")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "guided"), donate_argnames=("carry",))
-def _step(model, params, batch, text_BSE, noise_BLP, x_BLP, carry, sigma_BG, sigma_next_BG, time_BG, settings, *, sampler, guided):
+def _step(model, params, batch, text_BSE, text_kv, noise_BLP, x_BLP, carry, sigma_BG, sigma_next_BG, time_BG, settings, *, sampler, guided):
   """One step of the sampler for all rows."""
   rows = _half(batch) if guided else batch
   clean_BL = _clean(model, rows)
@@ -157,7 +164,7 @@ def _step(model, params, batch, text_BSE, noise_BLP, x_BLP, carry, sigma_BG, sig
     told_BG = jnp.where(sigma_now_BG == sigma_BG, time_BG, sigma_now_BG)
     sigma_BU, index_BL = flow.token_sigma(told_BG, rows.segment_BL, clean_BL)
     twice = (lambda a: jnp.concatenate([a, a])) if guided else (lambda a: a)
-    v = model.velocity(params, twice(x_BLP), batch, twice(sigma_BU), twice(index_BL), text_BSE)
+    v = model.velocity(params, twice(x_BLP), batch, twice(sigma_BU), twice(index_BL), text_BSE, text_kv)
     if guided:
       v_prompt, v_null = jnp.split(v, 2)
       acts_BG = (sigma_now_BG >= settings["low"]) & (sigma_now_BG <= settings["high"])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sora_jax.layout import Layout
 from sora_jax.models import lora
-from sora_jax.models.dit import DiT, DiTConfig
+from sora_jax.models.dit import DiT, DiTConfig, text_kv
 from sora_jax.models.lora import LoRAConfig
 from sora_jax.models.text import TextConfig, TextEncoder
 
@@ -53,9 +53,13 @@ class Model:
       return batch.text_BSE
     return TextEncoder(self.text, self.layout).apply({"params": params["text"]}, batch.text_BS, batch.prompt_BS)
 
-  def velocity(self, params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE):
+  def text_kv(self, params, text_BSE):
+    """What `velocity` takes in the place of text_BSE: keys and values of the text, which no noise level changes. None with adapters."""
+    return None if "lora" in params else text_kv(self.dit, params["dit"], text_BSE)
+
+  def velocity(self, params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE, text_kv=None):
     """The predicted velocity of every token, [B, L, P] float32."""
     adapters = {"lora": params["lora"]["dit"]} if "lora" in params else {}
     return DiT(self.dit, self.layout).apply(
         {"params": params["dit"], **adapters}, x_BLP, batch.coords_BL3, batch.segment_BL, sigma_BU, sigma_index_BL, text_BSE,
-        batch.prompt_BL, batch.prompt_BS, batch.cond_BLQ)
+        batch.prompt_BL, batch.prompt_BS, batch.cond_BLQ, text_kv=text_kv)
