@@ -18,7 +18,7 @@ import numpy as np
 
 from data.plan import Plan, mix64
 from data.records import DamagedRecord, RecordIndex, read
-from sora_jax.batch import Clip, pack
+from sora_jax.batch import Clip, image_channels, pack
 from sora_jax.errors import BadInput
 from sora_jax.patches import coords, grid, patchify, whole
 
@@ -26,7 +26,7 @@ CAPTION, GIVEN = 3, 4          # salts: what a hash is for
 
 
 def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, caption_dropout=0.1, image_to_video=0.0,
-            base_fps=None, max_damaged=10, on_damage=print, epochs=None, threads=2, prefetch=4):
+            base_fps=None, cond_channels=0, max_damaged=10, on_damage=print, epochs=None, threads=2, prefetch=4):
   """Iterator over (PackedBatch of numpy with this host's rows, Cursor after the step), from `cursor` on.
 
   index: RecordIndex. plan: Plan over index.rows; its rows_per_step, R, is that of all hosts together: host h of H has
@@ -35,6 +35,7 @@ def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, 
   caption_dropout: share of the clips whose text is the null text.
   image_to_video: share of the clips of more than one latent frame whose first one is given.
   base_fps: coordinate t counts latent frames of a video of this rate (`time_scale`); None: the clip's own.
+  cond_channels: how many channels are joined to the latents, by a model that takes its image so (Wan I2V); 0: none.
   max_damaged: so many records may be damaged, on a host; on_damage(line) is told each once, from a reading thread.
   epochs: stop after so many, the last step filled up with empty rows; None: never.
   threads, prefetch: how many read, and how many steps ahead.
@@ -45,7 +46,7 @@ def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, 
     raise BadInput(f"rows a step: {plan.rows_per_step}; a multiple of the {hosts} hosts; change either")
   share = plan.rows_per_step // hosts
   load = _Loader(index, plan, seed, slice(host * share, (host + 1) * share), embedded, caption_dropout, image_to_video,
-                 base_fps, max_damaged, on_damage)
+                 base_fps, cond_channels, max_damaged, on_damage)
   dataset = grain.MapDataset.source(_Steps(plan.steps(cursor, epochs=epochs))).map(load)
   steps = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
   return itertools.takewhile(bool, steps)
@@ -88,6 +89,7 @@ class _Loader:
   caption_dropout: float
   image_to_video: float
   base_fps: float | None
+  cond_channels: int
   max_damaged: int
   on_damage: collections.abc.Callable
 
@@ -99,6 +101,8 @@ class _Loader:
     self.null = self.padded(np.asarray(embedding_SE, np.float32) if self.embedded else ids)
     if len(self.null) > max(self.plan.null_text_tokens, self.plan.text_pad or 0):
       raise ValueError(f"the null text has {len(self.null)} tokens, the plan allows for {self.plan.null_text_tokens}")
+    if self.cond_channels and not self.index.header.get("conditions"):
+      raise BadInput(f"{self.index.directory}: its records do not hold what this model is given of an image; encode again with --workdir of it")
     self.damaged, self.lock = set(), threading.Lock()
 
   def __call__(self, step):
@@ -135,7 +139,10 @@ class _Loader:
     text = self.null
     if not drop:
       text = self.padded(record.text_SE.astype(np.float32) if self.embedded else record.text_ids_S)
-    return Clip(tokens_LP=patchify(latents_THWC, self.plan.patch), coords_L3=tyx_N3, texts=[text], given_L=given_N,
+    cond_LQ = None
+    if self.cond_channels:
+      cond_LQ = patchify(image_channels(whole(record.cond_THWC, self.plan.patch).astype(np.float32), self.cond_channels), self.plan.patch)
+    return Clip(tokens_LP=patchify(latents_THWC, self.plan.patch), coords_L3=tyx_N3, texts=[text], given_L=given_N, cond_LQ=cond_LQ,
                 uid=int(entry["uid"]), size=size, fps=fps, epoch=epoch, source=int(entry["source"]))
 
   def padded(self, text):
@@ -145,9 +152,10 @@ class _Loader:
 
   def nothing(self):
     """A clip of no tokens, which tells `pack` its widths where this host has no clip in a step."""
-    width = int(np.prod(self.plan.patch)) * self.index.header["latent_channels"]
-    return Clip(tokens_LP=np.zeros((0, width), np.float32), coords_L3=np.zeros((0, 3), np.float32),
-                texts=[self.null[:0]], uid=0, size=(0, 0, 0), fps=0.0)
+    values = int(np.prod(self.plan.patch))
+    empty = lambda width: np.zeros((0, width), np.float32)  # noqa: E731
+    return Clip(tokens_LP=empty(values * self.index.header["latent_channels"]), coords_L3=empty(3), texts=[self.null[:0]], uid=0, size=(0, 0, 0),
+                fps=0.0, cond_LQ=empty(values * self.cond_channels) if self.cond_channels else None)
 
   def count(self, position, line):
     """Tells of a damaged record, once. Raises BadInput for one too many."""

@@ -9,7 +9,8 @@ A directory of records holds
   null_text.safetensors      the encoder's output for the empty string, where texts are embedded
 
 A blob is safetensors: `latents` bfloat16 [T, H, W, C], `text_ids` int32 [S], `text_embedding` bfloat16 [S, E] if
-texts are embedded; metadata strings caption, file, start, fps, source, format_version. Latents are posterior means,
+texts are embedded, `condition` bfloat16 [T, H, W, C] where a model takes it;
+metadata strings caption, file, start, fps, source, format_version. Latents are posterior means,
 normalised.
 
 The writer works in shards: what a finished shard holds is safe from then on; a killed run loses the open one, no more.
@@ -67,6 +68,7 @@ class Record:
   fps: float
   source: str
   text_SE: np.ndarray | None = None
+  cond_THWC: np.ndarray | None = None      # latents of the first frame and grey ones after it, for models that are given these (Wan I2V)
 
   @property
   def uid(self):
@@ -78,6 +80,8 @@ def to_blob(record):
   arrays = {"latents": np.asarray(record.latents_THWC, ml_dtypes.bfloat16)}
   if record.text_SE is not None:
     arrays["text_embedding"] = np.asarray(record.text_SE, ml_dtypes.bfloat16)
+  if record.cond_THWC is not None:
+    arrays["condition"] = np.asarray(record.cond_THWC, ml_dtypes.bfloat16)
   arrays["text_ids"] = np.asarray(record.text_ids_S, np.int32)
   header, end = {"__metadata__": {
       "format_version": str(FORMAT_VERSION), "caption": record.caption, "file": record.file,
@@ -104,7 +108,7 @@ def from_blob(blob):
       begin, end = (8 + size + offset for offset in entry["data_offsets"])
       arrays[name] = np.frombuffer(blob[begin:end], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return Record(arrays["latents"], arrays["text_ids"], meta["caption"], meta["file"], float(meta["start"]),
-                  float(meta["fps"]), meta["source"], arrays.get("text_embedding"))
+                  float(meta["fps"]), meta["source"], arrays.get("text_embedding"), arrays.get("condition"))
   except (KeyError, struct.error, UnicodeDecodeError, json.JSONDecodeError) as e:
     raise ValueError(f"not a record: {e!r}") from e
 

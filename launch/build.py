@@ -99,11 +99,7 @@ def trained_part(config, model):
 
 def targets(model, dtype=None):
   """What the weights of a Model are restored into: ShapeDtypeStructs, where they live; `dtype` instead of float32."""
-  boxed = jax.eval_shape(model.init, jax.random.key(0))
-  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), layout.unbox(boxed))
-  if model.layout is None:
-    return shapes
-  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, layout.shardings(boxed, model.layout))
+  return layout.targets(jax.eval_shape(model.init, jax.random.key(0)), model.layout, dtype)
 
 
 def load_weights(workdir, config, model, which="ema", dtype=None):

@@ -52,7 +52,7 @@ def main():
       return cli.OK
     cli.say(f"encoding {len(todo)} of {len(items)} files of {SOURCE.value}, with the VAE in {parts}, into {out}")
     prepare_parts(parts, out, [item.caption for item in items])
-    encoder = encoding.Encoder(out)
+    encoder = encoding.Encoder(out, conditions=takes_channels(parts))
     done = encoding.encode(source, todo, encoder, writer, stop=cli.stop_requested)
     report = encoding.write_report(out / "report.json", source, SOURCE.value, items, writer)
     if not done:
@@ -104,9 +104,17 @@ def settings(source, parts):
     raise BadInput(f"{parts}: has no vae/config.json; train one (python -m launch.train_vae --workdir={parts}), or leave "
                    "out --workdir for the one that ships")
   own = (parts / "text" / "tokenizer.model").exists()
-  return {"source": source.name, "max_seconds": MAX_SECONDS.value, "fps": FPS.value, "split": SPLIT.value,
+  more = {"conditions": True} if takes_channels(parts) else {}
+  return {**more, "source": source.name, "max_seconds": MAX_SECONDS.value, "fps": FPS.value, "split": SPLIT.value,
           "seed": SEED.value, "vae": build.fingerprint(parts / "vae"),
           "text": build.fingerprint(parts / "text") if own else f"trained here, {VOCAB.value} entries"}
+
+
+def takes_channels(parts):
+  """Does the model there take an image as channels (Wan I2V)? Its records hold them."""
+  path = parts / "config.json"
+  model = checkpoint.read_json(path).get("model") if path.exists() else None
+  return isinstance(model, dict) and model.get("dit", {}).get("conditioning") == "channels"
 
 
 def prepare_parts(parts, out, captions):

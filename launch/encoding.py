@@ -6,6 +6,7 @@ is in a batch changes nothing.
 """
 
 import dataclasses
+import itertools
 import zlib
 
 import jax
@@ -45,12 +46,13 @@ class Encoder:
   stride (t, y, x), channels: of the latents.
   """
 
-  def __init__(self, directory):
+  def __init__(self, directory, conditions=False):
+    self.conditions = conditions            # do records hold what a model is given that takes its image as channels?
     self._cfg, self._params = build.load_vae(directory / "vae")
     self.stride, self.channels = self._cfg.stride, self._cfg.z_dim
     self._tokenizer = text.Tokenizer(directory / "text" / "tokenizer.model")
     frozen = (directory / "text" / checkpoint.WEIGHTS).exists()
-    self._embed = load_embedder(directory / "text") if frozen else None
+    self._embed = Embedder(directory / "text") if frozen else None
 
   def latents(self, videos):
     """uint8 [T, H, W, 3] of one shape, at most `batch_of` it -> normalised latents, float32 [t, h, w, C] each."""
@@ -62,6 +64,11 @@ class Encoder:
     means = [np.asarray(mean) for mean in vae.encode_stream(self._params, chunks, self._cfg)]
     return list(vae.normalise(np.concatenate(means, 1), self._cfg)[:len(videos)])
 
+  def condition(self, video_THWC):
+    """uint8 [T, H, W, 3] -> normalised latents of its first frame and grey ones after it, float32 [t, h, w, C]."""
+    pixels = video_THWC[:1].astype(np.float32) / 127.5 - 1
+    return vae.normalise(encode_image_video(self._params, pixels, 1 + (len(video_THWC) - 1) // self.stride[0], self._cfg), self._cfg)
+
   def texts(self, captions):
     """-> [(ids int32 [S], at most MAX_TEXT of them, embedding [S, E] or None)]."""
     ids = [np.asarray(self._tokenizer.encode(caption, MAX_TEXT), np.int32) for caption in captions]
@@ -72,19 +79,28 @@ class Encoder:
     return len(caption) > MAX_TEXT and len(self._tokenizer.encode(caption)) > MAX_TEXT
 
 
-def load_embedder(directory, where=None):
-  """W/text of a frozen encoder -> function of lists of ids, giving float32 [S, E] each, of true length. Weights live on the Layout `where`."""
-  fields, params = checkpoint.load_part(directory, None)
-  cfg = build.text_config(directory, fields)
-  row = jax.numpy.zeros((1, 1), jax.numpy.int32)
-  boxed = jax.eval_shape(text.TextEncoder(cfg).init, jax.random.key(0), row, row)["params"]
-  target = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, cfg.dtype), layout.unbox(boxed))
-  if where is not None:
-    target = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), target, layout.shardings(boxed, where))
-  params = checkpoint.place(params, target)
-  run = jax.jit(lambda params, *row: text.TextEncoder(cfg, where).apply({"params": params}, *row))
+class Embedder:
+  """The frozen encoder in W/text: lists of ids -> float32 [S, E] each, of true length. Its weights are loaded when they are first needed,
+  live on the Layout `where`, and can be let go: they may be larger than the DiT's."""
 
-  def embed(texts):
+  def __init__(self, directory, where=None):
+    self._directory, self._where, self._params = directory, where, None
+    self._cfg = cfg = build.text_config(directory)
+    self._run = jax.jit(lambda params, *row: text.TextEncoder(cfg, where).apply({"params": params}, *row))
+
+  def _load(self):
+    row = jax.numpy.zeros((1, 1), jax.numpy.int32)
+    boxed = jax.eval_shape(text.TextEncoder(self._cfg).init, jax.random.key(0), row, row)["params"]
+    _, weights = checkpoint.load_part(self._directory, None)
+    self._params = checkpoint.place(weights, layout.targets(boxed, self._where, self._cfg.dtype))
+
+  def free(self):
+    """Lets the weights go."""
+    self._params = None
+
+  def __call__(self, texts):
+    if self._params is None:
+      self._load()
     found = [None] * len(texts)
     rows = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for batch in (rows[i:i + TEXT_BATCH] for i in range(0, len(rows), TEXT_BATCH)):
@@ -92,12 +108,10 @@ def load_embedder(directory, where=None):
       prompt_BS = np.zeros_like(ids_BS)
       for row, i in enumerate(batch):
         ids_BS[row, :len(texts[i])], prompt_BS[row, :len(texts[i])] = texts[i], 1
-      text_BSE = np.asarray(run(params, ids_BS, prompt_BS))
+      text_BSE = np.asarray(self._run(self._params, ids_BS, prompt_BS))
       for row, i in enumerate(batch):
         found[i] = text_BSE[row, :len(texts[i])]
     return found
-
-  return embed
 
 
 def encode_clips(cfg, params, videos, note=lambda done: None):
@@ -127,6 +141,13 @@ def decode_clips(cfg, params, latents, note=lambda done: None):
     found.append(np.clip((frames + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8))
     note(1)
   return found
+
+
+def encode_image_video(params, image_1HWC, latent_frames, cfg):
+  """An image in [-1, 1] -> raw latents [t, h, w, C] of a video of it and grey frames after it; streamed in time."""
+  grey = np.zeros((1, cfg.stride[0], *image_1HWC.shape[1:]), np.float32)
+  chunks = itertools.chain([image_1HWC[None]], itertools.repeat(grey, latent_frames - 1))
+  return np.concatenate([np.asarray(mean) for mean in vae.encode_stream(params, chunks, cfg)], 1)[0]
 
 
 def batch_of(shape):
@@ -166,6 +187,8 @@ class Unit:
       if not np.isfinite(latents).all():
         raise BadInput(f"{self._records[i].file}: its latents are not finite; the VAE is broken: train it again")
       self._records[i] = dataclasses.replace(self._records[i], latents_THWC=latents)
+    for i, video_THWC in batch if self._encoder.conditions else ():
+      self._records[i] = dataclasses.replace(self._records[i], cond_THWC=self._encoder.condition(video_THWC))
 
   def save(self):
     """Encodes what waits, and finishes a shard."""
@@ -252,4 +275,5 @@ def finish(writer, encoder, out):
   return writer.finish({
       "latent_channels": encoder.channels, "vae_stride": list(encoder.stride),
       "vae_fingerprint": build.fingerprint(out / "vae"), "text_fingerprint": build.fingerprint(out / "text"),
+      "conditions": encoder.conditions,
   }, null_ids, null_embedding)

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from launch import build, cli, encoding
-from sora_jax import checkpoint, patches, sample, tasks, video
+from sora_jax import batch as batches, checkpoint, patches, sample, tasks, video
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.errors import BadInput
 from sora_jax.models import t2v, text, vae
@@ -30,6 +30,7 @@ class Bundle:
   vae_cfg: vae.VAEConfig
   vae_params: dict
   tokenize: object                 # str -> ids, or embeddings where the text encoder is frozen
+  embedder: object                 # that encoder, an encoding.Embedder, or None
   defaults: dict
   schedule: str                    # a key of flow.SCHEDULES
   row_tokens: int
@@ -47,10 +48,10 @@ class Bundle:
     directory, pad = epath.Path(workdir) / "text", model.dit.text_pad
     tokenizer = text.Tokenizer(directory / "tokenizer.model")
     ids = lambda prompt: np.asarray(tokenizer.encode(prompt, pad or None), np.int32)  # noqa: E731
-    embed = encoding.load_embedder(directory, model.layout) if model.text is None else None
-    tokenize = (lambda prompt: text.padded(embed([ids(prompt)])[0], pad)) if embed else ids
+    embed = encoding.Embedder(directory, model.layout) if model.text is None else None
+    tokenize = functools.cache(lambda prompt: text.padded(embed([ids(prompt)])[0], pad)) if embed else ids
     schedule = settings["sample"].get("schedule", "uniform")
-    return cls(model, params, cfg, vae_params, tokenize, defaults, schedule, settings["sample"]["row_tokens"], settings["sample"]["rows"],
+    return cls(model, params, cfg, vae_params, tokenize, embed, defaults, schedule, settings["sample"]["row_tokens"], settings["sample"]["rows"],
                settings["data"]["base_fps"] or None, step, identity)
 
   @classmethod
@@ -76,18 +77,13 @@ class Bundle:
     return self.with_channels(request, canvas) if self.model.dit.conditioning == "channels" else canvas
 
   def with_channels(self, request, canvas):
-    """The canvas of a model that takes its image as channels (`WanImageToVideoPipeline.prepare_latents`, diffusers 0.42.1): for each pixel
-    frame of a latent frame whether it is given, then the latents of a video of the image and grey frames after it. No token is given."""
+    """The canvas of a model that takes its image as channels; no token is given."""
     if not request.image:
       raise BadInput("this model begins with an image: ask for the task image_to_video, and give an image")
     frames, height, width, _ = canvas.latents_THWC.shape
-    pixels = self.read_image(request.image, request.size, (height * self.vae_cfg.stride[1], width * self.vae_cfg.stride[2]))[None, None]
-    grey = np.zeros((1, self.vae_cfg.stride[0], *pixels.shape[2:]), np.float32)
-    chunks = itertools.chain([pixels], itertools.repeat(grey, frames - 1))
-    latents = np.concatenate([np.asarray(mean) for mean in vae.encode_stream(self.vae_params, chunks, self.vae_cfg)], 1)[0]
-    mask = np.zeros((frames, height, width, self.model.dit.cond_channels - self.vae_cfg.z_dim), np.float32)
-    mask[0] = 1.0
-    cond_THWC = np.concatenate([mask, vae.normalise(latents, self.vae_cfg)], -1)
+    pixels = self.read_image(request.image, request.size, (height * self.vae_cfg.stride[1], width * self.vae_cfg.stride[2]))[None]
+    latents = vae.normalise(encoding.encode_image_video(self.vae_params, pixels, frames, self.vae_cfg), self.vae_cfg)
+    cond_THWC = batches.image_channels(latents, self.model.dit.cond_channels)
     return dataclasses.replace(canvas, given_THW=np.zeros_like(canvas.given_THW), cond_THWC=cond_THWC)
 
   def encode_image(self, path, size, padded):
@@ -185,6 +181,8 @@ def run_job(bundle, requests, out, *, quiet=False, stop=cli.stop_requested):
       counts["failed"] += 1
       note_failure(out, name, str(error), fields)
       cli.say(f"request {name}: {error}")
+  if bundle.embedder:
+    bundle.embedder.free()
   groups = {}
   for entry in todo:
     request, canvas, _ = entry

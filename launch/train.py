@@ -68,7 +68,7 @@ def main():
 
   stream = pipeline.batches(index, rows_plan, seed=config.seed, cursor=cursor, host=jax.process_index(), hosts=jax.process_count(),
                             embedded=model.text is None, caption_dropout=config.data.caption_dropout,
-                            image_to_video=config.data.image_to_video, base_fps=config.data.base_fps or None,
+                            image_to_video=config.data.image_to_video, base_fps=config.data.base_fps or None, cond_channels=model.dit.cond_channels,
                             max_damaged=config.data.max_damaged, on_damage=cli.say, threads=config.data.threads)
   update = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), donate_argnums=0,
                                      out_shardings=(train.shardings(model, tx), None)),
@@ -153,17 +153,12 @@ def check_index(index, model, directory):
 
 
 def check_init(config, model):
-  """BadInput where config.init is not of the parts that made the records, or images are given to weights that take none, or take them as
-  channels."""
+  """BadInput where config.init is not of the parts that made the records, or tokens are given to weights that know no such."""
   for part in ("vae", "text") if config.init else ():
     there, here = epath.Path(config.init) / part, epath.Path(config.data.path) / part
     if there.exists() and build.fingerprint(there) != build.fingerprint(here):
       raise BadInput(f"{part}/ of {config.init} is not that of the records; encode them with --workdir={config.init}")
-  conditioning = model.dit.conditioning
-  if conditioning == "channels":
-    raise BadInput("these weights begin with an image that is joined as channels (Wan I2V-A14B), which the records do not hold; sampling and "
-                   "export of them work, training does not: begin from Wan 2.2 TI2V-5B, or a text to video model")
-  if conditioning != "token_sigma" and config.data.image_to_video:
+  if model.dit.conditioning != "token_sigma" and config.data.image_to_video:
     raise BadInput(f"config.data.image_to_video is {config.data.image_to_video}; these weights know no tokens that are given: set it to 0")
 
 

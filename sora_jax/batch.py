@@ -113,6 +113,14 @@ def pack(rows, shape):
   return dataclasses.replace(batch, **{"text_BS" if is_ids else "text_BSE": text})
 
 
+def image_channels(latents_THWC, channels):
+  """Latents of an image and grey frames after it -> what a model that takes its image as channels is given, [T, H, W, channels]: before the
+  latents, for each pixel frame of a latent frame whether it is given (`WanImageToVideoPipeline.prepare_latents`, diffusers 0.42.1)."""
+  mask = np.zeros((*latents_THWC.shape[:3], channels - latents_THWC.shape[-1]), np.float32)
+  mask[0] = 1.0
+  return np.concatenate([mask, latents_THWC], -1)
+
+
 def fill(batch):
   """Share of the rows' tokens that are not padding, 0 to 1."""
   return float(np.mean(np.asarray(batch.segment_BL) > 0))

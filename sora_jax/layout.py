@@ -98,3 +98,11 @@ def shardings(boxed, layout):
       return layout.fitted(leaf.value.shape, *leaf.names)
     return layout.fitted(leaf.shape)
   return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+
+
+def targets(boxed, layout=None, dtype=None):
+  """Tree of boxed weights -> ShapeDtypeStructs to restore into: where they live (without a layout: not said), in `dtype` instead of theirs."""
+  shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), unbox(boxed))
+  if layout is None:
+    return shapes
+  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings(boxed, layout))

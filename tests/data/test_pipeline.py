@@ -17,22 +17,23 @@ COUNT, CHANNELS, NULL = 70, 3, np.array([1], np.int32)
 SHAPE = RowShape(length=40, clips=6, text=48)
 
 
-def make_record(i, embedded=False):
+def make_record(i, embedded=False, conditions=False):
   """Latents that tell the record and the place: i + t / 10 + y / 100, which bfloat16 rounds."""
   t, h, w = (1, 2, 3)[i % 3], (2, 3)[i % 2], (2, 3, 4)[i // 3 % 3]
   latents = i + np.arange(t).reshape(-1, 1, 1, 1) / 10 + np.arange(h).reshape(-1, 1, 1) / 100
   latents = np.broadcast_to(latents, (t, h, w, CHANNELS))
   ids = np.full(2 + i % 7, 100 + i, np.int32)
   text = ids[:, None] * np.ones((1, 5)) if embedded else None
-  return Record(latents, ids, f"clip {i}", f"{i:03d}.mp4", 0.0, 8.0 if i % 2 else 24.0, ("ours", "theirs")[i % 2], text)
+  return Record(latents, ids, f"clip {i}", f"{i:03d}.mp4", 0.0, 8.0 if i % 2 else 24.0, ("ours", "theirs")[i % 2], text,
+                -latents if conditions else None)
 
 
-def write(directory, embedded=False):
+def write(directory, embedded=False, conditions=False):
   with RecordWriter(directory) as writer:
     for i in range(COUNT):
-      writer.add(make_record(i, embedded))
+      writer.add(make_record(i, embedded, conditions))
     null_SE = np.ones((1, 5)) if embedded else None
-    return writer.finish({"latent_channels": CHANNELS}, null_text=NULL, null_text_SE=null_SE)
+    return writer.finish({"latent_channels": CHANNELS, "conditions": conditions}, null_text=NULL, null_text_SE=null_SE)
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,17 @@ def test_embeddings_and_their_padding(tmp_path, index):
     assert clip["text"].shape == (12, 5) and (clip["text"][8:] == 0).all() and (clip["text"][0] != 0).all()
   with pytest.raises(BadInput, match="hold no text embeddings"):
     take(1, index, embedded=True)
+
+
+def test_channels_of_an_image(tmp_path, index):
+  """Records of a model that takes its image as channels: four that say which frames are given, then the latents; zeros in padding."""
+  (batch, _), = take(1, write(tmp_path, conditions=True), cond_channels=4 + CHANNELS)
+  real = batch.segment_BL > 0
+  assert batch.cond_BLQ.shape == (*real.shape, 4 + CHANNELS) and not batch.cond_BLQ[~real].any() and not batch.given_BL.any()
+  np.testing.assert_array_equal(batch.cond_BLQ[real][:, 4:], -batch.tokens_BLP[real])
+  np.testing.assert_array_equal(batch.cond_BLQ[real][:, :4], np.repeat(batch.coords_BL3[real][:, :1] == 0, 4, 1))
+  with pytest.raises(BadInput, match="do not hold what this model is given"):
+    take(1, index, cond_channels=4 + CHANNELS)
 
 
 def damage(directory, names):

@@ -325,7 +325,7 @@ def test_texts_of_a_frozen_encoder(tmp_path):
   params = layout.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int), jnp.ones((1, 8), int))["params"])
   checkpoint.save_part(tmp_path, dataclasses.asdict(cfg), params)
   texts = [np.random.default_rng(i).integers(3, 40, 1 + 5 * i).astype(np.int32) for i in range(11)]
-  found = encoding.load_embedder(tmp_path)(texts)
+  found = encoding.Embedder(tmp_path)(texts)
   assert [len(e) for e in found] == [len(i) for i in texts]
   alone = model.apply({"params": params}, texts[4][None], np.ones((1, 21), int))[0]
   np.testing.assert_allclose(found[4], alone, atol=1e-5)
