@@ -34,7 +34,7 @@ STRIDE = (4, 16, 16)
 
 class Averages:
   """In place of the VAE and the tokenizer: a latent is the mean colour of some of its pixels, a token a letter."""
-  stride, channels = STRIDE, 3
+  stride, channels, conditions = STRIDE, 3, False
 
   def __init__(self):
     self.batches = []
