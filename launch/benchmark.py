@@ -57,7 +57,7 @@ DIT = {"heads": 12, "head_size": 128, "mlp": 8960, "text_width": 4096}
 TINY_DIT = {"heads": 2, "head_size": 16, "mlp": 64, "text_width": 24}
 PROMPT = 100        # tokens of a prompt, padded with zeros to 512
 MIXED = [[5, 8, 16], [3, 8, 12], [5, 4, 10], [2, 8, 8], [1, 8, 16], [3, 4, 6], [1, 8, 8], [1, 6, 8]]      # patches; all fit into the first
-VAE = {"base_dim": 96, "frames": 17, "size": [128, 160]}
+VAE = {"base_dim": 96, "frames": 17, "size": [96, 128]}
 TINY_VAE = {"base_dim": 8, "frames": 9, "size": [32, 48]}
 
 ROWS = (

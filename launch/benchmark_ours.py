@@ -56,9 +56,10 @@ def _dit_cfg(shape, **kwargs):
 
 
 def _row(clips, cfg):
-  """All clips in one row: the arguments of DiT after its weights."""
+  """All clips in one row: the arguments of DiT after its weights. One zero at the end of a prompt stands for all (dit.log_count)."""
   parts = {name: [] for name in ("tokens", "coords", "segment", "index", "text", "prompt")}
   for i, (latents, _, text) in enumerate(clips):
+    text = text[:np.flatnonzero(text.any(-1))[-1] + 2]
     tokens = patches.patchify(latents, cfg.patch)
     for name, part in {"tokens": tokens, "coords": patches.coords(patches.grid(latents.shape[:3], cfg.patch)).astype(np.float32),
                        "segment": np.full(len(tokens), i + 1, np.int32), "index": np.full(len(tokens), i, np.int32),
