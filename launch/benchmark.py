@@ -10,8 +10,8 @@ memory rises over its level before the first run, with weights loaded; `all` is 
 Rows (theirs; ours is what launch.sample and launch.train compute):
   machine           a plain matrix product and a 3 x 3 convolution: what each side could reach here
   dit               `WanTransformer3DModel`, forward of one clip with a prompt padded to 512 tokens
-  mixed, padded     16 clips of 8 sizes, one batch, each padded to the longest; ours: packed in one row
-  mixed, one by one the same clips, a call for each
+  mixed padded      16 clips of 8 sizes, one batch, each padded to the longest; ours: packed in one row
+  mixed alone       the same clips, a call for each
   train             loss, gradient, AdamW
   vae encode/decode `AutoencoderKLWan` at the shape of Wan 2.1; ours: streamed
   text              `UMT5EncoderModel`, prompts padded to 512 tokens as `WanPipeline` does; ours: of their true length
@@ -64,8 +64,8 @@ ROWS = (
     Row("machine matmul", "matmul", {"size": [1280, 1536, 8960]}, {"size": [64, 32, 96]}),
     Row("machine convolution", "convolution", {"size": [4, 96, 128, 160]}, {"size": [1, 8, 16, 16]}),
     Row("dit", "dit", DIT | {"depth": 4, "grids": [[5, 16, 16]]}, TINY_DIT | {"depth": 2, "grids": [[2, 4, 3]]}, 1.0),
-    Row("mixed, padded", "dit_padded", DIT | {"depth": 2, "grids": MIXED * 2}, TINY_DIT | {"depth": 2, "grids": [[3, 4, 4], [1, 2, 2]]}, 0.35),
-    Row("mixed, one by one", "dit", DIT | {"depth": 2, "grids": MIXED * 2}, TINY_DIT | {"depth": 2, "grids": [[3, 4, 4], [1, 2, 2]]}, 0.8),
+    Row("mixed padded", "dit_padded", DIT | {"depth": 2, "grids": MIXED * 2}, TINY_DIT | {"depth": 2, "grids": [[3, 4, 4], [1, 2, 2]]}, 0.35),
+    Row("mixed alone", "dit", DIT | {"depth": 2, "grids": MIXED * 2}, TINY_DIT | {"depth": 2, "grids": [[3, 4, 4], [1, 2, 2]]}, 0.8),
     Row("train", "train", DIT | {"depth": 2, "grids": [[5, 16, 16]]}, TINY_DIT | {"depth": 2, "grids": [[2, 4, 3]]}, 0.85, 0.7, "all", 1e-3),
     Row("vae encode", "vae_encode", VAE, TINY_VAE, 1.0, 0.5),
     Row("vae decode", "vae_decode", VAE, TINY_VAE, 1.0, 0.5),

@@ -162,7 +162,10 @@ def _scores(query, key, segment_q, segment_k):
 
 @jax.custom_vjp
 def _flash(query, key, value, segment_q, segment_k):
-  """Scaled query [nq, N, bq, K], key and value [nk, N, bk, K], ids [nq, bq] and [nk, bk] -> [nq, N, bq, K]; all float32. Heads of values may be of another size."""
+  """Scaled query [nq, N, bq, K], key and value [nk, N, bk, K], ids [nq, bq] and [nk, bk] -> [nq, N, bq, K]; all float32.
+
+  Heads of values may be of another size than those of queries and keys.
+  """
   return _flash_forward(query, key, value, segment_q, segment_k)[0]
 
 
