@@ -98,9 +98,10 @@ class _Loader:
     if self.embedded and embedding_SE is None:
       raise BadInput(f"{self.index.directory}: its records hold no text embeddings; the model takes them; encode again "
                      "with a text encoder, or train one with the model")
-    self.null = self.padded(np.asarray(embedding_SE, np.float32) if self.embedded else ids)
-    if len(self.null) > max(self.plan.null_text_tokens, self.plan.text_pad or 0):
-      raise ValueError(f"the null text has {len(self.null)} tokens, the plan allows for {self.plan.null_text_tokens}")
+    null = np.asarray(embedding_SE, np.float32) if self.embedded else ids
+    if len(null) > self.plan.null_text_tokens:
+      raise ValueError(f"the null text has {len(null)} tokens, the plan allows for {self.plan.null_text_tokens}")
+    self.null = self.padded(null)
     if self.cond_channels and not self.index.header.get("conditions"):
       raise BadInput(f"{self.index.directory}: its records do not hold what this model is given of an image; encode again with --workdir of it")
     self.damaged, self.lock = set(), threading.Lock()
@@ -146,8 +147,8 @@ class _Loader:
                 uid=int(entry["uid"]), size=size, fps=fps, epoch=epoch, source=int(entry["source"]))
 
   def padded(self, text):
-    """The text, with zeros up to the plan's text_pad: embeddings for a model that was trained with them (Wan)."""
-    missing = max(0, (self.plan.text_pad or 0) - len(text))
+    """The text, with a zero after it where it is shorter than the plan's text_pad: embeddings for a model of this text_pad (Wan)."""
+    missing = int(len(text) < (self.plan.text_pad or 0))
     return np.pad(text, [(0, missing)] + [(0, 0)] * (text.ndim - 1)) if missing else text
 
   def nothing(self):

@@ -105,7 +105,7 @@ class Plan:
   shape: RowShape(length, clips, text): what a row holds at most. patch: (pt, ph, pw) of the model; latents at the lower and the
   right edge that fill no patch are left out.
   null_text_tokens: length of the null text, which may stand in for any caption (caption dropout).
-  text_pad: every prompt is padded to so many text tokens (Wan: 512), or None.
+  text_pad: a prompt of fewer tokens has a zero after it, which stands for its padding up to so many (Wan: 512); None: it has not.
   window_clips: draws of a window; 256 a row of a step if not given.
   Raises BadInput if the index is empty.
   """
@@ -134,7 +134,8 @@ class Plan:
     clips = self.index[positions]
     size_N3 = np.stack([clips[name].astype(np.int64) for name in ("t", "h", "w")], axis=-1)
     whole = (size_N3 >= self.patch).all(axis=-1)
-    text = np.maximum(clips["text_tokens"].astype(np.int64), max(self.null_text_tokens, self.text_pad or 0))
+    text = np.maximum(clips["text_tokens"].astype(np.int64), self.null_text_tokens)
+    text += text < (self.text_pad or 0)
     return (size_N3 // self.patch).prod(axis=-1), text, whole
 
   @functools.cached_property

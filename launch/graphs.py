@@ -85,7 +85,7 @@ def export_stablehlo(job, out):
 
 def _inputs(cfg):
   """The table of what a DiT takes, in Markdown."""
-  pad = f", of each prompt {cfg.text_pad}, zeros after its end (they count as the prompt's)" if cfg.text_pad else ""
+  pad = f"; after each prompt one zero, that stands for its padding to {cfg.text_pad} and is of the prompt" if cfg.text_pad else ""
   cond = f"| `cond` | [b, l, {cfg.values_cond}] float32 | condition channels |\n" if cfg.cond_channels else ""
   return DIT_INPUTS.format(P=cfg.values_in, E=cfg.text_width, pad=pad, cond=cond, patch=cfg.patch)
 

@@ -87,7 +87,7 @@ def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, 
       return None
     weights, low = model.expert(params, times[..., i].max())
     if low is not of_expert:
-      text_kv, of_expert = _text_kv(model, weights, text_BSE), low
+      text_kv, of_expert = _text_kv(model, weights, text_BSE, batch.prompt_BS), low
     scales = {"scale": settings["scale_low" if low else "scale"], **{name: settings[name] for name in ("low", "high", "rescale")}}
     x, carry = _step(model, weights, batch, text_BSE, text_kv, noise_BLP, x, carry, sigmas[..., i], sigmas[..., i + 1], times[..., i], scales,
                      sampler=sampler, guided=guided)
@@ -135,8 +135,8 @@ def _start(model, params, batch, keys_BG, sigma_BG, *, guided):
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
-def _text_kv(model, params, text_BSE):
-  return model.text_kv(params, text_BSE)
+def _text_kv(model, params, text_BSE, prompt_BS):
+  return model.text_kv(params, text_BSE, prompt_BS)
 
 
 def _clean(model, rows):

@@ -28,14 +28,16 @@ from jax.sharding import PartitionSpec
 PAST = jnp.iinfo(jnp.int32).max
 MASKED, LOWEST = -1e30, -1e20  # a masked score, and where the running maximum starts: exp(MASKED - LOWEST) is 0
 SAVED = "attention"  # name of output and logsumexp, for remat policies that keep them
+COARSE = 4096  # keys in a tile of `blocks`, at most
 LANES = 128  # splash takes lengths and head sizes in multiples of it
 
 
-def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=None, bias=None, layout=None, kernel=None):
+def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=None, bias=None, log_count_BM=None, layout=None, kernel=None):
   """Each query attends to the keys of its own segment.
 
   query [B, L, N, K], key and value [B, M, N, K]; segment_BL, segment_BM int32, 0 for padding. `scale` defaults to K ** -0.5.
   `bias` [N, L, M] is added to the scores of every row; such attention is dense (for the short rows of text encoders).
+  `log_count_BM`: a key counts for exp of it many equal ones; no gradient flows to it.
   `layout`: rows and heads are worked on where it says they are; see `_specs` for tokens that are cut over devices.
   `kernel`: "blocks" or "splash"; by default splash where the devices are TPUs.
   Returns [B, L, N, K] in the query's dtype; zeros where a query has no key, with zero gradient.
@@ -43,6 +45,8 @@ def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=No
   scale = query_BLNK.shape[-1] ** -0.5 if scale is None else scale
   if bias is not None:
     return _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias)
+  if log_count_BM is not None:
+    query_BLNK, key_BMNK, scale = *_counted(query_BLNK * scale, key_BMNK, lax.stop_gradient(log_count_BM)), 1.0
   platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
   one = KERNELS[kernel or ("splash" if platform == "tpu" else "blocks")]
   args = query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM
@@ -52,6 +56,14 @@ def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=No
   query_spec, key_spec = _specs(query_BLNK.shape, key_BMNK.shape[1], layout)
   in_specs = (query_spec, key_spec, key_spec, PartitionSpec(*query_spec[:2]), PartitionSpec(*key_spec[:2]))
   return jax.shard_map(run, mesh=layout.mesh, in_specs=in_specs, out_specs=query_spec, check_vma=False)(*args)
+
+
+def _counted(query_BLNK, key_BMNK, log_count_BM):
+  """Two entries more in every head, 1 in queries, the logarithm in keys: the kernels need not know. Two, since bfloat16 holds a half of it."""
+  high = log_count_BM.astype(key_BMNK.dtype)
+  parts = jnp.stack([high, (log_count_BM - high.astype(log_count_BM.dtype)).astype(high.dtype)], -1)
+  count = jnp.broadcast_to(parts[:, :, None], (*key_BMNK.shape[:3], 2))
+  return jnp.concatenate([query_BLNK, jnp.ones_like(query_BLNK[..., :2])], -1), jnp.concatenate([key_BMNK, count], -1)
 
 
 def _specs(query_shape, M, layout):
@@ -105,24 +117,28 @@ def tiles_meet(segment_q, segment_k):
 def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale):
   """All rows as one long row whose segments are told apart by row; tiles of it. -> [B, L, N, K]
 
-  Tiles of 64 with all heads together for short rows, of 256 head by head for long ones: measured on two x86 cores (20 rows of 320
-  tokens, 6 heads of 32: 0.55 times the CPU time of dense attention row by row).
+  Tiles of 64 with all heads together for short rows, of 128 head by head for long ones: measured on two x86 cores (20 rows of 320
+  tokens, 6 heads of 32: 0.55 times the CPU time of dense attention row by row; 16 clips of 48 to 640 tokens, 12 heads of 128: tiles of
+  256 take 1.5 times as long). See `_by_density` for rows of one long clip.
   """
-  B, L, N, K = query_BLNK.shape
+  B, L, N, _ = query_BLNK.shape
   M = key_BMNK.shape[1]
   ids = jnp.maximum(segment_BL.max(), segment_BM.max()) + 1
 
-  def tiles(x, tile):  # [B, L, ...] -> [n, tile, ...]
+  def tiles(x, tile):  # [B, L, ...] -> [n, tile, ...]; many are a multiple of COARSE
     flat = x.reshape(-1, *x.shape[2:])
-    n = -(-flat.shape[0] // tile)
-    flat = jnp.pad(flat, [(0, n * tile - flat.shape[0])] + [(0, 0)] * (flat.ndim - 1))
-    return flat.reshape(n, tile, *flat.shape[1:])
+    multiple = COARSE if not short and many(flat.shape[0]) else tile
+    n = -(-flat.shape[0] // multiple) * multiple
+    flat = jnp.pad(flat, [(0, n - flat.shape[0])] + [(0, 0)] * (flat.ndim - 1))
+    return flat.reshape(n // tile, tile, *flat.shape[1:])
 
   def number(segment):
     return jnp.where(segment > 0, segment + ids * jnp.arange(B, dtype=segment.dtype)[:, None], 0)
 
-  short = jax.core.is_constant_dim(L * M) and L * M <= 1024 * 1024  # lengths may be symbols, where a model is exported
-  tile = 64 if short else 256
+  known = jax.core.is_constant_dim(L * M)  # lengths are symbols where a model is exported
+  many = lambda n: known and n > COARSE  # noqa: E731
+  short = known and L * M <= 1024 * 1024
+  tile = 64 if short else 128
   segment_q, segment_k = tiles(number(segment_BL), tile), tiles(number(segment_BM), tile)
   heads = [jnp.moveaxis(tiles(x.astype(jnp.float32), tile), 2, 1) for x in (query_BLNK * scale, key_BMNK, value_BMNK)]  # [n, N, tile, K]
   if short:
@@ -130,7 +146,7 @@ def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale):
   else:
     out = lax.map(lambda one: _flash(*(x[:, None] for x in one), segment_q, segment_k)[:, 0], [jnp.moveaxis(x, 1, 0) for x in heads])
     out = jnp.moveaxis(out, 0, 1)
-  return jnp.moveaxis(out, 1, 2).reshape(-1, N, K)[: B * L].reshape(B, L, N, K).astype(query_BLNK.dtype)
+  return jnp.moveaxis(out, 1, 2).reshape(-1, *value_BMNK.shape[2:])[: B * L].reshape(B, L, N, -1).astype(query_BLNK.dtype)
 
 
 def _key_bounds(segment_q, segment_k):
@@ -149,11 +165,40 @@ def _scores(query, key, segment_q, segment_k):
 
 @jax.custom_vjp
 def _flash(query, key, value, segment_q, segment_k):
-  """Scaled query [nq, N, bq, K], key and value [nk, N, bk, K], ids [nq, bq] and [nk, bk] -> [nq, N, bq, K]; all float32."""
+  """Scaled query [nq, N, bq, K], key and value [nk, N, bk, K], ids [nq, bq] and [nk, bk] -> [nq, N, bq, K]; all float32.
+
+  Heads of values may be of another size than those of queries and keys.
+  """
   return _flash_forward(query, key, value, segment_q, segment_k)[0]
 
 
+def _by_density(run, query, key, value, segment_q, segment_k, *rest):
+  """run(...) on these tiles of keys; or, for one head, on tiles of up to COARSE keys where that is not half as many again.
+
+  Fewer and larger products and passes: 0.65 times the time for one clip of 1,280 tokens (two x86 cores, 12 heads of 128).
+  """
+  nk, N, bk, _ = key.shape
+  if not jax.core.is_constant_dim(nk):
+    return run(query, key, value, segment_q, segment_k, *rest)
+  group = max(n for n in range(1, COARSE // bk + 1) if nk % n == 0)
+  fine = lambda: run(query, key, value, segment_q, segment_k, *rest)  # noqa: E731
+  if N > 1 or group == 1:
+    return fine()
+  join = lambda x: x.reshape(nk // group, 1, group * bk, -1)  # noqa: E731
+  coarse = lambda: run(query, join(key), join(value), segment_q, segment_k.reshape(-1, group * bk), *rest)  # noqa: E731
+  tiles = lambda segment_k: jnp.sum(jnp.subtract(*_key_bounds(segment_q, segment_k)[::-1]))  # noqa: E731
+  fewer = group * tiles(segment_k.reshape(-1, group * bk)) < 1.5 * tiles(segment_k)
+  like = jax.eval_shape(fine)
+  return lax.cond(fewer, lambda: [x.reshape(y.shape) for x, y in zip(coarse(), like)], lambda: list(fine()))
+
+
 def _flash_forward(query, key, value, segment_q, segment_k):
+  out, logsumexp = checkpoint_name(tuple(_by_density(_forward_tiles, query, key, value, segment_q, segment_k)), SAVED)
+  return out, (query, key, value, segment_q, segment_k, out, logsumexp)
+
+
+def _forward_tiles(query, key, value, segment_q, segment_k):
+  """-> (out, logsumexp [nq, N, bq])."""
   at = functools.partial(lax.dynamic_index_in_dim, axis=0, keepdims=False)
 
   def tile(args):
@@ -168,16 +213,19 @@ def _flash_forward(query, key, value, segment_q, segment_k):
       return new_top, total * shrink + weight.sum(-1), out
 
     empty = jnp.zeros(query.shape[:2])
-    top, total, out = lax.fori_loop(start, stop, step, (empty + LOWEST, empty, jnp.zeros_like(query)))
+    top, total, out = lax.fori_loop(start, stop, step, (empty + LOWEST, empty, jnp.zeros((*query.shape[:2], value.shape[-1]))))
     total = jnp.where(total > 0, total, 1)
     return out / total[..., None], top + jnp.log(total)
 
-  out, logsumexp = checkpoint_name(lax.map(tile, (query, segment_q, *_key_bounds(segment_q, segment_k))), SAVED)
-  return out, (query, key, value, segment_q, segment_k, out, logsumexp)
+  return lax.map(tile, (query, segment_q, *_key_bounds(segment_q, segment_k)))
 
 
 def _flash_backward(saved, d_out):
-  query, key, value, segment_q, segment_k, out, logsumexp = saved
+  *args, out, logsumexp = saved
+  return *_by_density(_backward_tiles, *args, logsumexp, d_out, (out * d_out).sum(-1)), None, None
+
+
+def _backward_tiles(query, key, value, segment_q, segment_k, logsumexp, d_out, delta):
   at = functools.partial(lax.dynamic_index_in_dim, axis=0, keepdims=False)
 
   def tile(carry, args):
@@ -198,11 +246,10 @@ def _flash_backward(saved, d_out):
     d_query, *carry = lax.fori_loop(start, stop, step, (jnp.zeros_like(query), *carry))
     return tuple(carry), d_query
 
-  delta = (out * d_out).sum(-1)
   (d_key, d_value), d_query = lax.scan(
     tile, (jnp.zeros_like(key), jnp.zeros_like(value)), (query, segment_q, *_key_bounds(segment_q, segment_k), logsumexp, d_out, delta)
   )
-  return d_query, d_key, d_value, None, None
+  return d_query, d_key, d_value
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
@@ -237,7 +284,7 @@ def _tile_size(length):
 
 def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, interpret=False):
   """Row by row (a pod's device holds one or two); lengths padded to the tile, head size to 128."""
-  K = query_BLNK.shape[-1]
+  K = value_BMNK.shape[-1]
   tile_q, tile_k = _tile_size(query_BLNK.shape[1]), _tile_size(key_BMNK.shape[1])
   pad = lambda x, tile: jnp.pad(x, [(0, -x.shape[0] % tile)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
   sizes = splash_kernel.BlockSizes(
@@ -254,7 +301,7 @@ def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, int
   def row(args):
     *heads, segment_L, segment_M = args
     query_NLK, key_NMK, value_NMK = (
-      jnp.pad(jnp.moveaxis(pad(x, tile), 1, 0), [(0, 0), (0, 0), (0, -K % LANES)])
+      jnp.pad(jnp.moveaxis(pad(x, tile), 1, 0), [(0, 0), (0, 0), (0, -x.shape[-1] % LANES)])
       for x, tile in zip(heads, (tile_q, tile_k, tile_k), strict=True)
     )
     ids_q, ids_k = pad(segment_L, tile_q), pad(segment_M, tile_k)

@@ -64,7 +64,7 @@ class DiTConfig:
   eps: float = 1e-6
   conditioning: str = "token_sigma"  # how given tokens enter: at sigma 0 | joined channels | replaced by noised truth at each step
   predicts: str = "velocity"  # what the last layer gives: velocity | data, from which velocity follows
-  text_pad: int = 0  # every prompt is padded with zeros to so many tokens, and they are attended to (Wan: 512); 0 not
+  text_pad: int = 0  # a prompt with zeros at its end counts as padded with them to so many tokens, which are attended to (Wan: 512); 0 not
   lora_scale: float = 1.0  # of adapters, where there are any
   dtype: str = "float32"  # of activations; weights are float32
   remat: str = "none"
@@ -219,7 +219,7 @@ class Attention(Part):
   """Attention with q/k RMS norm over all heads: of a row to itself, or to the text, whose keys and values may be given."""
 
   @nn.compact
-  def __call__(self, x_BLD, text_BSD, segment_BL, segment_BM, angles=None, text_kv=None):
+  def __call__(self, x_BLD, text_BSD, segment_BL, segment_BM, angles=None, text_kv=None, log_count_BM=None):
     """`text_BSD` None and no `text_kv`: self-attention, with positions."""
     cfg = self.cfg
     D, N, K = cfg.width, cfg.heads, cfg.head_size
@@ -232,7 +232,13 @@ class Attention(Part):
         norms[name] = self.weight(f"{name}_norm", (N, K), heads[1:], nn.initializers.ones)
 
     def project(x_BLD, length, *names):
-      """One product for all of them: fewer passes over x, forward and backward."""
+      """One product for all of them, fewer passes over x, forward and backward; unless joining their weights costs more."""
+      tokens = x_BLD.shape[0] * x_BLD.shape[1]
+      if not jax.core.is_constant_dim(tokens) or tokens < 4 * D:  # symbols, where a model is exported
+        return [one for name in names for one in joined(x_BLD, length, name)]
+      return joined(x_BLD, length, *names)
+
+    def joined(x_BLD, length, *names):
       kernel_DcNK, bias_cNK = jnp.stack([kernels[n] for n in names], 1), jnp.stack([biases[n] for n in names])
       y_BLcNK = jnp.einsum("BLD,DcNK->BLcNK", x_BLD.astype(dtype), kernel_DcNK) + bias_cNK
       y_BLcNK = self.shard(y_BLcNK, "act_batch", length, None, "act_heads", "act_head_dim")
@@ -244,7 +250,7 @@ class Attention(Part):
     else:
       (query,) = project(x_BLD, "act_length", "query")
       key, value = text_kv if text_kv is not None else project(text_BSD, "act_text", "key", "value")
-    out_BLNK = attend(query.astype(dtype), key.astype(dtype), value, segment_BL, segment_BM, layout=self.layout)
+    out_BLNK = attend(query.astype(dtype), key.astype(dtype), value, segment_BL, segment_BM, log_count_BM=log_count_BM, layout=self.layout)
     out_BLNK = self.shard(out_BLNK, "act_batch", "act_length", "act_heads", "act_head_dim")
     small = (3 * cfg.depth) ** -0.5
     return self.linear("BLNK,NKD->BLD", out_BLNK, "out", (N, K, D), ("heads", "head_dim", "embed"), normal(D, small))
@@ -284,7 +290,10 @@ class Block(Part):
       scale_D = self.weight("cross_scale", (cfg.width,), ("embed",), nn.initializers.ones)
       h_BLD = (layer_norm(x_BLD, cfg.eps) * scale_D + self.weight("cross_shift", (cfg.width,), ("embed",))).astype(dtype)
     x_BLD = residual(
-      x_BLD + Attention(cfg, self.layout, name="cross")(h_BLD, row["text_BSD"], row["prompt_BL"], row["prompt_BS"], text_kv=text_kv)
+      x_BLD
+      + Attention(cfg, self.layout, name="cross")(
+        h_BLD, row["text_BSD"], row["prompt_BL"], row["prompt_BS"], text_kv=text_kv, log_count_BM=row["log_count_BS"]
+      )
     )
 
     h_BLD = (layer_norm(x_BLD, cfg.eps) * (1 + change(4)) + change(3)).astype(dtype)
@@ -316,6 +325,12 @@ class DiT(Part):
         x_BLD += jnp.einsum("BLQ,QD->BLD", cond_BLQ.astype(dtype), cond_QD.astype(dtype))
     x_BLD = self.shard(x_BLD, "act_batch", "act_length", "act_embed")
 
+    log_count_BS = None
+    if text_kv is not None:
+      *text_kv, log_count_BS = text_kv
+    elif cfg.text_pad:
+      log_count_BS = log_count(text_BSE, prompt_BS, cfg.text_pad)
+
     time_BUD, change_BU6D = Time(cfg, self.layout, name="time")(sigma_BU)
     text_BSD = None if text_kv is not None else Text(cfg, self.layout, name="text")(text_BSE)
     row = {
@@ -326,6 +341,7 @@ class DiT(Part):
       "text_BSD": text_BSD,
       "prompt_BL": prompt_BL,
       "prompt_BS": prompt_BS,
+      "log_count_BS": log_count_BS,
     }
 
     block = Block if REMAT[cfg.remat] is None else nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
@@ -376,11 +392,27 @@ class Text(Part):
     return self.linear("BSD,De->BSe", nn.gelu(h_BSD, approximate=True), "out", (D, D), ("embed", None), normal(D))
 
 
-def text_kv(cfg, params, text_BSE):
-  """Keys and values of the text in every layer, each [depth, B, S, N, K]: they do not depend on the noise level, so compute them once.
+def log_count(text_BSE, prompt_BS, text_pad):
+  """How many tokens each token of text stands for, as a logarithm [B, S]: 0, but for the zeros that pad a prompt to text_pad tokens.
 
-  `params` are those of a DiT, unboxed. For `DiT.apply(..., text_BSE=None, ..., text_kv=this)`.
+  Equal keys with equal values are one that counts as often: a single zero token at the end of a prompt does for all its padding, and
+  512 tokens become as many as the prompt has, and one. A prompt with all its padding, or without any, gets what it is.
   """
+  zero_BS = ~jnp.any(text_BSE, -1) & (prompt_BS > 0)
+  same_BSS = prompt_BS[:, :, None] == prompt_BS[:, None]
+  zeros_BS, words_BS = (jnp.sum(same_BSS & what_BS[:, None], -1) for what_BS in (zero_BS, ~zero_BS))
+  return jnp.where(zero_BS, jnp.log(jnp.maximum(text_pad - words_BS, 1) / jnp.maximum(zeros_BS, 1)), 0.0)
+
+
+def text_kv(cfg, params, text_BSE, prompt_BS=None):
+  """Keys and values of the text in every layer, each [depth, B, S, N, K], and the `log_count` of its tokens, or None: they do not depend on
+  the noise level, so compute them once.
+
+  `params` are those of a DiT, unboxed. For `DiT.apply(..., text_BSE=None, ..., text_kv=this)`. Models with text_pad need `prompt_BS`.
+  """
+  if cfg.text_pad and prompt_BS is None:
+    raise ValueError(f"text_kv of a model with text_pad={cfg.text_pad} needs prompt_BS, to tell how much of each prompt is padding")
+  count_BS = log_count(text_BSE, prompt_BS, cfg.text_pad) if cfg.text_pad else None
   text_BSD = Text(cfg).apply({"params": params["text"]}, text_BSE)
 
   def layer(cross):
@@ -388,7 +420,7 @@ def text_kv(cfg, params, text_BSE):
     project = lambda name: jnp.einsum("BSD,DNK->BSNK", text_BSD, cross[name].astype(dtype)) + cross[f"{name}_bias"].astype(dtype)  # noqa: E731
     return rms_norm(project("key"), cross["key_norm"], cfg.eps).astype(dtype), project("value")
 
-  return lax.map(layer, params["blocks"]["cross"])
+  return *lax.map(layer, params["blocks"]["cross"]), count_BS
 
 
 def count_params(cfg):

@@ -53,9 +53,9 @@ class Model:
       return batch.text_BSE
     return TextEncoder(self.text, self.layout).apply({"params": params["text"]}, batch.text_BS, batch.prompt_BS)
 
-  def text_kv(self, params, text_BSE):
+  def text_kv(self, params, text_BSE, prompt_BS):
     """What `velocity` takes in the place of text_BSE: keys and values of the text, which no noise level changes. None with adapters."""
-    return None if "lora" in params else text_kv(self.dit, params["dit"], text_BSE)
+    return None if "lora" in params else text_kv(self.dit, params["dit"], text_BSE, prompt_BS)
 
   def velocity(self, params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE, text_kv=None):
     """The predicted velocity of every token, [B, L, P] float32."""

@@ -190,8 +190,9 @@ class Tokenizer:
 
 
 def padded(text_SE, length):
-  """An embedding with zeros after it, up to `length` tokens: what public Wan models attend to. 0: as it is."""
-  return np.pad(text_SE, ((0, max(0, length - len(text_SE))), (0, 0)))
+  """An embedding with a zero after it, where it is shorter than `length`: for a DiT of this text_pad the zero stands for all padding up to it
+  (`dit.log_count`), which public Wan models attend to. length 0: as it is."""
+  return np.pad(text_SE, ((0, int(len(text_SE) < length)), (0, 0)))
 
 
 def train_tokenizer(captions, path, vocab_size=512):

@@ -143,7 +143,7 @@ def test_time_scale(index):
 
 
 def test_embeddings_and_their_padding(tmp_path, index):
-  """Texts of embeddings; padded with zeros to text_pad, which the plan counts."""
+  """Texts of embeddings; those shorter than text_pad have a zero after them, which the plan counts."""
   embedded = write(tmp_path, embedded=True)
   (batch, _), = take(1, embedded, embedded=True, caption_dropout=0)
   assert batch.text_BS is None and batch.text_BSE.shape == (6, 48, 5)
@@ -151,7 +151,7 @@ def test_embeddings_and_their_padding(tmp_path, index):
     assert len(clip["text"]) <= 8 and (clip["text"] >= 100).all()
   (batch, _), = take(1, embedded, make_plan(embedded, text_pad=12), embedded=True, caption_dropout=0.5)
   for clip in clips(batch).values():
-    assert clip["text"].shape == (12, 5) and (clip["text"][8:] == 0).all() and (clip["text"][0] != 0).all()
+    assert 2 <= len(clip["text"]) <= 9 and (clip["text"][-1] == 0).all() and (clip["text"][:-1] != 0).all()
   with pytest.raises(BadInput, match="hold no text embeddings"):
     take(1, index, embedded=True)
 

@@ -126,6 +126,24 @@ def test_text_can_be_prepared_once(params):
   np.testing.assert_allclose(prepared(params, ROW), velocity(params, ROW), atol=1e-5)
 
 
+def test_one_zero_stands_for_all_the_padding_of_a_prompt(params):
+  """text_pad: prompts of 5 and 9 tokens with one zero each, and with all 7 and 3: the same velocities. Without any, others."""
+  cfg = dataclasses.replace(CFG, text_pad=12)
+  words, wide = [ROW["text"][0, :5], ROW["text"][0, 5:14]], ROW["text"].shape[-1]
+
+  def run(zeros, once=False):
+    text = np.concatenate([x for word, n in zip(words, zeros, strict=True) for x in (word, np.zeros((n, wide), np.float32))])[None]
+    prompt = np.repeat([1, 2], [5 + zeros[0], 9 + zeros[1]])[None]
+    row = ROW | {"text": text, "prompt_text": prompt, "prompt": np.minimum(ROW["prompt"], 2)}
+    kv = dit.text_kv(cfg, params, text, prompt) if once else None
+    return np.asarray(jax.jit(dit.DiT(cfg).apply)({"params": params}, *args(row | {"text": None if once else text}), text_kv=kv))
+
+  full = run((7, 3))
+  np.testing.assert_allclose(run((1, 1)), full, atol=1e-5)
+  np.testing.assert_allclose(run((1, 1), once=True), full, atol=1e-5)
+  assert np.abs(run((0, 0)) - full).max() > 1e-3
+
+
 def test_remat_changes_nothing_but_memory(params):
   cfg = dataclasses.replace(CFG, remat="full")
   assert_close(jax.jit(jax.value_and_grad(lambda p: loss(p, ROW, cfg)))(params), gradient(params, ROW))
