@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from safetensors.numpy import load_file
 
-from launch import benchmark_worker as worker
-from sora_jax import patches
+from launch import benchmark_worker as worker, importing, sampling
+from sora_jax import patches, sample, tasks
+from sora_jax.diffusion import flow
 from sora_jax.models import dit as dits, text as texts, vae
 from sora_jax.weights import umt5, wan_dit, wan_vae
 
@@ -165,3 +166,32 @@ def text(shape, folder):
   run, seconds = _compiled(lambda params, *row: texts.TextEncoder(cfg).apply({"params": params}, *row), params, ids, numbers)
   ends = np.cumsum([len(p) for p in prompts])[:-1]
   return lambda: {str(i): out for i, out in enumerate(np.split(np.asarray(run(params, ids, numbers))[0], ends))}, seconds
+
+
+def job(shape, folder):
+  """Prompt to frames, by the way of launch.sample. Leaves the noise that it begins with for the other side."""
+  importing.import_weights(os.path.join(folder, "pipeline"), os.path.join(folder, "w"))
+  bundle = sampling.Bundle.open(os.path.join(folder, "w"))
+  fields = {name: shape[name] for name in ("frames", "size", "steps")} | {"id": "a", "prompt": worker.PROMPT, "negative_prompt": worker.NEGATIVE}
+  request = tasks.parse_request(fields | {"guidance": worker.GUIDANCE}, bundle.defaults, sampling.SAMPLERS)
+
+  def step():
+    bundle.tokenize.cache_clear()
+    canvas = bundle.canvas(request)
+    work = sample.prepare(request, canvas, bundle.tokenize, bundle.model.dit.patch, bundle.base_fps, bundle.schedule)
+    rows, row = sample.share_rows([work], bundle.row_tokens)
+    ((tokens_LP,),) = sample.denoise(bundle.model, bundle.params, [[work] for _ in rows], row, request.sampler)
+    latents = patches.unpatchify(tokens_LP, canvas.latents_THWC.shape[:3], bundle.model.dit.patch)
+    chunks = vae.decode_stream(bundle.vae_params, [vae.denormalise(latents[None], bundle.vae_cfg)], bundle.vae_cfg)
+    return {"frames": np.concatenate([np.asarray(chunk)[0] for chunk in chunks]) / 2 + 0.5}, work, canvas
+
+  times = []
+  for _ in range(2):
+    began = time.perf_counter()
+    _, work, canvas = step()
+    times.append(time.perf_counter() - began)
+  keys_BG = flow.clip_keys(jax.random.key(sample.NOISE_KEY), np.array([[[0, request.seed]]], np.uint32), np.zeros((1, 1), np.int32))
+  tokens = len(work.clip.tokens_LP)
+  noise_BLP = flow.token_noise(keys_BG, np.ones((1, tokens), np.int32), work.clip.coords_L3[None], bundle.model.dit.values_in)
+  np.save(os.path.join(folder, "noise.npy"), patches.unpatchify(np.asarray(noise_BLP)[0], canvas.latents_THWC.shape[:3], bundle.model.dit.patch))
+  return lambda: step()[0], times[0] - times[1]

@@ -156,3 +156,30 @@ def text(shape, folder):
       out = model(ids, mask).last_hidden_state.numpy()
     return {str(i): out[i, :len(prompt)] for i, prompt in enumerate(prompts)}
   return step, 0
+
+
+def job(shape, folder):
+  """A pipeline, saved for the other side, and run from the noise that it left."""
+  import torch
+  from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+  from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+  torch.manual_seed(0)
+  saved = os.path.join(folder, "pipeline")
+  worker.save_tokenizer(os.path.join(saved, "tokenizer"))
+  text = UMT5Config(vocab_size=512, d_model=shape["text_width"], d_kv=8, d_ff=shape["text_width"], num_layers=1,
+                    num_heads=shape["text_width"] // 8, feed_forward_proj="gated-gelu")
+  pipe = WanPipeline(
+      tokenizer=AutoTokenizer.from_pretrained(os.path.join(saved, "tokenizer")), text_encoder=UMT5EncoderModel(text).eval(),
+      vae=AutoencoderKLWan(base_dim=shape["base_dim"]).eval(),
+      transformer=WanTransformer3DModel(num_attention_heads=shape["heads"], attention_head_dim=shape["head_size"], ffn_dim=shape["mlp"],
+                                        num_layers=shape["depth"], text_dim=shape["text_width"]).eval(),
+      scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0))
+  pipe.save_pretrained(saved)
+  pipe.set_progress_bar_config(disable=True)
+
+  def step():
+    noise = np.load(os.path.join(folder, "noise.npy")).transpose(3, 0, 1, 2)[None].copy()
+    return {"frames": pipe(prompt=worker.PROMPT, negative_prompt=worker.NEGATIVE, height=shape["size"][0], width=shape["size"][1],
+                           num_frames=shape["frames"], num_inference_steps=shape["steps"], guidance_scale=worker.GUIDANCE,
+                           latents=torch.from_numpy(noise)).frames[0]}
+  return step, 0

@@ -17,6 +17,7 @@ import time
 import numpy as np
 
 THREADS = 2
+PROMPT, NEGATIVE, GUIDANCE = "a red fox walks over the snow at dawn", "blurred, with words on it", 5.0
 
 
 def clip(seed, grid, channels, text_tokens, text_width, text_pad=512):
@@ -39,6 +40,18 @@ def prompts(shape):
   """Ids of prompts, without padding."""
   rng = np.random.default_rng(0)
   return [rng.integers(2, shape["vocab"], n) for n in shape["lengths"]]
+
+
+def save_tokenizer(folder):
+  """A sentencepiece model of few pieces, in the layout of the public ones."""
+  import sentencepiece
+  os.makedirs(folder)
+  sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter([PROMPT, NEGATIVE] * 9), model_prefix=os.path.join(folder, "spiece"), vocab_size=64, hard_vocab_limit=False, pad_id=0,
+      eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+  special = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 4}
+  with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
+    json.dump(special, f)
 
 
 def uniform(seed, *shape):
