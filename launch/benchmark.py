@@ -73,7 +73,7 @@ ROWS = (
     Row("vae decode", "vae_decode", VAE, TINY_VAE, 1.0, 0.5),
     Row("text", "text", {"width": 2048, "heads": 32, "head_size": 64, "mlp": 5120, "depth": 4, "vocab": 32768, "lengths": [40, 66, 93, 120]},
         {"width": 24, "heads": 4, "head_size": 6, "mlp": 40, "depth": 2, "vocab": 90, "lengths": [7, 12]}, 0.35),
-    Row("whole job", "job", DIT | {"depth": 4, "base_dim": 96, "frames": 17, "size": [128, 160], "steps": 8},
+    Row("whole job", "job", DIT | {"depth": 4, "base_dim": 96, "frames": 9, "size": [96, 128], "steps": 10},
         TINY_DIT | {"depth": 2, "base_dim": 8, "frames": 5, "size": [32, 48], "steps": 3}, 0.9, None, "all", 1e-2),
 )
 
