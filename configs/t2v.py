@@ -149,8 +149,9 @@ def finetune():
   config.data.image_to_video = 0.0     # for weights that take given tokens at sigma 0 (Wan 2.2 TI2V-5B) alone
   config.optim.learning_rate = 1e-5    # adapters bear ten times as much
   config.optim.warmup = 50
-  config.sigma.base_shift = 5.0
+  config.sigma.base_shift = ml_collections.config_dict.placeholder(float)      # None: the shift that config.init is sampled with
   config.sigma.shift_power = 0.0
+  config.mesh.fsdp = 1                 # devices that weights and optimiser are cut over
   config.sample.prompts = ()
   for name, kind in (("size", tuple), ("frames", int), ("fps", float), ("steps", int), ("sampler", str), ("shift", float), ("guidance", float)):
     config.sample[name] = ml_collections.config_dict.placeholder(kind)

@@ -29,7 +29,8 @@ def pick(table, name, what):
 
 def make_layout(config):
   """config.mesh -> Layout over all devices."""
-  return cli.checked(lambda: layout.Layout(layout.make_mesh(fsdp=config.mesh.fsdp, context=config.mesh.context, tensor=config.mesh.tensor)), "mesh")
+  make = lambda: layout.make_mesh(fsdp=config.mesh.fsdp, context=config.mesh.context, tensor=config.mesh.tensor)  # noqa: E731
+  return layout.Layout(cli.checked(make, "config.mesh (on one device: --config.mesh.fsdp=1)"))
 
 
 def sampling_layout(config):
@@ -66,6 +67,8 @@ def adopt(config):
     config.model.boundary = model.get("boundary", 0.0)
     if config.lora.rank or expert:
       config.model.base = checkpoint.identity(config.init)
+    if config.get("sigma") and config.sigma.base_shift is None:
+      config.sigma.base_shift = float(theirs["sample"]["shift"])
     for name, value in theirs["sample"].items():
       if config.sample.get(name) is None:
         config.sample[name] = tuple(value) if isinstance(value, list) else value
@@ -110,19 +113,27 @@ def load_weights(workdir, config, model, which="ema", dtype=None):
   if part == model:
     return own, step
   params = base_weights(config, model, dtype)
-  key = f"dit_{config.model.expert}" if config.model.expert else "dit"
+  key = trained_key(config)
   params[key] = lora.merge(params[key], own["lora"]["dit"], part.lora.scale) if part.lora else own["dit"]
   return params, step
 
 
-def base_weights(config, model, dtype=None):
-  """The weights of config.init that an expert or adapters go with; BadInput where they are not those any more."""
+def trained_key(config):
+  """Which weights of the whole model launch.train trains, or adapts."""
+  return f"dit_{config.model.expert}" if config.model.get("expert") else "dit"
+
+
+def base_weights(config, model, dtype=None, only=()):
+  """The weights of config.init that an expert or adapters go with, or `only` some of them by key, in `dtype` or as they are stored where that
+  is None and `model` None; BadInput where they are not those any more."""
   if not (epath.Path(config.init) / "config.json").exists() or checkpoint.identity(config.init) != config.model.base:
-    raise BadInput(f"the weights of {config.init} are missing or have changed since they were built upon; put them back")
-  theirs = attributes(checkpoint.read_json(epath.Path(config.init) / "config.json"))
-  with theirs.unlocked():
-    theirs.model.dit = config.model.dit
-  return load_weights(config.init, theirs, model, "ema", dtype)[0]
+    raise BadInput(f"the weights of {config.init} are missing, or others than were built upon; put them back, or where they are elsewhere now, "
+                   "name that place as `init` in config.json of this work directory")
+  if model is None:
+    return checkpoint.load_weights(config.init, "ema", mapped=True, say=cli.say)[0]
+  target = targets(model, dtype)
+  target = {key: target[key] for key in only or target}
+  return checkpoint.load_weights(config.init, "ema", target, only=bool(only), say=cli.say)[0]
 
 
 def make_optimizer(config, boxed):
@@ -148,13 +159,24 @@ def text_config(directory, fields=None):
   return cli.checked(lambda: text.TextConfig(**{name: value for name, value in fields.items() if name in known}), directory / "config.json")
 
 
+def copy_source(source, target):
+  """W/source, what an import keeps for the export: into another work directory."""
+  source, target = epath.Path(source) / "source", epath.Path(target) / "source"
+  if source.exists() and not target.exists():
+    partial = target.parent / "source.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    partial.rename(target)
+
+
 def fingerprint(part):
   """Of a part, what data made with it depend on: of a VAE the encoder, so that its decoder may be trained further."""
   return checkpoint.fingerprint(part, vae.ENCODER if epath.Path(part).name == "vae" else ())
 
 
-def copy_part(source, target):
-  """Copies a part (vae/ or text/) unless it is there already; BadInput when another one is."""
+def copy_part(source, target, link=False):
+  """Copies a part (vae/ or text/) unless it is there already; BadInput when another one is. `link`: its weights become a hard link, where
+  they are large (11 GB of a text encoder) and nobody writes to them."""
   source, target = epath.Path(source), epath.Path(target)
   if not source.exists():
     raise BadInput(f"there is no {source}; run launch.encode first, which puts it beside its records")
@@ -168,7 +190,9 @@ def copy_part(source, target):
   partial.mkdir(parents=True)
   for path in source.iterdir():
     try:
-      os.link(path, partial / path.name)        # no file of a part is ever written to, only replaced; a text encoder has 11 GB
+      if not link or path.name != checkpoint.WEIGHTS:
+        raise OSError
+      os.link(path, partial / path.name)
     except OSError:
       shutil.copyfile(path, partial / path.name)
   if target.exists():

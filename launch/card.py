@@ -14,11 +14,14 @@ def write(out, job, kind, loading):
   source = job.workdir / "source"
   licence = source_licence(source)
   trained = "as imported, not trained further"
+  if job.config.get("lora", {}).get("rank"):
+    trained = "as imported" + ("" if kind == "lora" else ", with adapters added to them")
   if job.step:
     trained = f"{job.step} steps of launch.train from {'imported weights' if source.exists() else 'nothing, or from what config.init named'}"
+  tag = "image-to-video" if job.config["model"].get("dit", {}).get("cond_channels") else "text-to-video"
   shown = {name: job.config[name] for name in ("model", "sample", "optim", "lora") if name in job.config}
   lines = [
-      "---", f"license: {licence or 'unknown'}", *(["library_name: diffusers"] if kind == "diffusers" else []), "pipeline_tag: text-to-video",
+      "---", f"license: {licence or 'unknown'}", *(["library_name: diffusers"] if kind == "diffusers" else []), f"pipeline_tag: {tag}",
       "tags: [sora_jax]", "---", "", "# Text to video", "", f"Written by `launch.export --format={kind}` of sora_jax.", "", "## Load it", "", loading,
       "## Where it comes from", "", f"- Weights: {'running mean' if job.which == 'ema' else 'last ones'}; {trained}.",
       f"- Licence of the weights: {licence or 'not stated where they were imported from; ask who made them before you pass them on'}.", "",

@@ -23,9 +23,13 @@ from sora_jax.errors import BadInput
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
-WRONG_PATH = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+WRONG_PATH = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 _stop = {"requested": False}
 _locks = []             # open files: a lock lasts as long as the program
+
+
+class Stopped(Exception):
+  """The program was asked to stop, and nothing is lost by it: exit code 75."""
 
 
 class Failure(RuntimeError):
@@ -42,6 +46,9 @@ def run(main):
     code = main() or OK
   except (BadInput, flags.Error) as error:
     code = complain(error)
+  except Stopped:
+    say("stopped on request; run the same command again")
+    code = STOPPED
   except Failure as error:
     complain(error)
     code = FAILED
@@ -182,7 +189,19 @@ def need_disk(directory, num_bytes, what):
   os.makedirs(directory, exist_ok=True)
   free = shutil.disk_usage(directory).free
   if free < num_bytes:
-    raise BadInput(f"{directory}: {what} needs {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free some space")
+    raise BadInput(f"{directory}: {what}: {_size(num_bytes)} are needed, and {_size(free)} are free; free some space")
+
+
+def _size(num_bytes):
+  return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def unless_stopped(pieces):
+  """The same iterator; raises Stopped between two of its items where the program was asked to."""
+  for piece in pieces:
+    if stop_requested():
+      raise Stopped
+    yield piece
 
 
 def need_memory(num_bytes, what):
@@ -193,7 +212,7 @@ def need_memory(num_bytes, what):
     return
   free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), num_bytes)
   if free < num_bytes:
-    raise BadInput(f"{what} needs {num_bytes / 1e9:.2f} GB of memory and {free / 1e9:.2f} GB are free; take a larger machine")
+    raise BadInput(f"{what}: {_size(num_bytes)} of memory are needed, and {_size(free)} are free; take a larger machine")
 
 
 console = Console(highlight=False, soft_wrap=True)

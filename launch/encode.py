@@ -79,7 +79,10 @@ def finished(writer, out):
 
 
 def next_step(out):
-  return f"Next: python -m launch.train --config=configs/t2v.py:tiny --config.data.path={out} --workdir=W"
+  config = pathlib.Path(WORKDIR.value or checkpoint.shipped()) / "config.json"
+  imported = config.exists() and "dit" in checkpoint.read_json(config).get("model", {})
+  page = f"configs/t2v.py:finetune --config.init={WORKDIR.value}" if imported else "configs/t2v.py:tiny"
+  return f"Next: python -m launch.train --config={page} --config.data.path={out} --workdir=W"
 
 
 def open_source(spec):

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import shutil
+import tempfile
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,7 @@ from etils import epath
 from launch import build, card, cli, graphs
 from sora_jax import checkpoint
 from sora_jax.errors import BadInput
+from sora_jax.models import lora as lora_module
 from sora_jax.weights import lora, wan_pipeline
 
 SHARD = 5_000_000_000            # bytes of a file of diffusers at most
@@ -38,38 +40,52 @@ class Export:
 def export(workdir, out, kind, dtype="source", which="ema"):
   """W -> the folder `out`, with its README.md. -> the step that it is of; None where `out` holds this already.
 
-  It is written beside `out` and renamed when it is whole. BadInput where `out` holds something else.
+  It is written beside `out` and renamed when it is whole; a kill leaves `.OUT.partial-...` there. BadInput where `out` holds something else.
   """
   workdir, out = epath.Path(workdir), pathlib.Path(out)
   config = checkpoint.read_json(workdir / "config.json")
   if "model" not in config or "sample" not in config:
     raise BadInput(f"{workdir} is no work directory of launch.train or launch.import_weights; name another --workdir")
   made_from = f"{checkpoint.identity(workdir, which)} {kind} {dtype}"
-  if (out / "export.json").exists() and checkpoint.read_json(out / "export.json").get("made_from") == made_from:
-    return None
+  if (out / "export.json").exists():
+    there = checkpoint.read_json(out / "export.json")
+    if there.get("made_from") == made_from and all((out / name).exists() for name in there["sha256"]):
+      return None
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise BadInput(f"--out={out} is not empty; give another, or empty it")
-  settings = build.attributes(config)
-  if settings.model.get("expert") or settings.get("lora") and settings.lora.rank:
-    weights, step = build.load_weights(workdir, settings, build.make_model(settings, workdir / "text", None), which)
-  else:
-    weights, step = checkpoint.load_weights(workdir, which, mapped=True, say=cli.say)
+  weights, step = load(workdir, config, which, alone=kind == "lora")
   job = Export(workdir, config, weights, step, which, dtype)
-  partial = out.parent / f"{out.name}.partial"
-  shutil.rmtree(partial, ignore_errors=True)
-  cli.need_disk(out.parent, sum(leaf.nbytes for leaf in checkpoint.flatten(weights).values()), "the weights")
-  partial.mkdir(parents=True)
+  size = sum(leaf.nbytes for leaf in checkpoint.flatten(weights).values())
+  size += sum((workdir / part / checkpoint.WEIGHTS).stat().length for part in ("vae", "text") if (workdir / part / checkpoint.WEIGHTS).exists())
+  cli.need_disk(out.parent, 1.1 * size, "the weights")
+  partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
   try:
     loading = FORMATS[kind](job, partial)
-  except BadInput:
+    files = card.write(partial, job, kind, loading)
+  except BaseException:
     shutil.rmtree(partial)
     raise
-  files = card.write(partial, job, kind, loading)
+  partial.chmod(0o755)
   checkpoint.write_json(partial / "export.json", {"format_version": checkpoint.FORMAT_VERSION, "made_from": made_from, "step": step, "sha256": files})
   if out.exists():
     out.rmdir()
   partial.rename(out)
   return step
+
+
+def load(workdir, config, which, alone=False):
+  """All weights of a model -> (nested dict, read when they are looked at where they can be, step); `alone`: adapters without what they adapt."""
+  settings = build.attributes(config)
+  where = build.sampling_layout(settings)
+  whole = build.make_model(settings, workdir / "text", where)
+  part = build.trained_part(settings, whole)
+  mapped = (workdir / "model").exists() and not (workdir / "checkpoints").exists()
+  own, step = checkpoint.load_weights(workdir, which, None if mapped else build.targets(part), mapped=mapped, say=cli.say)
+  if part == whole or alone:
+    return own, step
+  weights, key = dict(build.base_weights(settings, None)), build.trained_key(settings)
+  weights[key] = lora_module.merge(weights[key], own["lora"]["dit"], part.lora.scale, lazy=True) if part.lora else own["dit"]
+  return weights, step
 
 
 def export_safetensors(job, out):
@@ -81,6 +97,7 @@ def export_safetensors(job, out):
     fields = {key: value for key, value in fields.items() if key not in ("made_from", "weights_crc32")}
     checkpoint.write_part(out / name, fields, specs, ((key, np.asarray(leaf)) for key, leaf in flat.items()))
   build.copy_part(job.workdir / "text", out / "text")
+  build.copy_source(job.workdir, out)
   own = {"init": "", "data": job.config["data"] | {"path": ""}}      # paths of the machine that it was trained on; nobody else has them
   if "lora" in job.config:
     own |= {"lora": job.config["lora"] | {"rank": 0}, "model": job.config["model"] | {"expert": ""}}      # they are merged
@@ -98,7 +115,8 @@ def export_numpy(job, out):
     if job.dtype == "bfloat16" or any(job.cast(leaf.dtype) == ml_dtypes.bfloat16 for leaf in flat.values()):
       raise BadInput("numpy has no bfloat16; give --dtype=float32 or --dtype=float16, or another --format")
     np.savez(out / f"{name}.npz", **{key: np.asarray(leaf).astype(job.cast(leaf.dtype), copy=False) for key, leaf in flat.items()})
-  checkpoint.write_json(out / "config.json", job.config | {"vae": job.part("vae")[0]})
+  own = {"init": "", "data": job.config["data"] | {"path": ""}, "vae": job.part("vae")[0]}
+  checkpoint.write_json(out / "config.json", job.config | own)
   return ("Names are those of `sora_jax/models`: `blocks/self/query` is [layer, width, head, head size].\n\n"
           "```python\nweights = dict(numpy.load('THIS/dit.npz'))\n```\n")
 
@@ -147,8 +165,7 @@ def export_lora(job, out):
   part = build.trained_part(settings, build.make_model(settings, job.workdir / "text", None))
   if part.lora is None:
     raise BadInput(f"{job.workdir} holds no adapters: it was trained without --config.lora.rank; export it as diffusers or safetensors")
-  own, _ = checkpoint.load_weights(job.workdir, job.which, build.targets(part), say=cli.say)
-  tensors = {name: value.astype(job.cast(np.float32)) for name, value in lora.to_theirs(own["lora"]["dit"], part.dit, part.lora)}
+  tensors = {name: value.astype(job.cast(np.float32)) for name, value in lora.to_theirs(job.weights["lora"]["dit"], part.dit, part.lora)}
   specs = {name: (value.shape, value.dtype) for name, value in tensors.items()}
   checkpoint.write_safetensors(out / lora.FILE, specs, tensors.items(), {"format": "pt"})
   second = ", load_into_transformer_2=True" if settings.model.get("expert") == "low" else ""
@@ -169,7 +186,7 @@ def write_shards(folder, stem, specs, pieces, most=SHARD):
   where, pieces = {}, iter(pieces)
   for i, shard in enumerate(shards, 1):
     file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-    checkpoint.write_safetensors(folder / file, shard, (next(pieces) for _ in shard), {"format": "pt"})
+    checkpoint.write_safetensors(folder / file, shard, cli.unless_stopped(next(pieces) for _ in shard), {"format": "pt"})
     where |= dict.fromkeys(shard, file)
   if len(shards) > 1:
     checkpoint.write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": sum(map(size, specs))}, "weight_map": where})

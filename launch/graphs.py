@@ -3,6 +3,7 @@
 Weights stay beside a computation as a safetensors file; a computation takes them as its first argument, a flat dict of arrays.
 """
 
+import dataclasses
 import functools
 import importlib.util
 
@@ -42,7 +43,7 @@ import jax, safetensors.numpy
 from jax import export
 weights = safetensors.numpy.load_file('THIS/{dit}.safetensors')      # of bfloat16: safetensors.flax
 dit = export.deserialize(open('THIS/dit.stablehlo', 'rb').read())
-velocity = jax.jit(dit.call)(weights, tokens, coords, segment, sigma, sigma_index, text, prompt, prompt_text)
+velocity = jax.jit(dit.call)(weights, tokens, coords, segment, sigma, sigma_index, text, prompt, prompt_text{cond})
 
 vae = safetensors.numpy.load_file('THIS/vae.safetensors')
 first, later = (export.deserialize(open(f'THIS/vae-decode-{{name}}.stablehlo', 'rb').read()) for name in ('first', 'next'))
@@ -57,7 +58,7 @@ memory, frames = later.call(vae, memory, latents[:, 1:2])            # 4 frames 
 def export_stablehlo(job, out):
   """The DiT's velocity, and the VAE a chunk at a time, for any batch, number of tokens, height and width."""
   model = build.make_model(build.attributes(job.config), job.workdir / "text", None)
-  cfg = model.dit
+  cfg = dataclasses.replace(model.dit, remat="none")
   b, l, s, u, h, w = export.symbolic_shape("b, l, s, u, h, w")
   keys = [key for key in job.weights if key.startswith("dit")]
   for key in keys:
@@ -80,7 +81,14 @@ def export_stablehlo(job, out):
     stream = jax.eval_shape(first, flat, frame)[0]
     _save(out / f"vae-{side}-next.stablehlo", run, flat, stream, jax.ShapeDtypeStruct((b, later, *size), jnp.float32))
   checkpoint.write_json(out / "config.json", {"model": job.config["model"], "vae": job.part("vae")[0]})
-  return LOADING.format(dit=keys[0], inputs=_inputs(cfg))
+  return _experts(model, keys, "safetensors") + LOADING.format(dit=keys[0], cond=", cond" * bool(cfg.cond_channels), inputs=_inputs(cfg))
+
+
+def _experts(model, keys, suffix):
+  """What to say of two experts."""
+  if len(keys) < 2:
+    return ""
+  return f"`{keys[0]}.{suffix}` is for noise levels from {model.boundary:g} on, `{keys[1]}.{suffix}` for those below.\n\n"
 
 
 def _inputs(cfg):
@@ -119,18 +127,21 @@ def export_onnx(job, out):
   import onnx
   from jax2onnx import to_onnx
   model = build.make_model(build.attributes(job.config), job.workdir / "text", None)
-  cfg, settings = model.dit, job.config["sample"]
+  cfg, settings = dataclasses.replace(model.dit, dtype="float32", remat="none"), job.config["sample"]      # onnxruntime has no bfloat16
   stride = build.load_vae(job.workdir / "vae")[0].stride
   thw = tasks.latent_size(settings["frames"], settings["size"], stride, cfg.patch)
   row = _row(cfg, 1, patches.token_count(thw, cfg.patch), cfg.text_pad or 512, 2)
   for key in [key for key in job.weights if key.startswith("dit")]:
-    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, job.cast(leaf.dtype)), job.weights[key])
+    known = lambda kind: jnp.float32 if kind == jnp.bfloat16 else kind  # noqa: E731
+    weights = jax.tree.map(lambda leaf: jnp.asarray(leaf, known(job.cast(leaf.dtype))), job.weights[key])
     run = functools.partial(DiT(cfg).apply, {"params": weights})
     graph = to_onnx(jaxpr_as_fun(jax.make_jaxpr(run)(*row)), list(row))      # flax's scan does not trace under its converter, a jaxpr does
     large = sum(leaf.nbytes for leaf in jax.tree.leaves(weights)) > ONNX_BYTES
     onnx.save(graph, out / f"{key}.onnx", save_as_external_data=large, location=f"{key}.onnx.data" if large else None)
   checkpoint.write_json(out / "config.json", {"model": job.config["model"]})
-  return (f"For one clip of {thw} latents, {row[0].shape[1]} tokens, and {row[7].shape[1]} text tokens; inputs are `in_0`, `in_1`, ..., in this "
+  keys = [key for key in job.weights if key.startswith("dit")]
+  return (_experts(model, keys, "onnx") +
+          f"For one clip of {thw} latents, {row[0].shape[1]} tokens, and {row[7].shape[1]} text tokens; inputs are `in_0`, `in_1`, ..., in this "
           "order.\n\n"
-          "```python\nimport onnxruntime\nsession = onnxruntime.InferenceSession('THIS/dit.onnx')\n"
+          "```python\nimport onnxruntime\nsession = onnxruntime.InferenceSession('THIS/" + keys[0] + ".onnx')\n"
           "velocity, = session.run(None, {f'in_{i}': x for i, x in enumerate(inputs)})\n```\n" + _inputs(cfg))

@@ -30,10 +30,17 @@ def main():
     raise BadInput("give --source=DIR, the folder of the weights, and --workdir=W")
   workdir = pathlib.Path(WORKDIR.value)
   if BASE.value:
+    if DTYPE.value != "source":
+      raise BadInput("--dtype is of whole weights; adapters (--base) are kept as they come: leave it out")
     adapters = importing.import_lora(SOURCE.value, BASE.value, workdir, EXPERT.value)
-    cli.say(f"done: adapters of rank {adapters.rank}. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+    what = f"done: adapters of rank {adapters.rank}" if adapters else f"{workdir} holds these adapters already; nothing to do"
+    cli.say(f"{what}. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+  elif EXPERT.value:
+    raise BadInput("--expert is of adapters; give the weights that they adapt with --base=W, or leave it out")
   elif not importing.import_weights(SOURCE.value, workdir, DTYPE.value):
     cli.say(f"{workdir} holds these weights already; nothing to do")
+  elif missing := [name for name in ("model", "vae", "text") if not (workdir / name).exists()]:
+    cli.say(f"done; {workdir} has no {', '.join(missing)} yet: import {'it' if len(missing) == 1 else 'them'} into it too before you sample")
   elif (workdir / "config.json").exists():
     cli.say(f"done. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
   else:

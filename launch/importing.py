@@ -34,6 +34,7 @@ def import_weights(source, workdir, dtype="source"):
   for part in found.parts:
     parts.setdefault("model" if part.key.startswith("dit") else part.key, []).append(part)
   todo = {name: some for name, some in parts.items() if not is_done(workdir / name, some, dtype)}
+  refuse_others(workdir, parts)
   if not todo and (workdir / "source" / "tensors.json").exists():
     return False
   specs = {name: {key: spec for part in some for key, spec in part_specs(part, dtype).items()} for name, some in todo.items()}
@@ -48,7 +49,7 @@ def import_weights(source, workdir, dtype="source"):
   with cli.lock_workdir(workdir), cli.Bar("tensors", total) as bar:
     for name, some in todo.items():
       fields = part_config(some, dtype)
-      checkpoint.write_part(workdir / name, fields, specs[name], pieces(some, fields, bar))
+      checkpoint.write_part(workdir / name, fields, specs[name], cli.unless_stopped(pieces(some, fields, bar)))
     if tokenizer:
       (workdir / "text").mkdir(exist_ok=True)
       (workdir / "text" / "tokenizer.model").write_bytes(tokenizer)
@@ -58,11 +59,29 @@ def import_weights(source, workdir, dtype="source"):
   return True
 
 
+def refuse_others(workdir, parts):
+  """BadInput where W was made by another program: nothing there is written over."""
+  config = workdir / "config.json"
+  other = next((path for path in (workdir / "checkpoints", workdir / "manifests") if path.exists()), None)
+  if config.exists() and "data" in (found := checkpoint.read_json(config)) and "path" in found["data"]:
+    other = config
+  for name in parts:
+    files_there = [path for path in (workdir / name).glob("*") if not path.name.endswith(".partial")]
+    if files_there and "made_from" not in (checkpoint.read_json(workdir / name / "config.json") if (workdir / name / "config.json").exists() else {}):
+      other = other or workdir / name
+  if other:
+    raise BadInput(f"{workdir} belongs to another program (there is {other}); give a --workdir of its own")
+
+
 def import_lora(source, base, workdir, expert=""):
   """A file of adapters in the layout of PEFT and diffusers, or its folder, to the weights in `base` -> W, which needs `base` from then on."""
   source, base, workdir = pathlib.Path(source), epath.Path(base), epath.Path(workdir)
-  file = source / lora.FILE if source.is_dir() else source
+  file = source
+  if source.is_dir():
+    found = sorted(source.glob("*.safetensors"))
+    file = source / lora.FILE if len(found) != 1 else found[0]
   tensors = files.Tensors(file)
+  stamp = f"{zlib.crc32(file.read_bytes()):08x}"
   config = ml_collections.ConfigDict({
       "init": str(base), "model": {"size": "init", "expert": expert, "remat": "none", "dtype": "float32", "text": ""}, "sample": {},
       "data": {"base_fps": 0.0}, "lora": {"rank": 1, "alpha": 1.0, "targets": ("to_q",)}})
@@ -71,23 +90,24 @@ def import_lora(source, base, workdir, expert=""):
   config.model.dtype = theirs["model"]["dtype"]
   adapters, params = lora.to_ours(tensors, dit.DiTConfig(**config.model.dit), tensors.metadata)
   config.lora = dataclasses.asdict(adapters)
-  if cli.is_begun(workdir):
+  if cli.is_begun(workdir) or (workdir / "config.json").exists():
+    if (workdir / "model").exists() and checkpoint.read_json(workdir / "model" / "config.json").get("made_from") == stamp:
+      return None
     raise BadInput(f"{workdir} holds a model already; give another --workdir")
   with cli.lock_workdir(workdir):
     for part in ("vae", "text"):
-      build.copy_part(base / part, workdir / part)
-    if (base / "source").exists():
-      shutil.copytree(base / "source", workdir / "source", dirs_exist_ok=True)
+      build.copy_part(base / part, workdir / part, link=part == "text")
+    build.copy_source(base, workdir)
     fields = {"format_version": checkpoint.FORMAT_VERSION, "program": cli.program(), **json.loads(config.to_json_best_effort())}
     checkpoint.write_json(workdir / "config.json", fields)
-    checkpoint.save_part(workdir / "model", {"step": 0}, {"lora": {"dit": params}})
+    checkpoint.save_part(workdir / "model", {"step": 0, "made_from": stamp}, {"lora": {"dit": params}})
   return adapters
 
 
 def is_done(directory, some, dtype):
   """Does it hold these parts? BadInput where it holds others."""
   path = directory / "config.json"
-  if not path.exists():
+  if not path.exists() or not (directory / checkpoint.WEIGHTS).exists():
     return False
   if checkpoint.read_json(path).get("made_from") != made_from(some, dtype):
     raise BadInput(f"{directory} holds other weights, or these with another --dtype; give another --workdir")

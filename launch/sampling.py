@@ -43,6 +43,8 @@ class Bundle:
   def of(cls, workdir, settings, model, params, step=0, identity=""):
     """From a config (a ConfigDict, or the dict of W/config.json) and weights; VAE and tokenizer are those in W."""
     cfg, vae_params = build.load_vae(epath.Path(workdir) / "vae")
+    if cfg.z_dim != model.dit.channels:
+      raise BadInput(f"{workdir}: its VAE has {cfg.z_dim} latent channels, its transformer takes {model.dit.channels}; they are not for each other")
     defaults = {name: settings["sample"][name] for name in DEFAULTS if name in settings["sample"]}
     defaults["size"] = list(defaults["size"])
     directory, pad = epath.Path(workdir) / "text", model.dit.text_pad

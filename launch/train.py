@@ -6,7 +6,6 @@
 import dataclasses
 import functools
 import os
-import shutil
 
 import jax
 import numpy as np
@@ -44,26 +43,29 @@ def main():
   cli.lock_workdir(workdir)
   cli.claim_workdir(workdir, config, FREE)
   for part in ("vae", "text"):
-    build.copy_part(epath.Path(config.data.path) / part, epath.Path(workdir) / part)
-  if config.init and (epath.Path(config.init) / "source").exists() and not (epath.Path(workdir) / "source").exists():
-    shutil.copytree(epath.Path(config.init) / "source", epath.Path(workdir) / "source")      # what launch.export gives back
+    build.copy_part(epath.Path(config.data.path) / part, epath.Path(workdir) / part, link=part == "text")
+  if config.init:
+    build.copy_source(config.init, workdir)
 
   target = train.abstract_state(model, tx)
   size = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
   cli.need_disk(workdir, 2.2 * size, "a checkpoint beside the one before it")
   checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
   state, cursor, step = resume(checkpoints, target) or begin(config, model, tx, target)
-  frozen = build.base_weights(config, whole) if model.lora else None
   if config.model.expert:
     boundary = config.model.boundary
     sigma = dataclasses.replace(sigma, **({"low": boundary} if config.model.expert == "high" else {"high": boundary}))
-    frozen = frozen and {"dit": frozen[f"dit_{config.model.expert}"]}
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   if step >= config.steps:
     cli.say(f"{workdir} is already trained for {step} steps; nothing to do. "
             f"Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
     return cli.OK
-  cli.say(f"training {config.model.size} ({parameters / 1e6:.2f} M parameters) on {len(index)} clips, steps {step + 1} to {config.steps} of "
+  frozen = None
+  if model.lora:
+    key = build.trained_key(config)
+    frozen = {"dit": build.base_weights(config, whole, model.dit.dtype, only=(key,))[key]}      # in what they are computed in
+  name = {"init": f"what {config.init} holds"}.get(config.model.size, config.model.size)
+  cli.say(f"training {name} ({parameters / 1e6:.2f} M parameters) on {len(index)} clips, steps {step + 1} to {config.steps} of "
           f"{config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}")
 
   stream = pipeline.batches(index, rows_plan, seed=config.seed, cursor=cursor, host=jax.process_index(), hosts=jax.process_count(),
@@ -158,6 +160,8 @@ def check_init(config, model):
     there, here = epath.Path(config.init) / part, epath.Path(config.data.path) / part
     if there.exists() and build.fingerprint(there) != build.fingerprint(here):
       raise BadInput(f"{part}/ of {config.init} is not that of the records; encode them with --workdir={config.init}")
+  if config.model.expert and config.sample.every:
+    raise BadInput("one expert alone makes no videos; set --config.sample.every=0, and sample from the work directory with launch.sample")
   if model.dit.conditioning != "token_sigma" and config.data.image_to_video:
     raise BadInput(f"config.data.image_to_video is {config.data.image_to_video}; these weights know no tokens that are given: set it to 0")
 

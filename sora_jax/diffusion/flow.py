@@ -29,12 +29,12 @@ class SigmaConfig:
   base_tokens: int = 256
   shift_power: float = 0.5         # shift = base_shift * (tokens / base_tokens) ** shift_power; SD3 eq. 23 has 0.5
   uniform: float = 0.1             # share of clips whose sigma is drawn uniformly, so that both ends are seen
-  low: float = 0.0                 # what is drawn is mapped to [low, high]: the range of an expert
+  low: float = 0.0                 # no sigma outside [low, high]: the range of an expert
   high: float = 1.0
 
   def __post_init__(self):
-    if self.std <= 0 or self.base_shift <= 0 or self.base_tokens < 1 or not 0 <= self.uniform <= 1:
-      raise ValueError(f"sigma needs std > 0, base_shift > 0, base_tokens >= 1, 0 <= uniform <= 1; not {self}")
+    if self.std <= 0 or self.base_shift <= 0 or self.base_tokens < 1 or not 0 <= self.uniform <= 1 or not 0 <= self.low < self.high <= 1:
+      raise ValueError(f"sigma needs std > 0, base_shift > 0, base_tokens >= 1, 0 <= uniform <= 1, 0 <= low < high <= 1; not {self}")
 
 
 def interpolate(data, noise, sigma):
@@ -93,9 +93,16 @@ def draw_sigma(keys_BG, tokens_BG, cfg):
   """Keys and token counts of clips -> sigma of each, [B, G] float32 in (0, 1)."""
   def one(key, tokens):
     normal, uniform, which = jax.random.split(key, 3)
-    logit_normal = jax.nn.sigmoid(cfg.mean + cfg.std * jax.random.normal(normal))
-    drawn = jnp.where(jax.random.uniform(which) < cfg.uniform, jax.random.uniform(uniform), logit_normal)
-    return cfg.low + (cfg.high - cfg.low) * shifted(drawn, token_shift(tokens, cfg))
+    shift = token_shift(tokens, cfg)
+    if (cfg.low, cfg.high) == (0.0, 1.0):
+      z, low, high = jax.random.normal(normal), 0.0, 1.0
+    else:                                     # both laws cut off where shifting takes them out of the range
+      low, high = shifted(cfg.low, 1 / shift), shifted(cfg.high, 1 / shift)
+      logit = lambda p: (jnp.log(p) - jnp.log1p(-p) - cfg.mean) / cfg.std  # noqa: E731
+      z = jax.random.truncated_normal(normal, logit(low), logit(high))
+    logit_normal = jax.nn.sigmoid(cfg.mean + cfg.std * z)
+    drawn = jnp.where(jax.random.uniform(which) < cfg.uniform, jax.random.uniform(uniform, minval=low, maxval=high), logit_normal)
+    return shifted(drawn, shift)
   return jax.vmap(jax.vmap(one))(keys_BG, jnp.maximum(tokens_BG, 1).astype(jnp.float32))
 
 

@@ -11,6 +11,7 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Their linear layer in a block: (our weight, how many of its axes are inputs).
 LINEARS = {
@@ -73,14 +74,33 @@ def change(pair, scale):
   return scale * jnp.tensordot(pair["a"], pair["b"], 1)
 
 
-def merge(params, adapters, scale):
-  """Weights of a DiT with adapters added for good, in the dtype they had; leaves that have none are as they were."""
+class Merged:
+  """A weight with its adapter added when it is looked at, a layer at a time; numpy takes it for an array."""
+
+  def __init__(self, weight, pair, scale):
+    self._weight, self._pair, self._scale = weight, pair, scale
+    self.shape, self.dtype, self.nbytes, self.ndim = weight.shape, weight.dtype, weight.nbytes, weight.ndim
+
+  def __getitem__(self, i):
+    weight = np.asarray(self._weight[i])
+    return (weight + np.asarray(change({name: np.asarray(value[i]) for name, value in self._pair.items()}, self._scale))).astype(weight.dtype)
+
+  def __array__(self, dtype=None, copy=None):
+    return np.stack([self[i] for i in range(len(self._weight))]).astype(dtype or self.dtype)
+
+  def astype(self, dtype, copy=True):
+    return np.asarray(self).astype(dtype, copy=copy)
+
+
+def merge(params, adapters, scale, lazy=False):
+  """Weights of a DiT with adapters added for good, in the dtype they had; leaves that have none are as they were. lazy: as `Merged`."""
 
   def add(weight, pair):
-    return (weight + jax.lax.map(lambda pair: change(pair, scale), pair)).astype(weight.dtype)
+    return jax.lax.map(lambda layer: (layer[0] + change(layer[1], scale)).astype(weight.dtype), (weight, pair))
 
   merged = dict(params, blocks={name: dict(part) if isinstance(part, dict) else part for name, part in params["blocks"].items()})
   for part, names in adapters["blocks"].items():
     for name, pair in names.items():
-      merged["blocks"][part][name] = jax.jit(add)(merged["blocks"][part][name], pair)
+      weight = merged["blocks"][part][name]
+      merged["blocks"][part][name] = Merged(weight, pair, scale) if lazy else jax.jit(add)(weight, pair)
   return merged

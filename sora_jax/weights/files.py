@@ -25,7 +25,7 @@ class Tensors(Mapping):
     if indices:
       try:
         files = [path / name for name in sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))]
-      except (ValueError, KeyError, AttributeError) as error:
+      except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise BadInput(f"weights: {indices[0]} is no index of shards ({error!r}); download it again") from error
     if not files:
       pickled = [name for pattern in ("*.pth", "*.pt", "*.bin") for name in path.glob(pattern)]

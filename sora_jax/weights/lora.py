@@ -52,18 +52,26 @@ def to_ours(tensors, cfg, metadata=None):
   if not layers or any(layer not in LINEARS for layer in layers):
     wrong = next((layer for layer in layers if layer not in LINEARS), next(iter(tensors), "nothing"))
     raise BadInput(f"LoRA: {wrong} is adapted there, which is not known here; adapters of {', '.join(LINEARS)} of blocks are, in PEFT's layout")
-  ranks = {np.shape(tensors[plain[name]])[0] for name in plain if name.endswith("lora_A.weight")}
+  ranks = {shape[0] if len(shape := np.shape(tensors[plain[name]])) == 2 else shape for name in plain if name.endswith("lora_A.weight")}
   if len(ranks) != 1:
-    raise BadInput(f"LoRA: ranks {sorted(ranks)} in one file; all adapters must have one rank")
+    raise BadInput(f"LoRA: ranks {sorted(ranks, key=str)} in one file; all adapters must have one rank")
   rank = ranks.pop()
-  scales = {float(np.asarray(tensors[name])) for name in alphas.values()} or {_alpha(metadata, rank)}
-  if len(scales) != 1:
-    raise BadInput(f"LoRA: alphas {sorted(scales)} in one file; all adapters must have one alpha")
-  adapters = LoRAConfig(rank, scales.pop(), tuple(layers))
-  return adapters, table.to_ours({name: tensors[there] for name, there in plain.items()}, rows(cfg, adapters))
+  values = {np.asarray(tensors[name]).astype(np.float64).tobytes() for name in alphas.values()}
+  if len(values) > 1 or alphas and 2 * len(alphas) != len(plain) or any(len(value) != 8 for value in values):
+    raise BadInput("LoRA: alphas differ in one file, or are not one number for each layer; all adapters must have one alpha")
+  try:
+    adapters = LoRAConfig(rank, float(np.frombuffer(values.pop())[0]) if values else _alpha(metadata, rank), tuple(layers))
+    return adapters, table.to_ours({name: tensors[there] for name, there in plain.items()}, rows(cfg, adapters))
+  except (ValueError, TypeError) as error:
+    raise BadInput(f"LoRA: {error}") from None
+  except BadInput as error:
+    raise BadInput(f"LoRA: {str(error).replace('is config.json of this model', 'are they adapters to these weights')}") from None
 
 
 def _alpha(metadata, rank):
   """lora_alpha of the metadata that diffusers writes; without it the rank."""
   said = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
+  for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
+    if said.get(f"transformer.{name}"):
+      raise BadInput(f"LoRA: {name} is {said[f'transformer.{name}']!r}; only plain adapters, all of one rank and alpha, are known")
   return float(said.get("transformer.lora_alpha", rank))

@@ -30,7 +30,10 @@ def from_folder(path):
     raise BadInput(f"tokenizer: {path / 'spiece.model'} is no sentencepiece model ({error}); download it again") from error
   proto = ModelProto.FromString(data)
   if (path / "tokenizer_config.json").exists():
-    unigram.add_tokens(proto, json.loads((path / "tokenizer_config.json").read_text()))
+    try:
+      unigram.add_tokens(proto, json.loads((path / "tokenizer_config.json").read_text()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+      raise BadInput(f"tokenizer: {path / 'tokenizer_config.json'} cannot be read ({error!r}); download it again") from error
   return proto.SerializeToString()
 
 

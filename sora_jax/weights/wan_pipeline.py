@@ -90,7 +90,8 @@ def open_pipeline(source):
   index = read_json(source / "model_index.json")
   if index.get("_class_name") not in PIPELINES:
     raise BadInput(f"weights: {source} is a {index.get('_class_name')}; known are {', '.join(PIPELINES)}")
-  there = [name for name in ("transformer", "transformer_2", "vae", "text_encoder") if (index.get(name) or [None])[0] is not None]
+  has = lambda name: isinstance(index.get(name), list) and index[name][:1] not in ([], [None])  # noqa: E731
+  there = list(filter(has, ("transformer", "transformer_2", "vae", "text_encoder")))
   for name in there:
     if not (source / name).is_dir():
       raise BadInput(f"weights: model_index.json of {source} names {name}, and there is no such folder; download it again")
@@ -172,7 +173,7 @@ def _schedule(folder, notes):
     notes.append(f"scheduler {name} cannot be followed ({wrong}): sampling will use unipc with shift 3")
     return {"sampler": "unipc", "shift": 3.0, "schedule": "diffusers"}
   sampler, shift, _ = SCHEDULERS[name]
-  return {"sampler": sampler, "shift": float(config.get(shift, 1.0)), "schedule": "diffusers"}
+  return {"sampler": sampler, "shift": float(config.get(shift) or 1.0), "schedule": "diffusers"}
 
 
 def open_part(folder, expand_timesteps=False):

@@ -80,3 +80,16 @@ def test_the_path_and_its_velocity():
   loss, _ = flow.velocity_loss(jnp.full((1, 1, 1), slope), jnp.full((1, 1, 1), data), jnp.full((1, 1, 1), noise),
                                jnp.ones((1, 1), int), jnp.zeros((1, 1), bool))
   assert float(loss) < 1e-12
+
+
+def test_an_expert_sees_its_range_alone():
+  """Cut off, not squeezed: within the range, sigma has the law that it has without one."""
+  keys, tokens = jax.random.split(jax.random.key(0), 4000).reshape(1, -1), jnp.full((1, 4000), 256)
+  plain = np.asarray(flow.draw_sigma(keys, tokens, flow.SigmaConfig(base_shift=3.0)))[0]
+  for low, high in ((0.0, 0.8), (0.8, 1.0)):
+    drawn = np.asarray(flow.draw_sigma(keys, tokens, flow.SigmaConfig(base_shift=3.0, uniform=0.0, low=low, high=high)))[0]
+    of_range = np.asarray(flow.draw_sigma(keys, tokens, flow.SigmaConfig(base_shift=3.0, uniform=0.0)))[0]
+    of_range = of_range[(of_range >= low) & (of_range <= high)]
+    assert low <= drawn.min() and drawn.max() <= high and len(of_range) > 500
+    np.testing.assert_allclose(np.quantile(drawn, (0.1, 0.5, 0.9)), np.quantile(of_range, (0.1, 0.5, 0.9)), atol=0.02)
+  assert plain.min() < 0.3 and plain.max() > 0.95

@@ -157,12 +157,15 @@ def test_adapters(workdir, tmp_path):
   found, again = peft.to_ours(theirs, cfg)
   assert (found.rank, found.alpha, set(found.targets)) == (3, 3.0, {"attn1.to_q", "attn1.to_out.0", "attn2.to_out.0", "ffn.net.0.proj"})
   safetensors.numpy.save_file(theirs, tmp_path / peft.FILE)
-  importing.import_lora(tmp_path, workdir, tmp_path / "w")
+  assert importing.import_lora(tmp_path, workdir, tmp_path / "w") and importing.import_lora(tmp_path, workdir, tmp_path / "w") is None
+  assert exporting.export(tmp_path / "w", tmp_path / "merged", "diffusers", "float32") == 0
   merged, plain = sampling.Bundle.open(tmp_path / "w").params["dit"], sampling.Bundle.open(workdir).params["dit"]
   back = dict(wan_dit.to_theirs(merged, cfg))
   name = "blocks.1.attn1.to_q"
   change = theirs[f"transformer.{name}.lora_B.weight"] @ theirs[f"transformer.{name}.lora_A.weight"]
   np.testing.assert_allclose(back[f"{name}.weight"] - dict(wan_dit.to_theirs(plain, cfg))[f"{name}.weight"], change, atol=1e-5)
+  written = files.Tensors(tmp_path / "merged" / "transformer")
+  assert all(np.allclose(written[name], value, atol=1e-6) for name, value in back.items())
   alphas = {key.replace("lora_A.weight", "alpha"): np.float32(6) for key in theirs if "lora_A" in key}
   assert peft.to_ours(theirs | alphas, cfg)[0].scale == 2.0
   for wrong, says in (({}, "nothing is adapted"), ({"transformer.proj_out.lora_A.weight": np.zeros((3, 4))}, "proj_out"),
@@ -234,8 +237,15 @@ def test_what_is_wrong_is_named(pipeline, workdir, tmp_path, monkeypatch):
   with pytest.raises(BadInput, match="holds no adapters"):
     exporting.export(workdir, tmp_path / "out", "lora")
   assert not list(tmp_path.glob("out*"))
+  foreign = tmp_path / "foreign"
+  (foreign / "checkpoints").mkdir(parents=True)
+  (foreign / "text").mkdir()
+  (foreign / "text" / "tokenizer.model").write_bytes(b"mine")
+  with pytest.raises(BadInput, match="belongs to another program"):
+    importing.import_weights(pipeline / "text_encoder", foreign)
+  assert (foreign / "text" / "tokenizer.model").read_bytes() == b"mine"
   monkeypatch.setattr(cli.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 10))
-  with pytest.raises(BadInput, match="the weights needs .* are free"):
+  with pytest.raises(BadInput, match="the weights: .* are needed, and .* are free"):
     importing.import_weights(pipeline, tmp_path / "w")
 
 
