@@ -82,11 +82,14 @@ def import_lora(source, base, workdir, expert=""):
     file = source / lora.FILE if len(found) != 1 else found[0]
   tensors = files.Tensors(file)
   stamp = f"{zlib.crc32(file.read_bytes()):08x}"
+  theirs = checkpoint.read_json(base / "config.json")
+  two = bool(theirs.get("model", {}).get("boundary"))
+  if two != bool(expert):
+    raise BadInput(f"{base} holds " + ("two experts; say which these adapt: --expert=high or low" if two else "one model; leave --expert out"))
   config = ml_collections.ConfigDict({
       "init": str(base), "model": {"size": "init", "expert": expert, "remat": "none", "dtype": "float32", "text": ""}, "sample": {},
       "data": {"base_fps": 0.0}, "lora": {"rank": 1, "alpha": 1.0, "targets": ("to_q",)}})
   build.adopt(config)
-  theirs = checkpoint.read_json(base / "config.json")
   config.model.dtype = theirs["model"]["dtype"]
   adapters, params = lora.to_ours(tensors, dit.DiTConfig(**config.model.dit), tensors.metadata)
   config.lora = dataclasses.asdict(adapters)

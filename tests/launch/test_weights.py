@@ -166,6 +166,8 @@ def test_adapters(workdir, tmp_path):
   np.testing.assert_allclose(back[f"{name}.weight"] - dict(wan_dit.to_theirs(plain, cfg))[f"{name}.weight"], change, atol=1e-5)
   written = files.Tensors(tmp_path / "merged" / "transformer")
   assert all(np.allclose(written[name], value, atol=1e-6) for name, value in back.items())
+  with pytest.raises(BadInput, match="holds one model; leave --expert out"):
+    importing.import_lora(tmp_path, workdir, tmp_path / "w3", "high")
   alphas = {key.replace("lora_A.weight", "alpha"): np.float32(6) for key in theirs if "lora_A" in key}
   assert peft.to_ours(theirs | alphas, cfg)[0].scale == 2.0
   for wrong, says in (({}, "nothing is adapted"), ({"transformer.proj_out.lora_A.weight": np.zeros((3, 4))}, "proj_out"),
