@@ -117,7 +117,7 @@ def measure_workdir(workdir, out):
     return report
   bundle = sampling.Bundle.open(workdir)
   report |= {"step": bundle.step, "loss_by_sigma": loss_by_sigma(bundle, raw, latents)}
-  if SOURCE.value == "shapes" and not VIDEOS.value:
+  if SOURCE.value == "shapes" and not VIDEOS.value and "dit" not in config["model"]:      # an imported model does not know that world
     folder_of_step = workdir / "samples" / f"held-out-{bundle.step}"
     counts = sampling.run_job(bundle, shapes.held_out_requests(PROMPTS.value), folder_of_step)
     if counts["stopped"]:
@@ -186,8 +186,13 @@ def loss_by_sigma(bundle, raw, latents):
     mean, time_scale = patches.whole(mean, patch), bundle.base_fps / clip.fps if bundle.base_fps else 1.0
     size, tokens = mean.shape[:3], patches.patchify(vae.normalise(mean, bundle.vae_cfg), patch)
     coords = patches.coords(patches.grid(size, patch), time_scale)
+    cond_LQ = None
+    if bundle.model.dit.cond_channels:
+      given = encoding.encode_image_video(bundle.vae_params, clip.video_THWC[:1] / np.float32(127.5) - 1, len(mean), bundle.vae_cfg)
+      given = patches.whole(vae.normalise(given, bundle.vae_cfg), patch)
+      cond_LQ = patches.patchify(batches.image_channels(given, bundle.model.dit.cond_channels), patch)
     packed.append(batches.Clip(tokens, coords, [bundle.tokenize(clip.caption)], size=size, fps=clip.fps,
-                               uid=records.uid(clip.file, clip.start)))
+                               uid=records.uid(clip.file, clip.start), cond_LQ=cond_LQ))
   rows, shape = share_rows(packed, bundle.row_tokens)
   measure = jax.jit(train.loss_at_sigma, static_argnames="model")
   key, losses = jax.random.key(SEED.value), {}
@@ -197,7 +202,7 @@ def loss_by_sigma(bundle, raw, latents):
       for some in (rows[i:i + bundle.rows] for i in range(0, len(rows), bundle.rows)):
         check_stop()
         batch = batches.pack([*some, *[[]] * (bundle.rows - len(some))], shape)
-        part = measure(bundle.params, batch, key, np.float32(sigma), model=bundle.model)
+        part = measure(bundle.model.expert(bundle.params, sigma)[0], batch, key, np.float32(sigma), model=bundle.model)
         total, count = total + float(part[0]), count + float(part[1])
       losses[f"{sigma:g}"] = total / count
       bar.advance()
