@@ -142,6 +142,6 @@ def export_onnx(job, out):
   keys = [key for key in job.weights if key.startswith("dit")]
   return (_experts(model, keys, "onnx") +
           f"For one clip of {thw} latents, {row[0].shape[1]} tokens, and {row[7].shape[1]} text tokens; inputs are `in_0`, `in_1`, ..., in this "
-          "order.\n\n"
+          "order. Prompts shorter than that are padded with zeros, which are theirs.\n\n"
           "```python\nimport onnxruntime\nsession = onnxruntime.InferenceSession('THIS/" + keys[0] + ".onnx')\n"
           "velocity, = session.run(None, {f'in_{i}': x for i, x in enumerate(inputs)})\n```\n" + _inputs(cfg))
