@@ -23,6 +23,10 @@ from sora_jax.errors import BadInput
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+CPU_FLAGS = (           # of XLA; measured on what launch.benchmark runs
+    "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",                  # the other copies all weights of a VAE before the first use
+    "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_REDUCE",            # those sums over tokens take 20 times as long
+)
 WRONG_PATH = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
 _stop = {"requested": False}
 _locks = []             # open files: a lock lasts as long as the program
@@ -36,8 +40,14 @@ class Failure(RuntimeError):
   """The work cannot go on, and not because of bad input: one line, exit code 1."""
 
 
+def tune_cpu():
+  """Sets CPU_FLAGS for XLA, before those that the user gave; to be called before the first computation."""
+  os.environ["XLA_FLAGS"] = " ".join([*CPU_FLAGS, os.environ.get("XLA_FLAGS", "")])
+
+
 def run(main):
   """Runs `main()` as a program and exits with its code (None: 0). Never returns."""
+  tune_cpu()
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, _request_stop)
   logging.set_verbosity(logging.FATAL)          # Orbax logs whole tracebacks of what is told here in one line

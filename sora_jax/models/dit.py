@@ -208,10 +208,21 @@ class Part(nn.Module):
   def shard(self, x, *axes):
     return x if self.layout is None else self.layout.constrain(x, *axes)
 
+  def product(self, equation, x, kernel):
+    """einsum of x [batch, length, ...] with a weight, in the compute dtype.
+
+    On one device as a product of two matrices: its gradients are such products too, and XLA on CPU transposes no operand of them.
+    """
+    x, kernel = (a.astype(self.cfg.dtype) for a in (x, kernel))
+    if self.layout is not None and self.layout.mesh.size > 1:
+      return jnp.einsum(equation, x, kernel)
+    size = math.prod(x.shape[2:])
+    return (x.reshape(-1, size) @ kernel.reshape(size, -1)).reshape(*x.shape[:2], *kernel.shape[x.ndim - 2 :])
+
   def linear(self, equation, x, name, shape, axes, init):
-    """einsum with weight `name` in the compute dtype, plus a bias over its last axis."""
+    """`product` with weight `name`, plus a bias over its last axis."""
     dtype = jnp.dtype(self.cfg.dtype)
-    y = jnp.einsum(equation, x.astype(dtype), self.weight(name, shape, axes, init).astype(dtype))
+    y = self.product(equation, x, self.weight(name, shape, axes, init))
     return y + self.weight(f"{name}_bias", shape[-1:], axes[-1:]).astype(dtype)
 
 
@@ -240,7 +251,7 @@ class Attention(Part):
 
     def joined(x_BLD, length, *names):
       kernel_DcNK, bias_cNK = jnp.stack([kernels[n] for n in names], 1), jnp.stack([biases[n] for n in names])
-      y_BLcNK = jnp.einsum("BLD,DcNK->BLcNK", x_BLD.astype(dtype), kernel_DcNK) + bias_cNK
+      y_BLcNK = self.product("BLD,DcNK->BLcNK", x_BLD, kernel_DcNK) + bias_cNK
       y_BLcNK = self.shard(y_BLcNK, "act_batch", length, None, "act_heads", "act_head_dim")
       return [rms_norm(y_BLcNK[:, :, i], norms[n], cfg.eps) if n in norms else y_BLcNK[:, :, i] for i, n in enumerate(names)]
 
@@ -322,7 +333,7 @@ class DiT(Part):
     if cfg.cond_channels:
       cond_QD = self.weight("patch_cond", (cfg.values_cond, D), ("patch", "embed"), normal(cfg.values_cond))
       if cond_BLQ is not None:
-        x_BLD += jnp.einsum("BLQ,QD->BLD", cond_BLQ.astype(dtype), cond_QD.astype(dtype))
+        x_BLD += self.product("BLQ,QD->BLD", cond_BLQ, cond_QD)
     x_BLD = self.shard(x_BLD, "act_batch", "act_length", "act_embed")
 
     log_count_BS = None

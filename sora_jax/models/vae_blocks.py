@@ -26,6 +26,7 @@ from sora_jax.models.causal_conv import SAME, causal_conv, in_front, plane_conv
 
 KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 ATTENTION_SCORES = 2 ** 24        # held at once; above that, frame by frame in blocks of queries
+LARGE = 2 ** 20                   # values of a layer's input above which the frames of a later chunk pass through it one by one
 
 
 def recall(module, x_BTHWC, n, first):
@@ -36,6 +37,15 @@ def recall(module, x_BTHWC, n, first):
     joined = jnp.pad(x_BTHWC, in_front(missing)) if first else jnp.concatenate([before, x_BTHWC], 1)
     module.put_variable("stream", "tail", joined[:, joined.shape[1] - n:])
   return before
+
+
+def by_frames(module, layers, x_BTHWC, first):
+  """layers(module, x, first), which keep the number of frames. The frames of later chunks, if large, pass one by one: the memory of one."""
+  T = x_BTHWC.shape[1]
+  if first or T == 1 or not jax.core.is_constant_dim(x_BTHWC.size) or x_BTHWC.size <= LARGE:
+    return layers(module, x_BTHWC, first)
+  one = lambda module, _, x_BHWC: (None, layers(module, x_BHWC[:, None], False)[:, 0])  # noqa: E731
+  return nn.scan(one, variable_broadcast="params", variable_carry="stream", in_axes=1, out_axes=1)(module, None, x_BTHWC)[1]
 
 
 def double(x_BTHWC):
@@ -196,11 +206,14 @@ class Down(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTHWC, first):
-    x = x_BTHWC
-    for i in range(self.blocks):
-      x = ResBlock(self.features, name=f"block_{i}")(x, first)
-    if self.space:
-      x = Conv(self.features, (3, 3), name="resample")(x, stride=2, padding=((0, 1), (0, 1)))
+    def layers(module, x, first):
+      for i in range(self.blocks):
+        x = ResBlock(self.features, name=f"block_{i}", parent=module)(x, first)
+      if self.space:
+        x = Conv(self.features, (3, 3), name="resample", parent=module)(x, stride=2, padding=((0, 1), (0, 1)))
+      return x
+
+    x = by_frames(self, layers, x_BTHWC, first)
     if self.time:
       x = TimeDown(name="time")(x, first)
     if self.residual:
@@ -218,13 +231,20 @@ class Up(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTHWC, first):
-    x = x_BTHWC
-    for i in range(self.blocks + 1):
-      x = ResBlock(self.features, name=f"block_{i}")(x, first)
+    def blocks(module, x, first):
+      for i in range(self.blocks + 1):
+        x = ResBlock(self.features, name=f"block_{i}", parent=module)(x, first)
+      return x
+
+    def resample(module, x, first):
+      del first
+      return Conv(self.features if self.residual else self.features // 2, (3, 3), name="resample", parent=module)(double(x))
+
+    x = by_frames(self, blocks, x_BTHWC, first)
     if self.time:
       x = TimeUp(name="time")(x, first)
     if self.space:
-      x = Conv(self.features if self.residual else self.features // 2, (3, 3), name="resample")(double(x))
+      x = by_frames(self, resample, x, first)
     if self.residual and (self.space or self.time):
       x += duplicate_up(x_BTHWC, self.features, 1 + self.time, 1 + self.space, first)
     return x
@@ -269,7 +289,9 @@ class Decoder(nn.Module):
     for i, width in enumerate(self.widths[1:]):
       x = Up(width, self.blocks, i < last and self.spaces[i], i < last and self.times[i], self.residual, name=f"up_{i}")(x, first)
       x = by_rows(self.layout, x)
-    return Conv(self.features, name="conv_out")(nn.silu(Norm(name="norm_out")(x)), first)
+    out = lambda module, x, first: Conv(self.features, name="conv_out", parent=module)(  # noqa: E731
+        nn.silu(Norm(name="norm_out", parent=module)(x)), first)
+    return by_frames(self, out, x, first)
 
 
 class LinearCodec(nn.Module):
