@@ -12,7 +12,9 @@ Rows (theirs; ours is what launch.sample and launch.train compute):
   dit               `WanTransformer3DModel`, forward of one clip with a prompt padded to 512 tokens
   mixed padded      16 clips of 8 sizes, one batch, each padded to the longest; ours: packed in one row
   mixed alone       the same clips, a call for each
-  train             loss, gradient, AdamW
+  train             loss, gradient and AdamW, of one clip
+  train padded      of 8 clips of 8 sizes, one batch, each padded to the longest; ours: packed in one row
+  train alone       of the same clips, a call for each, their gradients summed
   vae encode/decode `AutoencoderKLWan` at the shape of Wan 2.1; ours: streamed
   text              `UMT5EncoderModel`, prompts padded to 512 tokens as `WanPipeline` does; ours: of their true length
   whole job         `WanPipeline`, prompt to frames, with guidance; ours: the same folder imported, sampled as launch.sample does (from the same
@@ -69,6 +71,10 @@ ROWS = (
     Row("mixed padded", "dit_padded", DIT | {"depth": 2, "grids": MIXED * 2}, TINY_DIT | {"depth": 2, "grids": [[3, 4, 4], [1, 2, 2]]}, 0.35),
     Row("mixed alone", "dit", DIT | {"depth": 2, "grids": MIXED * 2}, TINY_DIT | {"depth": 2, "grids": [[3, 4, 4], [1, 2, 2]]}, 0.8),
     Row("train", "train", DIT | {"depth": 2, "grids": [[5, 16, 16]]}, TINY_DIT | {"depth": 2, "grids": [[2, 4, 3]]}, 0.85, 0.7, "all", 1e-3),
+    Row("train padded", "train_padded", DIT | {"depth": 2, "grids": MIXED}, TINY_DIT | {"depth": 2, "grids": [[3, 4, 4], [1, 2, 2]]},
+        0.85, 0.7, "all", 1e-3),
+    Row("train alone", "train", DIT | {"depth": 2, "grids": MIXED}, TINY_DIT | {"depth": 2, "grids": [[3, 4, 4], [1, 2, 2]]},
+        0.85, 0.7, "all", 1e-3),
     Row("vae encode", "vae_encode", VAE, TINY_VAE, 1.0, 0.5),
     Row("vae decode", "vae_decode", VAE, TINY_VAE, 1.0, 0.5),
     Row("text", "text", {"width": 2048, "heads": 32, "head_size": 64, "mlp": 5120, "depth": 4, "vocab": 32768, "lengths": [40, 66, 93, 120]},

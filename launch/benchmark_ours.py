@@ -96,17 +96,23 @@ def dit_padded(shape, folder):
 
 
 def train(shape, folder):
+  """All clips packed in one row."""
   cfg, clips = _dit_cfg(shape, remat="dots"), worker.clips(shape)
   row = _row(clips, cfg)
-  wanted = np.moveaxis(worker.uniform(1, 1, *np.moveaxis(clips[0][0], -1, 0).shape)[0], 0, -1)
-  wanted_BLP = jnp.asarray(patches.patchify(wanted, cfg.patch)[None])
+  wanted = worker.wanted([np.moveaxis(latents, -1, 0).shape for latents, *_ in clips])
+  wanted_BLP = jnp.asarray(np.concatenate([patches.patchify(np.moveaxis(value, 0, -1), cfg.patch) for value in wanted])[None])
   tx = optax.adamw(1e-4, weight_decay=0.01)
+
+  def loss(params, row, wanted_BLP):
+    squares_L = jnp.square(dits.DiT(cfg).apply({"params": params}, *row) - wanted_BLP)[0].mean(-1)
+    one_hot_LG = jax.nn.one_hot(row[4][0], len(clips))
+    return squares_L.mean(), squares_L @ one_hot_LG / one_hot_LG.sum(0)
 
   def update(state, row, wanted_BLP):
     params, opt = state
-    loss, grads = jax.value_and_grad(lambda p: jnp.square(dits.DiT(cfg).apply({"params": p}, *row) - wanted_BLP).mean())(params)
+    grads, losses_G = jax.grad(loss, has_aux=True)(params, row, wanted_BLP)
     updates, opt = tx.update(grads, opt, params)
-    return (optax.apply_updates(params, updates), opt), loss
+    return (optax.apply_updates(params, updates), opt), losses_G
 
   params = _weights(folder, wan_dit.to_ours, cfg)
   kept = [(params, jax.jit(tx.init)(params))]
@@ -114,14 +120,15 @@ def train(shape, folder):
   del params
 
   def step():
-    steps = 1 if len(kept) > 1 else 3
-    losses = []
-    for _ in range(steps):
-      kept[0], loss = run(kept[0], row, wanted_BLP)
-      losses.append(np.asarray(loss))
-    kept[1:] = [True]
-    return {"loss": np.stack(losses)}
-  return step, seconds
+    kept[0], losses_G = run(kept[0], row, wanted_BLP)
+    return np.asarray(losses_G)
+  return worker.three_steps(step), seconds
+
+
+def train_padded(shape, folder):
+  """As `train`; of the losses, that of the first clip in the first step."""
+  step, seconds = train(shape, folder)
+  return lambda: {"loss": step()["loss"][:1, :1]}, seconds
 
 
 def _vae_cfg(shape):

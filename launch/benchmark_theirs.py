@@ -49,6 +49,14 @@ def _wan(shape, folder):
   return model
 
 
+def _padded(inputs):
+  """Tensors of clips -> of one batch, with zeros up to the size of the first, which is the largest."""
+  import torch
+  first = inputs[0][0].shape
+  pad = lambda x: torch.nn.functional.pad(x, [n for a, b in zip(first[:1:-1], x.shape[:1:-1]) for n in (0, a - b)])  # noqa: E731
+  return [torch.cat(part) for part in zip(*((pad(x), *rest) for x, *rest in inputs))]
+
+
 def _tensors(latents, timestep, text):
   import torch
   return torch.from_numpy(latents.transpose(3, 0, 1, 2)[None].copy()), torch.tensor([timestep]), torch.from_numpy(text[None])
@@ -67,13 +75,10 @@ def dit(shape, folder):
 
 
 def dit_padded(shape, folder):
-  """One call for all clips, with zeros up to the size of the first, which is the largest. Its own outputs alone are right: padding is
-  attended to."""
+  """One call for all clips. The outputs of the largest alone are right: padding is attended to."""
   import torch
   model, inputs = _wan(shape, folder).eval(), [_tensors(*clip) for clip in worker.clips(shape)]
-  first = inputs[0][0].shape
-  pad = lambda x: torch.nn.functional.pad(x, [n for a, b in zip(first[:1:-1], x.shape[:1:-1]) for n in (0, a - b)])  # noqa: E731
-  batch = [torch.cat(part) for part in zip(*((pad(x), *rest) for x, *rest in inputs))]
+  first, batch = inputs[0][0].shape, _padded(inputs)
 
   def step():
     with torch.no_grad():
@@ -82,29 +87,34 @@ def dit_padded(shape, folder):
   return step, 0
 
 
-def train(shape, folder):
+def train(shape, folder, padded=False):
+  """A call for each clip, their gradients summed; `padded`: one call. The mean squared error is over all that is not padding."""
   import torch
-  model, (inputs,) = _wan(shape, folder).train(), [_tensors(*clip) for clip in worker.clips(shape)]
-  wanted = torch.from_numpy(worker.uniform(1, *inputs[0].shape))
+  model, clips = _wan(shape, folder).train(), [_tensors(*clip) for clip in worker.clips(shape)]
+  wanted = [torch.from_numpy(value) for value in worker.wanted([clip[0].shape[1:] for clip in clips])]
+  batches = [(*clip, value[None], torch.ones_like(value[None])) for clip, value in zip(clips, wanted)]
+  if padded:
+    latents, wanted, real = (_padded([(batch[i],) for batch in batches])[0] for i in (0, 3, 4))
+    batches = [(latents, *(torch.cat([clip[i] for clip in clips]) for i in (1, 2)), wanted, real)]
+  values = sum(float(real.sum()) for *_, real in batches)
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
 
   def step():
-    loss = torch.nn.functional.mse_loss(model(*inputs, return_dict=False)[0], wanted)
-    loss.backward()
+    losses = []
+    for *inputs, wanted, real in batches:
+      squares = torch.square((model(*inputs, return_dict=False)[0] - wanted) * real).sum((1, 2, 3, 4))
+      (squares.sum() / values).backward()
+      losses += (squares / real.sum((1, 2, 3, 4))).tolist()
     optimizer.step()
     optimizer.zero_grad()
-    return {"loss": loss.detach().numpy()}
+    return losses
+  return worker.three_steps(step), 0
 
-  def first_is_three():
-    done = []
 
-    def run():
-      if done:
-        return step()
-      done.append(True)
-      return {"loss": np.stack([step()["loss"] for _ in range(3)])}
-    return run
-  return first_is_three(), 0
+def train_padded(shape, folder):
+  """As `train`; of the losses, that of the first clip in the first step: padding is attended to."""
+  step, seconds = train(shape, folder, padded=True)
+  return lambda: {"loss": step()["loss"][:1, :1]}, seconds
 
 
 def _vae(shape, folder):
