@@ -2,7 +2,8 @@
 
   python -m launch.benchmark_worker ours|theirs RUN SHAPE_AS_JSON FOLDER
 
-`first` runs once and leaves the outputs in FOLDER/SIDE.npz; `run` times one run; `memory` tells peaks in MB. Each answers one line of JSON.
+`first` runs once and leaves the outputs in FOLDER/SIDE.npz; `run` times one run; `memory` runs once and tells its peaks in MB. Each answers
+one line of JSON.
 Both sides import no library of the other: see benchmark_ours.py, benchmark_theirs.py.
 """
 
@@ -102,6 +103,8 @@ def main():
   for word in sys.stdin:
     began = time.perf_counter()
     if word == "memory\n":
+      trimmed()
+      step()
       peak = resident("VmHWM")
       tell(work=peak - level, all=peak - bare)
     else:

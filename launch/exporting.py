@@ -90,13 +90,15 @@ def load(workdir, config, which, alone=False):
 
 def export_safetensors(job, out):
   """Our own layout: a directory that our programs take as --workdir."""
-  vae_fields, vae_params = job.part("vae")
-  for name, fields, params in [("vae", vae_fields, vae_params), ("model", {"step": job.step, "weights": job.which}, job.weights)]:
+  parts = {"vae": job.part("vae"), "model": ({"step": job.step, "weights": job.which}, job.weights)}
+  build.copy_part(job.workdir / "text", out / "text", link=job.dtype != "source")
+  if job.dtype != "source" and (out / "text" / checkpoint.WEIGHTS).exists():
+    parts["text"] = job.part("text")
+  for name, (fields, params) in parts.items():
     flat = checkpoint.flatten(params)
     specs = {key: (leaf.shape, job.cast(leaf.dtype)) for key, leaf in flat.items()}
     fields = {key: value for key, value in fields.items() if key not in ("made_from", "weights_crc32")}
     checkpoint.write_part(out / name, fields, specs, ((key, np.asarray(leaf)) for key, leaf in flat.items()))
-  build.copy_part(job.workdir / "text", out / "text")
   build.copy_source(job.workdir, out)
   own = {"init": "", "data": job.config["data"] | {"path": ""}}      # paths of the machine that it was trained on; nobody else has them
   if "lora" in job.config:

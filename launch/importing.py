@@ -93,17 +93,19 @@ def import_lora(source, base, workdir, expert=""):
   config.model.dtype = theirs["model"]["dtype"]
   adapters, params = lora.to_ours(tensors, dit.DiTConfig(**config.model.dit), tensors.metadata)
   config.lora = dataclasses.asdict(adapters)
-  if cli.is_begun(workdir) or (workdir / "config.json").exists():
-    if (workdir / "model").exists() and checkpoint.read_json(workdir / "model" / "config.json").get("made_from") == stamp:
-      return None
+  there = workdir / "model" / "config.json"            # that of W comes last: a kill between them is mended by a second run
+  whole = (workdir / "config.json").exists()
+  if there.exists() and whole and checkpoint.read_json(there).get("made_from") == stamp:
+    return None
+  if whole or (workdir / "manifests").exists():
     raise BadInput(f"{workdir} holds a model already; give another --workdir")
   with cli.lock_workdir(workdir):
     for part in ("vae", "text"):
       build.copy_part(base / part, workdir / part, link=part == "text")
     build.copy_source(base, workdir)
     fields = {"format_version": checkpoint.FORMAT_VERSION, "program": cli.program(), **json.loads(config.to_json_best_effort())}
-    checkpoint.write_json(workdir / "config.json", fields)
     checkpoint.save_part(workdir / "model", {"step": 0, "made_from": stamp}, {"lora": {"dit": params}})
+    checkpoint.write_json(workdir / "config.json", fields)
   return adapters
 
 

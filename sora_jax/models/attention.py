@@ -163,6 +163,13 @@ def _scores(query, key, segment_q, segment_k):
   return jnp.where(same, jnp.einsum("NqK,NmK->Nqm", query, key), MASKED)
 
 
+def _largest(x):
+  """Of the last axis, by halves: XLA on CPU vectorises that, and takes three times as long for `max`."""
+  while x.shape[-1] > 8 and x.shape[-1] % 2 == 0:
+    x = jnp.maximum(*jnp.split(x, 2, -1))
+  return x.max(-1)
+
+
 @jax.custom_vjp
 def _flash(query, key, value, segment_q, segment_k):
   """Scaled query [nq, N, bq, K], key and value [nk, N, bk, K], ids [nq, bq] and [nk, bk] -> [nq, N, bq, K]; all float32.
@@ -207,7 +214,7 @@ def _forward_tiles(query, key, value, segment_q, segment_k):
     def step(j, carry):
       top, total, out = carry
       score = _scores(query, at(key, j), ids, at(segment_k, j))
-      new_top = jnp.maximum(top, score.max(-1))
+      new_top = jnp.maximum(top, _largest(score))
       weight, shrink = jnp.exp(score - new_top[..., None]), jnp.exp(top - new_top)
       out = out * shrink[..., None] + jnp.einsum("Nqm,NmK->NqK", weight, at(value, j))
       return new_top, total * shrink + weight.sum(-1), out

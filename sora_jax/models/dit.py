@@ -325,7 +325,6 @@ class DiT(Part):
     takes the place of text_BSE. ValueError where cond_BLQ is missing from a model that needs it, or the other way round.
     """
     cfg, D = self.cfg, self.cfg.width
-    dtype = jnp.dtype(cfg.dtype)
     if (cond_BLQ is not None) != (cfg.cond_channels > 0) and not self.is_initializing():
       raise ValueError(f"this DiT takes {cfg.values_cond} condition values a token, and got cond_BLQ={cond_BLQ!r}")
 

@@ -146,7 +146,11 @@ def test_stablehlo(workdir, tmp_path):
   np.testing.assert_allclose(mean, vae.encode(bundle.vae_params, again[:, :1], bundle.vae_cfg)[0], atol=1e-4)
 
 
-def test_adapters(workdir, tmp_path):
+def interrupt(*_):
+  raise KeyboardInterrupt
+
+
+def test_adapters(workdir, tmp_path, monkeypatch):
   """Adapters written in PEFT's layout and read again are the same function; merged, they are the weights plus alpha / rank A B."""
   cfg = build.make_model(build.attributes(checkpoint.read_json(workdir / "config.json")), workdir / "text", None).dit
   adapters = lora.LoRAConfig(rank=3, alpha=6.0, targets=("attn1.to_q", "to_out.0", "ffn.net.0.proj"))
@@ -157,6 +161,9 @@ def test_adapters(workdir, tmp_path):
   found, again = peft.to_ours(theirs, cfg)
   assert (found.rank, found.alpha, set(found.targets)) == (3, 3.0, {"attn1.to_q", "attn1.to_out.0", "attn2.to_out.0", "ffn.net.0.proj"})
   safetensors.numpy.save_file(theirs, tmp_path / peft.FILE)
+  with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+    killed.setattr(importing.checkpoint, "write_part", interrupt)
+    importing.import_lora(tmp_path, workdir, tmp_path / "w")
   assert importing.import_lora(tmp_path, workdir, tmp_path / "w") and importing.import_lora(tmp_path, workdir, tmp_path / "w") is None
   assert exporting.export(tmp_path / "w", tmp_path / "merged", "diffusers", "float32") == 0
   merged, plain = sampling.Bundle.open(tmp_path / "w").params["dit"], sampling.Bundle.open(workdir).params["dit"]
@@ -191,6 +198,9 @@ def test_another_dtype(pipeline, tmp_path):
   kinds = lambda part: {leaf.dtype.name for leaf in checkpoint.flatten(checkpoint.load_part(tmp_path / "w" / part, None)[1]).values()}  # noqa: E731
   assert kinds("model") == {"bfloat16"} and kinds("text") == {"bfloat16"} and kinds("vae") == {"float32"}
   assert checkpoint.read_json(tmp_path / "w" / "config.json")["model"]["dtype"] == "bfloat16"
+  exporting.export(tmp_path / "w", tmp_path / "out", "safetensors", "float32")
+  written = {part: files.Tensors(tmp_path / "out" / part) for part in ("model", "text", "vae")}
+  assert all(tensors.dtype(name) == "float32" for tensors in written.values() for name in tensors)
 
 
 def test_what_is_wrong_is_named(pipeline, workdir, tmp_path, monkeypatch):

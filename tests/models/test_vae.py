@@ -107,6 +107,21 @@ def test_a_linear_codec_begins_with_principal_components():
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(slopes["linear"])) and np.any(slopes["decoder"]["conv_out"]["kernel"])
 
 
+def test_large_frames_go_one_by_one(monkeypatch):
+  """Chunks whose frames pass one after another through the layers give what whole chunks give."""
+  params, clip = vae.init(jax.random.key(0), RESIDUAL), video(RESIDUAL)
+  latents = jax.random.normal(jax.random.key(1), (1, 1, 1, 2, 4))
+  seen = vae.encode_chunk(params, None, clip[:, :1], RESIDUAL, first=True)[0]
+  shown = vae.decode_chunk(params, None, latents, RESIDUAL, first=True)[0]
+  chunk = lambda f, stream, x: f.__wrapped__(params, stream, x, RESIDUAL, first=False)  # noqa: E731
+  loops = lambda *args: str(jax.make_jaxpr(lambda: chunk(*args))()).count("scan[")  # noqa: E731
+  both = (vae.encode_chunk, seen, clip[:, 1:5]), (vae.decode_chunk, shown, latents)
+  whole, none = [chunk(*args) for args in both], [loops(*args) for args in both]
+  monkeypatch.setattr(vae_blocks, "LARGE", 0)
+  assert none == [0, 0] and all(loops(*args) > 1 for args in both)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), [chunk(*args) for args in both], whole)
+
+
 def test_streaming_keeps_a_fixed_amount():
   """The memory of a stream after 2 chunks is that after 3, in shapes."""
   params, clip = vae.init(jax.random.key(0), PLAIN), video(PLAIN)
