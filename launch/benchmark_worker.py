@@ -17,8 +17,6 @@ import time
 
 import numpy as np
 
-from launch import cli
-
 THREADS = 2
 PROMPT, NEGATIVE, GUIDANCE = "a red fox walks over the snow at dawn", "blurred, with words on it", 5.0
 
@@ -90,7 +88,6 @@ def trimmed():
 def main():
   which, run, shape, folder = sys.argv[1:]
   os.environ["OMP_NUM_THREADS"] = str(THREADS)
-  cli.tune_cpu()
   answers = os.fdopen(os.dup(1), "w", buffering=1)
   os.dup2(2, 1)                              # whatever libraries print is no answer
   side = importlib.import_module(f"launch.benchmark_{which}")

@@ -41,7 +41,7 @@ class Failure(RuntimeError):
 
 
 def tune_cpu():
-  """Sets CPU_FLAGS for XLA, before those that the user gave; to be called before the first computation."""
+  """Sets CPU_FLAGS for XLA, before those that the user gave, here and in programs that this one starts."""
   os.environ["XLA_FLAGS"] = " ".join([*CPU_FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 

@@ -94,10 +94,10 @@ def import_lora(source, base, workdir, expert=""):
   adapters, params = lora.to_ours(tensors, dit.DiTConfig(**config.model.dit), tensors.metadata)
   config.lora = dataclasses.asdict(adapters)
   there = workdir / "model" / "config.json"            # that of W comes last: a kill between them is mended by a second run
-  whole = (workdir / "config.json").exists()
-  if there.exists() and whole and checkpoint.read_json(there).get("made_from") == stamp:
+  mine, whole = there.exists() and checkpoint.read_json(there).get("made_from") == stamp, (workdir / "config.json").exists()
+  if mine and whole:
     return None
-  if whole or (workdir / "manifests").exists():
+  if whole or (there.exists() and not mine) or (workdir / "manifests").exists():
     raise BadInput(f"{workdir} holds a model already; give another --workdir")
   with cli.lock_workdir(workdir):
     for part in ("vae", "text"):

@@ -173,6 +173,10 @@ def test_adapters(workdir, tmp_path, monkeypatch):
   np.testing.assert_allclose(back[f"{name}.weight"] - dict(wan_dit.to_theirs(plain, cfg))[f"{name}.weight"], change, atol=1e-5)
   written = files.Tensors(tmp_path / "merged" / "transformer")
   assert all(np.allclose(written[name], value, atol=1e-6) for name, value in back.items())
+  (tmp_path / "w" / "config.json").unlink()                       # a model of somebody else, without a config of its own
+  write(tmp_path / "w" / "model" / "config.json", {"made_from": "0"})
+  with pytest.raises(BadInput, match="holds a model already"):
+    importing.import_lora(tmp_path, workdir, tmp_path / "w")
   with pytest.raises(BadInput, match="holds one model; leave --expert out"):
     importing.import_lora(tmp_path, workdir, tmp_path / "w3", "high")
   alphas = {key.replace("lora_A.weight", "alpha"): np.float32(6) for key in theirs if "lora_A" in key}
