@@ -16,8 +16,9 @@ import threading
 import grain
 import numpy as np
 
+from data.mixture import Mixture
 from data.plan import Plan, mix64
-from data.records import DamagedRecord, RecordIndex, read
+from data.records import DamagedRecord, RecordIndex
 from sora_jax.batch import Clip, image_channels, pack
 from sora_jax.errors import BadInput
 from sora_jax.patches import coords, grid, patchify, whole
@@ -29,7 +30,7 @@ def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, 
             base_fps=None, cond_channels=0, max_damaged=10, on_damage=print, epochs=None, threads=2, prefetch=4):
   """Iterator over (PackedBatch of numpy with this host's rows, Cursor after the step), from `cursor` on.
 
-  index: RecordIndex. plan: Plan over index.rows; its rows_per_step, R, is that of all hosts together: host h of H has
+  index: RecordIndex or Mixture. plan: Plan over index.rows; its rows_per_step, R, is that of all hosts together: host h of H has
     the rows [h R / H, (h + 1) R / H) of each step.
   embedded: texts are the embeddings in the records, not the token ids.
   caption_dropout: share of the clips whose text is the null text.
@@ -81,7 +82,7 @@ class _Steps:
 @dataclasses.dataclass
 class _Loader:
   """(cursor, StepPlan) -> (PackedBatch of some rows of the step, cursor). Fields as in `batches`."""
-  index: RecordIndex
+  index: RecordIndex | Mixture
   plan: Plan
   seed: int
   rows: slice
@@ -123,10 +124,7 @@ class _Loader:
   def clip(self, position, epoch, entry, drop, give):
     """One clip of the index, ready to be packed; None if its record is damaged."""
     try:
-      record = read(self.index, position)
-      if len(record.text_ids_S) != entry["text_tokens"]:
-        what = f"{len(record.text_ids_S)} text tokens where the index says {entry['text_tokens']}"
-        raise DamagedRecord(f"{self.index.describe(position)}: {what}")
+      record = self.index[position]
     except DamagedRecord as e:
       self.count(position, str(e))
       return None

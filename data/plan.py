@@ -6,6 +6,9 @@ computes the same plan and loads its own rows, so any number of hosts may go on 
   draws    an endless list of clips: draw k is clip `shuffle(k mod n)` of epoch k // n. The shuffle, another one each
            epoch, is computed for one k alone (a Feistel network), so that 10^9 clips need no permutation in memory. A
            draw number thus names a clip and its epoch; every clip is drawn exactly once an epoch.
+  datasets where several are mixed, draw k is draw j of dataset d, in integer arithmetic, for one k alone (`deal`): in
+           any stretch of draws the shares are right to a clip or two, and every clip of a dataset is drawn exactly once
+           an epoch of that dataset.
   windows  window w is the draws [w * window_clips, (w + 1) * window_clips) and those carried over from the one before.
            It runs over the end of an epoch, and over many epochs of a small dataset: rows are full whatever its size.
   rows     of like content, under three budgets: tokens, clips, text tokens (data/rows.py).
@@ -18,6 +21,8 @@ domains".
 
 import dataclasses
 import functools
+import itertools
+import math
 
 import numpy as np
 
@@ -26,6 +31,7 @@ from sora_jax.errors import BadInput
 
 FORMAT_VERSION = 1           # of the cursor; a change here or in data/rows.py that makes another plan counts it up
 ORDER, STEPS = 1, 2          # salts: what a hash is for
+CHUNK = 1 << 20              # entries of an index that are looked at at a time
 
 
 def mix64(*words):
@@ -57,6 +63,81 @@ def shuffle(rank, n, *key, rounds=6):
     out[todo] = left * side + right
     todo = todo[out[todo] >= n]
   return out.astype(np.int64)
+
+
+def deal(draws, weights):
+  """Draw numbers [N], dealt to datasets in proportion to positive ints -> (dataset [N], which draw of that dataset [N]).
+
+  A tree of two-way splits: of the first k draws round(k a / (a + b)) go to the left side. So shares are right to half a
+  clip at each fork, from any draw to any other; after sum(weights) draws, exactly.
+  """
+  which, own = np.zeros(len(draws), np.int64), np.array(draws, np.int64)
+
+  def split(here, first, weights):
+    if len(weights) == 1:
+      which[here] = first
+      return
+    sums = list(itertools.accumulate(weights))
+    cut = min(range(1, len(weights)), key=lambda i: abs(2 * sums[i - 1] - sums[-1]))
+    part, total = sums[cut - 1], sums[-1]
+    left = lambda k: k // total * part + (k % total * part + total // 2) // total  # noqa: E731
+    before = left(own[here])
+    goes = left(own[here] + 1) > before
+    own[here] = np.where(goes, before, own[here] - before)
+    split(here[goes], first, weights[:cut])
+    split(here[~goes], first + cut, weights[cut:])
+
+  split(np.arange(len(draws)), 0, list(weights))
+  return which, own
+
+
+def whole_weights(sizes, weights=None):
+  """Datasets' sizes, and weights or None -> ints to deal by, of a sum below 2^31; in proportion to sizes without weights.
+
+  BadInput unless there is one for each dataset, finite and above zero.
+  """
+  if weights is None:
+    weights = sizes
+    if sum(sizes) < 1 << 31:
+      return list(sizes)           # exact: an epoch of all is an epoch of each
+  if len(weights) != len(sizes):
+    raise BadInput(f"data weights: {len(weights)} of them for {len(sizes)} datasets; give one for each, or none at all")
+  for weight in weights:
+    if not isinstance(weight, int | float) or not 0 < weight < math.inf:
+      raise BadInput(f"data weights: {weight}; a finite number above 0; leave out a dataset that is not to be drawn from")
+  return [max(1, round(weight / sum(weights) * (1 << 30))) for weight in weights]
+
+
+class Joined:
+  """Several indexes of sizes as one: entry i is counted through all of them. Nothing is copied but the entries asked for.
+
+  sources: for each index, an array that renumbers its sources; as they are, if not given.
+  """
+
+  def __init__(self, parts, sources=None):
+    self.parts, self.sources = tuple(parts), sources
+    self.starts = np.cumsum([0, *map(len, self.parts)])
+
+  def __len__(self):
+    return int(self.starts[-1])
+
+  def locate(self, places):
+    """Int array (or int) of entries -> (which index, entry of that index)."""
+    which = np.searchsorted(self.starts, places, side="right") - 1
+    return which, places - self.starts[which]
+
+  def __getitem__(self, places):
+    """Entries at an int, an int array or a slice -> structured array; the name of a field -> all of it, copied."""
+    if isinstance(places, str):
+      return self[:][places]
+    which, own = self.locate(np.arange(*places.indices(len(self))) if isinstance(places, slice) else np.asarray(places))
+    rows = np.empty(which.shape, self.parts[0].dtype)
+    for number, part in enumerate(self.parts):
+      mine = which == number
+      rows[mine] = part[own[mine]]
+      if self.sources is not None:
+        rows["source"][mine] = self.sources[number][rows["source"][mine]]
+    return rows[()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,30 +180,35 @@ class Misfit:
 
 
 class Plan:
-  """Steps of rows of clips, from an index of sizes.
+  """Steps of rows of clips, from an index of sizes, or from several that are mixed.
 
-  index: structured array (may be memory-mapped) with fields uid, t, h, w (latent size) and text_tokens.
+  index: structured array (may be memory-mapped) with fields uid, t, h, w (latent size) and text_tokens; several as a `Joined`.
+  weights: shares of the draws of each of several, above 0; None: in proportion to their sizes.
   shape: RowShape(length, clips, text): what a row holds at most. patch: (pt, ph, pw) of the model; latents at the lower and the
   right edge that fill no patch are left out.
   null_text_tokens: length of the null text, which may stand in for any caption (caption dropout).
   text_pad: a prompt of fewer tokens has a zero after it, which stands for its padding up to so many (Wan: 512); None: it has not.
   window_clips: draws of a window; 256 a row of a step if not given.
-  Raises BadInput if the index is empty.
+  Raises BadInput if an index is empty, or for weights that are none.
   """
 
-  def __init__(self, index, *, rows_per_step, shape, patch, seed, null_text_tokens=1, text_pad=None, window_clips=None):
-    if len(index) == 0:
+  def __init__(self, index, *, rows_per_step, shape, patch, seed, weights=None, null_text_tokens=1, text_pad=None,
+               window_clips=None):
+    self.counts = [len(part) for part in index.parts] if isinstance(index, Joined) else [len(index)]
+    if 0 in self.counts:
       raise BadInput("data index: it holds no clips; at least one; encode some (python -m launch.encode)")
     if rows_per_step < 1:
       raise BadInput(f"rows_per_step: {rows_per_step}; at least 1")
     self.index, self.rows_per_step, self.shape, self.patch = index, rows_per_step, shape, tuple(patch)
     self.seed, self.null_text_tokens, self.text_pad = seed, null_text_tokens, text_pad
+    self.weights = whole_weights(self.counts, weights)
     self.window_clips = window_clips or 256 * rows_per_step
     some = np.linspace(0, len(index) - 1, num=min(len(index), 4096)).astype(np.int64)
-    fields = (index[field][some] for field in ("uid", "t", "h", "w", "text_tokens"))
-    sample = np.bitwise_xor.reduce(mix64(some, *fields))
+    clips = index[some]
+    sample = np.bitwise_xor.reduce(mix64(some, *(clips[field] for field in ("uid", "t", "h", "w", "text_tokens"))))
+    mixed = (*self.counts, *self.weights) if len(self.weights) > 1 else ()
     (name,) = mix64(sample, len(index), seed, rows_per_step, shape.length, shape.clips, shape.text, *self.patch,
-                    null_text_tokens, text_pad or 0, self.window_clips)
+                    null_text_tokens, text_pad or 0, self.window_clips, *mixed)
     self.name = f"{int(name):016x}"          # cursors carry it: they mean nothing in another plan
 
   def sizes(self, positions):
@@ -142,15 +228,19 @@ class Plan:
   def misfits(self):
     """What no row can hold, as a list of `Misfit` in the order of the index. Reads the index through, once."""
     found = []
-    for start in range(0, len(self.index), 1 << 20):
-      _, _, fits = self.sizes(slice(start, start + (1 << 20)))
+    for start in range(0, len(self.index), CHUNK):
+      _, _, fits = self.sizes(slice(start, start + CHUNK))
       found += [self._misfit(start + int(i)) for i in np.flatnonzero(~fits)]
     return found
 
   @functools.cached_property
   def trimmed(self):
-    """How many clips lose latents at an edge, because these fill no patch."""
-    return int(np.any([self.index[name] % p != 0 for name, p in zip("thw", self.patch, strict=True)], axis=0).sum())
+    """How many clips lose latents at an edge, because these fill no patch. Reads the index through, once."""
+    count = 0
+    for start in range(0, len(self.index), CHUNK):
+      clips = self.index[start:start + CHUNK]
+      count += int(np.any([clips[name] % p != 0 for name, p in zip("thw", self.patch, strict=True)], axis=0).sum())
+    return count
 
   def _misfit(self, position):
     (tokens,), (text,), (whole,) = (a.tolist() for a in self._measure(np.array([position])))
@@ -162,10 +252,16 @@ class Plan:
     return Misfit(position, tokens, f"{text} text tokens, a row holds {self.shape.text}")
 
   def clips(self, draws):
-    """Draw numbers [N] -> (positions [N], epochs [N])."""
-    draws, n = np.asarray(draws, np.int64), len(self.index)
-    epochs = draws // n
-    return shuffle(draws % n, n, self.seed, ORDER, epochs), epochs
+    """Draw numbers [N] -> (positions [N], epochs [N] of the datasets that they are of)."""
+    which, own = deal(draws, self.weights)
+    positions, epochs, first = np.empty_like(own), np.empty_like(own), 0
+    for number, count in enumerate(self.counts):
+      mine = which == number
+      epochs[mine], rank = np.divmod(own[mine], count)
+      key = (self.seed, ORDER, epochs[mine]) + ((number,) if number else ())
+      positions[mine] = first + shuffle(rank, count, *key)
+      first += count
+    return positions, epochs
 
   def window(self, number, carried=(), end=None):
     """Steps of one window -> (list of StepPlan, draws carried over).

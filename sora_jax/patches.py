@@ -49,7 +49,11 @@ def unpatchify(tokens_NP, thw, patch):
 
 def coords(grid_tyx, time_scale=1.0):
   """(nt, ny, nx) -> [N, 3] float32: t, y, x of each token in the patch grid, in token order; t is multiplied by `time_scale`."""
-  axes = np.meshgrid(*(np.arange(n, dtype=np.float32) for n in grid_tyx), indexing="ij")
-  tyx_N3 = np.stack([axis.reshape(-1) for axis in axes], axis=-1)
+  nt, ny, nx = grid_tyx
+  tyx_TYX3 = np.empty((nt, ny, nx, 3), np.float32)
+  tyx_TYX3[..., 0] = np.arange(nt)[:, None, None]
+  tyx_TYX3[..., 1] = np.arange(ny)[:, None]
+  tyx_TYX3[..., 2] = np.arange(nx)
+  tyx_N3 = tyx_TYX3.reshape(-1, 3)
   tyx_N3[:, 0] *= time_scale
   return tyx_N3

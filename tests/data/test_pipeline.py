@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from data.mixture import Mixture
 from data.pipeline import CAPTION, batches, chance
 from data.plan import Cursor, Plan
 from data.records import Record, RecordIndex, RecordWriter
@@ -28,10 +29,10 @@ def make_record(i, embedded=False, conditions=False):
                 -latents if conditions else None)
 
 
-def write(directory, embedded=False, conditions=False):
+def write(directory, embedded=False, conditions=False, **changes):
   with RecordWriter(directory) as writer:
     for i in range(COUNT):
-      writer.add(make_record(i, embedded, conditions))
+      writer.add(dataclasses.replace(make_record(i, embedded, conditions), **changes))
     null_SE = np.ones((1, 5)) if embedded else None
     return writer.finish({"latent_channels": CHANNELS, "conditions": conditions}, null_text=NULL, null_text_SE=null_SE)
 
@@ -211,3 +212,35 @@ def test_an_error_of_the_plan_comes_through_the_threads(index):
   other = dataclasses.replace(take(1, index)[0][1], plan="another")
   with pytest.raises(BadInput, match="cursor: it belongs to another index"):
     take(1, index, cursor=other)
+
+
+def test_a_mixture_of_directories(tmp_path, index):
+  """Clips of both as they were written, by their shares, sources told apart; hosts have slices of it, and resume."""
+  mixture = Mixture([index, write(tmp_path, source="film")])
+  plan = lambda rows=6: Plan(mixture.rows, rows_per_step=rows, shape=SHAPE, patch=(1, 1, 1), seed=3, window_clips=100, weights=(1, 3))  # noqa: E731
+  steps = take(12, mixture, plan(), caption_dropout=0)
+  sources = np.concatenate([batch.source_BG[batch.size_BG3[..., 0] > 0] for batch, _ in steps])
+  assert mixture.header["sources"] == ["ours", "theirs", "film"] and set(sources) == {0, 1, 2}
+  assert 0.65 < (sources == 2).mean() < 0.85
+  records = {record.uid: record for record in map(make_record, range(COUNT))}
+  for batch, _ in steps:
+    for (uid, _), clip in clips(batch).items():
+      np.testing.assert_allclose(unpatchify(clip["tokens"], clip["size"], (1, 1, 1)), records[uid].latents_THWC, rtol=2**-8)
+  for host in range(2):
+    for (batch, cursor), (whole, after) in zip(take(4, mixture, plan(), cursor=steps[3][1], host=host, hosts=2, caption_dropout=0), steps[4:8],
+                                               strict=True):
+      assert cursor == after
+      for name, array in arrays(whole).items():
+        np.testing.assert_array_equal(arrays(batch)[name], array[3 * host:3 * host + 3], name)
+
+
+def test_an_index_of_other_records_stops_the_run(tmp_path):
+  """Every record is whole, but another: nothing is passed over as damaged."""
+  write(tmp_path / "a")
+  write(tmp_path / "b", start=1.0)
+  (shard,) = (path.name for path in (tmp_path / "a").glob("*.array_record"))
+  (tmp_path / "b" / shard).write_bytes((tmp_path / "a" / shard).read_bytes())
+  lines = []
+  with pytest.raises(BadInput, match="b: the index does not match its records: for record .* it holds"):
+    take(1, RecordIndex.open(tmp_path / "b"), on_damage=lines.append)
+  assert not lines
