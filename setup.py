@@ -24,6 +24,7 @@ CORE = [
     "optax>=0.2.6",
     "orbax-checkpoint>=0.12,<0.13",
     "protobuf>=6",                       # reads sentencepiece's models
+    "pyarrow>=20",                       # manifests in parquet; tensorflow-datasets brings it anyway
     "rich>=14",
     "safetensors>=0.6",
     "sentencepiece>=0.2.1",

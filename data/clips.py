@@ -3,24 +3,28 @@
 A source module (data/sources/NAME.py) has `open_source(config) -> source`; a source has
 
   source.name                 str, kept in every record
-  source.items()              list of Item, sorted by file; cheap: opens no clip
-  source.read(item)           iterator of RawClip, pieces in order, one in memory at a time; raises BadClip
+  source.items()              list of Item, sorted by file; cheap: decodes nothing
+  source.read(item)           iterator of RawClip, pieces in order, one in memory at a time; raises BadClip. Where the
+                              caller asked for it (data/curation.py), Dropped stand between them
   source.notes                list of (file, text), optional: what the listing found wrong, as a caption not in UTF-8
   source.ignored              list of (file, why), optional: files that are no clips
 """
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from sora_jax.video import BadClip
 
-__all__ = ["BadClip", "Item", "RawClip", "crop", "pieces", "whole_frames"]
+__all__ = ["BadClip", "Dropped", "Item", "RawClip", "crop", "pieces", "read_caption", "version", "whole_frames"]
 
 SHORTEST_TAIL = 5      # frames: what is left of a video after its last whole piece is a piece only if it moves
+LONGEST_CAPTION = 1 << 20      # bytes; whatever is longer is no caption
+ENDS = 64 << 10        # bytes at either end of a file that its version looks at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ class RawClip:
   """Pixels [T, H, W, 3] uint8 and what is said of them. start: seconds from the start of the file.
 
   left_out: frames of the file after this piece that are in no piece.  notes: what a reader of the report should know.
+  scaled_from: (height, width) before it was made smaller; None: it was not.
   """
   video_THWC: np.ndarray
   fps: float
@@ -45,6 +50,38 @@ class RawClip:
   start: float
   left_out: int = 0
   notes: tuple[str, ...] = ()
+  scaled_from: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropped:
+  """A piece that is not taken. start, seconds: its place in the file. why: `black`, `frozen` or `too short`."""
+  start: float
+  seconds: float
+  why: str
+
+
+def version(f: BinaryIO, at: int, size: int) -> str:
+  """Of the `size` bytes at `at` in an open file: a name that changes with them, as far as length, head and tail tell."""
+  f.seek(at)
+  crc = zlib.crc32(f.read(min(ENDS, size)))
+  f.seek(at + max(0, size - ENDS))
+  return f"{size}-{zlib.crc32(f.read(min(ENDS, size)), crc):08x}"
+
+
+def read_caption(text: bytes | str | None) -> tuple[str, str]:
+  """-> (caption, what is wrong with it or ""). UTF-8, byte order mark or not; white space becomes single spaces.
+
+  What cannot be read is an empty caption; undecoded bytes in a str are those of "surrogateescape".
+  """
+  try:
+    raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text or b""
+    if len(raw) > LONGEST_CAPTION:
+      return "", f"its caption has more than {LONGEST_CAPTION} bytes: kept with an empty one"
+    caption = " ".join(raw.decode("utf-8-sig").split())
+  except UnicodeError:
+    return "", "its caption is not UTF-8: kept with an empty one"
+  return caption, "" if caption else "no caption: kept with an empty one"
 
 
 def whole_frames(frames):
@@ -52,16 +89,18 @@ def whole_frames(frames):
   return 1 + 4 * ((frames - 1) // 4)
 
 
-def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float) -> Iterator[tuple[np.ndarray, float, int]]:
+def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float,
+           first: int = 0) -> Iterator[tuple[np.ndarray, float, int]]:
   """Cuts images [H, W, 3] at a constant rate into consecutive pieces -> (video_THWC, start, frames left out after it).
 
   A piece has 1 + 4 n frames and lasts at most `max_seconds` (but has a frame; 0: no limit, all in one piece); `start`
-  is in seconds. Only the end of the video loses frames: up to 3, or up to 4 that would make a piece without motion. One
-  piece and five frames are held at a time. Where `frames` raises BadClip, what was whole by then comes first.
+  is in seconds, where `first` frames came before. Only the end loses frames: up to 3, or up to 4 that would make a
+  piece without motion. One piece and five frames are held at a time. Where `frames` raises BadClip, what was whole by
+  then comes first.
   """
   length = whole_frames(max(1, math.floor(max_seconds * fps + 1e-3))) if max_seconds else None
   ahead = 1 if length is None or length < SHORTEST_TAIL else SHORTEST_TAIL
-  held, start, frames = [], 0, iter(frames)
+  held, start, frames = [], first, iter(frames)
   while True:
     try:
       image = next(frames, None)
@@ -81,8 +120,10 @@ def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float) -> Iter
     yield np.stack(held[:keep]), start / fps, len(held) - keep
 
 
-def crop(video_THWC, stride):
+def crop(video_THWC, stride, square=False):
   """The middle of the frames, to multiples of the stride (t, y, x), and the first 1 + 4 n of them; a view.
+
+  square: its sides are the shorter of these two, as models that know one size crop (launch/framing.py compares).
 
   BadClip if a frame is smaller than one stride.
   """
@@ -91,5 +132,6 @@ def crop(video_THWC, stride):
   if height < sy or width < sx:
     raise BadClip("too small", f"{width} x {height} pixels; at least {sx} x {sy}")
   t, h, w = whole_frames(frames), height // sy * sy, width // sx * sx
+  h, w = (min(h, w),) * 2 if square else (h, w)
   top, left = (height - h) // 2, (width - w) // 2
   return video_THWC[:t, top:top + h, left:left + w]

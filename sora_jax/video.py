@@ -32,6 +32,7 @@ _HDR = {16: "PQ", 18: "HLG"}                          # H.273 table 3, transfer 
 _EXACT = Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.BITEXACT
 _STILL_FORMATS = ("image2", "png_pipe", "jpeg_pipe", "webp_pipe")
 _LONGEST_RATE = 1001                                  # denominators of rates: 30000/1001 and its kin are exact
+NEAR = 0.001                                          # seconds: how closely a time of a frame is written
 
 
 class BadClip(Exception):
@@ -79,7 +80,7 @@ class Reader:
           times.append(packet.pts if packet.pts is not None else packet.dts)
           last = packet.duration or 0
       self._declared, time_base = max(0, declared), stream.time_base
-    self.count, self.fps = len(times), None
+    self.count, self.fps, self._first = len(times), None, 0.0
     if not times:
       raise BadClip("no frames")
     if self._declared > len(times):
@@ -88,6 +89,7 @@ class Reader:
       return
     if None in times:
       raise BadClip("bad times", "frames without a presentation time")
+    self._first = float(min(times) * time_base)
     span = (max(times) - min(times)) * time_base
     if len(set(times)) < 0.9 * len(times):
       raise BadClip("bad times", f"{len(times)} frames within {float(span):g} s")
@@ -99,9 +101,16 @@ class Reader:
     self.fps = float(1 / interval) if span else None
 
   def __iter__(self) -> Iterator[Frame]:
-    """Frames in order of presentation; time 0 is the first."""
-    held, first, longest, decoded = None, None, 0.0, 0
-    for frame, image in self._decode():
+    return self.frames()
+
+  def frames(self, start=0.0) -> Iterator[Frame]:
+    """Frames in order of presentation; time 0 is the first of the file.
+
+    start: only those from this time on; what lies before the last key frame up to there is not decoded.
+    """
+    held, longest, decoded = None, 0.0, 0
+    first = self._first if start else None
+    for frame, image in self._decode(start):
       decoded += 1
       if frame.pts is None:
         raise BadClip("bad times", f"frame {decoded} has no presentation time")
@@ -115,21 +124,31 @@ class Reader:
         yield Frame(held[0], time - held[0], held[1])
       held = (time, image, float((frame.duration or 0) * frame.time_base))
     if held is None:
-      raise BadClip("no frames")
-    if decoded < self._declared:
+      raise BadClip("no frames", f"none from {start:g} s on" if start else "")
+    if decoded < self._declared and not start:
       raise BadClip("truncated", f"{decoded} of {self._declared} frames could be decoded")
     average = 1 / self.fps if self.fps else 0.0
     yield Frame(held[0], min(held[2] or average, longest) or average, held[1])
 
-  def _decode(self):
-    """(av frame, image) in order of presentation."""
+  def _decode(self, start, seek=True):
+    """(av frame, image) in order of presentation, from `start` on, in seconds after the first frame."""
+    begin, met = self._first + start, not (start and seek)      # met: was there an earlier frame, so that none is missed?
     with _libav_errors("decoding"), av.open(str(self.path)) as container:
       stream = _video_stream(container)
       stream.thread_type = "AUTO"
       if self.still:     # a JPEG cut short is otherwise a picture with a grey end
         stream.codec_context.options = {"err_detect": "explode"}
+      if not met:
+        container.seek(int(begin / stream.time_base), stream=stream)       # to the last key frame before it
       to_rgb, shape = _ToRGB(self.path, self.notes), None
       for frame in container.decode(stream):
+        if start and frame.time is not None and frame.time < begin - NEAR:
+          met = True
+          continue
+        if not met and frame.time is not None and frame.time > begin + NEAR:      # a file without an index: from its start
+          yield from self._decode(start, seek=False)
+          return
+        met = True
         if frame.is_corrupt:
           raise BadClip("corrupt", f"at {frame.time or 0:.3f} s")
         if shape not in (None, (frame.width, frame.height)):

@@ -73,7 +73,7 @@ def core():
   text = (ROOT / "setup.py").read_text()
   listed = re.search(r"^CORE = \[\n(.*?)^\]", text, re.M | re.S).group(1)
   names = {name.lower().replace("-", "_") for name in re.findall(r'"([\w-]+)', listed)}
-  return (names - {"orbax_checkpoint", "absl_py", "tensorboardx"}) | {"orbax", "absl", "tensorboardX"}
+  return (names - {"orbax_checkpoint", "absl_py", "protobuf", "tensorboardx"}) | {"orbax", "absl", "google", "tensorboardX"}
 
 
 def violations(module, source):

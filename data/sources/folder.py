@@ -4,8 +4,7 @@
   captions   NAME.txt beside NAME.mp4, or captions.jsonl ({"file": "a/b.mp4", "caption": "..."}, seen from the folder
              that it lies in); where both speak of a file, NAME.txt is taken
 
-Files are kept at their native size and, unless `fps` is given, at their own average rate, by presentation times; videos
-longer than `max_seconds` become consecutive pieces. A file without a caption is kept, with an empty one, and noted.
+A file without a caption is kept, with an empty one, and noted. What is taken of a file, see data/curation.py.
 """
 
 import dataclasses
@@ -14,71 +13,56 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from data.clips import Item, RawClip, pieces
+from data import curation
+from data.clips import LONGEST_CAPTION, Dropped, Item, RawClip, read_caption, version
 from sora_jax import video
 from sora_jax.errors import BadInput
 
 CAPTIONS = "captions.jsonl"
-STILL_FPS = 1.0       # rate of a picture that was not asked for at another: it has no motion
+SUFFIXES = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-  """Clips of a folder. notes: (file, text) of what the listing found wrong; ignored: (file, why) of other files."""
-  root: pathlib.Path
-  listed: tuple[Item, ...]
-  notes: tuple[tuple[str, str], ...]
-  ignored: tuple[tuple[str, str], ...]
-  max_seconds: float
-  fps: float
-  name: str
+class Source(curation.Files):
+  """Clips of a folder; the files that are none are in `ignored`."""
 
-  def items(self) -> list[Item]:
-    return list(self.listed)
-
-  def read(self, item: Item) -> Iterator[RawClip]:
+  def read(self, item: Item) -> Iterator[RawClip | Dropped]:
     """Pieces in order; BadClip where the file cannot be read any further."""
-    reader = video.Reader(item.where)
-    fps = self.fps or reader.fps or STILL_FPS
-    for images, start, left_out in pieces(video.resample(reader, fps, reader.fps), fps, self.max_seconds):
-      yield RawClip(images, fps, item.caption, item.file, start, left_out, tuple(reader.notes))
+    return curation.read(item.where, item, self.rules)
 
 
 def open_source(config) -> Source:
-  """config: path; max_seconds (0: videos are not cut); fps (None or 0: each file's own).
+  """config: path, and the fields of data.curation.Rules, each of which may be missing.
 
   BadInput if there is no such folder, or no clip in it.
   """
   root = pathlib.Path(config.path)
   if not root.is_dir():
-    raise BadInput(f"{root}: " + ("is a file; give the folder that holds it" if root.exists() else
+    raise BadInput(f"{root}: " + ("is a file; give the folder that holds it, a manifest or tar shards" if root.exists() else
                    "there is no such folder; give one that holds videos or images"))
   paths = list(_walk(root))
-  suffixes = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
-  files = {_name(root, path): path for path in paths if path.suffix.lower() in suffixes}
+  files = {_name(root, path): path for path in paths if path.suffix.lower() in SUFFIXES}
   if not files:
-    raise BadInput(f"{root}: no clips in it (of {len(paths)} files); it takes {' '.join(s[1:] for s in suffixes)}, "
+    raise BadInput(f"{root}: no clips in it (of {len(paths)} files); it takes {' '.join(s[1:] for s in SUFFIXES)}, "
                    "in any tree of folders")
   captions, notes = _captions(root, paths, files)
-  notes += [(file, "no caption: kept with an empty one") for file in files
-            if not captions.get(file) and not any(file == noted for noted, _ in notes)]
-  ignored = tuple((_name(root, path), "neither a clip nor a caption, by its name") for path in paths
-                  if path.suffix.lower() not in (*suffixes, ".txt") and path.name != CAPTIONS)
-  unreadable = {file: reason for file, path in files.items() if (reason := _unreadable(path))}
-  ignored += tuple(unreadable.items())
-  items = tuple(Item(file, captions.get(file, ""), str(path.stat().st_size), path)
-                for file, path in sorted(files.items()) if file not in unreadable)
-  return Source(root, items, tuple(sorted(notes)), ignored, float(config.max_seconds or 0), float(config.fps or 0),
-                root.resolve().name)
+  noted = {file for file, _ in notes}
+  notes += [(file, read_caption("")[1]) for file in files if not captions.get(file) and file not in noted]
+  ignored = [(_name(root, path), "neither a clip nor a caption, by its name") for path in paths
+             if path.suffix.lower() not in (*SUFFIXES, ".txt") and path.name != CAPTIONS]
+  items = []
+  for file, path in sorted(files.items()):
+    try:
+      items.append(Item(file, captions.get(file, ""), file_version(path), path))
+    except OSError as error:          # a link that leads nowhere, or what belongs to others
+      ignored.append((file, f"cannot be opened: {error.strerror}"))
+  return Source(root.resolve().name, tuple(items), tuple(sorted(notes)), tuple(ignored), curation.Rules.of(config))
 
 
-def _unreadable(path):
-  """Why a file cannot be read, or None: links that lead nowhere, and what belongs to others."""
-  try:
-    with open(path, "rb"):
-      return None
-  except OSError as error:
-    return f"cannot be opened: {error.strerror}"
+def file_version(path):
+  """Item.version of a whole file; OSError if it cannot be read."""
+  with open(path, "rb") as f:
+    return version(f, 0, os.fstat(f.fileno()).st_size)
 
 
 def _walk(root):
@@ -108,11 +92,12 @@ def _captions(root, paths, files):
   for path in paths:
     if path.suffix.lower() != ".txt":
       continue
-    text = _read_text(path)
     for file in stems.get(path.with_suffix(""), ()):
-      if text is None:
-        notes.append((file, f"its caption {_name(root, path)} is not UTF-8: kept with an empty one"))
-        text = ""
+      raw, wrong = _read_bytes(path, LONGEST_CAPTION + 1)
+      text, fault = read_caption(raw)
+      wrong = wrong or fault
+      if wrong:
+        notes.append((file, f"{_name(root, path)}: {wrong}"))
       elif captions.get(file, text) != text:
         notes.append((file, f"has two captions: that of {_name(root, path)} is taken"))
       captions[file] = text
@@ -123,11 +108,10 @@ def _captions(root, paths, files):
 
 def _read_jsonl(root, path, files, notes):
   """{file: caption} of one captions.jsonl; a line that is wrong is noted, and the others are taken."""
-  text, found = _read_text(path, lines=True), {}
-  if text is None:
-    notes.append((_name(root, path), "is not UTF-8: none of its captions is taken"))
-    return found
-  for number, line in enumerate(text.split("\n"), 1):
+  found, (raw, wrong) = {}, _read_bytes(path)
+  if wrong:
+    notes.append((_name(root, path), wrong))
+  for number, line in enumerate(raw.split(b"\n"), 1):
     if not line.strip():
       continue
     try:
@@ -136,19 +120,21 @@ def _read_jsonl(root, path, files, notes):
       if not isinstance(file, str) or not isinstance(caption, str):
         raise TypeError
     except (ValueError, KeyError, TypeError):
-      notes.append((_name(root, path), f'line {number} is not {{"file": "...", "caption": "..."}}'))
+      notes.append((_name(root, path), f'line {number} is not {{"file": "...", "caption": "..."}} in UTF-8'))
       continue
     file = os.path.normpath(os.path.join(_name(root, path.parent), file)).replace(os.sep, "/")
     if file not in files:
       notes.append((_name(root, path), f"line {number} speaks of {file}, which is not there"))
-    found[file] = " ".join(caption.split())
+    found[file], wrong = read_caption(caption)
+    if wrong and caption.strip():
+      notes.append((file, wrong))
   return found
 
 
-def _read_text(path, lines=False):
-  """UTF-8 text, byte order mark or not; white space becomes single spaces unless `lines`; None: it is not UTF-8."""
+def _read_bytes(path, most=-1):
+  """(the bytes of a file, or so many of them; why there are none, or "")."""
   try:
-    text = path.read_text("utf-8-sig")
-  except (OSError, UnicodeDecodeError):
-    return None
-  return text if lines else " ".join(text.split())
+    with open(path, "rb") as f:
+      return f.read(most), ""
+  except OSError as error:
+    return b"", f"cannot be opened: {error.strerror}"

@@ -300,6 +300,16 @@ def judge(video_THWC, caption: str) -> dict[str, bool]:
   return {name: bool(answers[name]()) for name in _questions(scene)}
 
 
+def in_view(video_THWC) -> bool:
+  """Whether a thing is seen in every frame, uint8 [T, H, W, 3], and never touches its edges."""
+  seen = look(video_THWC)
+  if not seen.things:
+    return False
+  mask = seen.things[0].mask_THW
+  edges = (mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1])
+  return bool(mask.any((1, 2)).all() and not any(edge.any() for edge in edges))
+
+
 def _questions(scene):
   last = {"moves": ["direction"], "bounces": ["bounce"], "order": ["order"], "pan": ["camera"], "zoom": ["camera"]}
   return ["colour", "shape"] + last.get(scene.kind, [])

@@ -1,10 +1,12 @@
 """Cutting and cropping: what is left out is little, at the end or the edge, and counted."""
 
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from data.clips import BadClip, crop, pieces, whole_frames
+from data.clips import BadClip, crop, pieces, read_caption, version, whole_frames
 
 
 def images(count):
@@ -73,6 +75,34 @@ def test_crop_takes_the_middle():
   assert crop(video[:5, :32, :48], (4, 16, 16)).shape == (5, 32, 48, 3)
   with pytest.raises(BadClip, match="50 x 37 pixels; at least 64 x 64"):
     crop(video, (4, 64, 64))
+
+
+def test_pieces_of_a_later_scene_begin_later():
+  assert [(len(clip), round(start * 25)) for clip, start, _ in pieces(images(40), 25, 0.68, first=100)] == [(17, 100), (17, 117), (5, 134)]
+
+
+@pytest.mark.parametrize(("raw", "caption", "wrong"), [
+    (b"\xef\xbb\xbf two \n words\t", "two words", ""), ("naïve 猫", "naïve 猫", ""), (b"caf\xe9", "", "not UTF-8"), ("caf\udce9", "", "not UTF-8"),
+    ("\ud800", "", "not UTF-8"), (b"", "", "no caption"), (" \n", "", "no caption"), (None, "", "no caption"),
+    (b"x" * (1 << 20), "x" * (1 << 20), ""),
+    ("猫" * (1 << 19), "", "more than 1048576 bytes"),
+])
+def test_captions(raw, caption, wrong):
+  found, told = read_caption(raw)
+  assert found == caption and wrong in told and bool(wrong) == bool(told)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 100_000, 300_000])
+def test_a_version_is_of_the_bytes_at_their_place(size):
+  """Moved, it is the same; longer, or with another byte near an end, it is another."""
+  content = np.random.default_rng(0).bytes(size)
+  name = version(io.BytesIO(content), 0, size)
+  assert version(io.BytesIO(b"before" + content + b"after"), 6, size) == name
+  assert version(io.BytesIO(content + b"!"), 0, size + 1) != name
+  for k in {0, size // 20, size - 1} if size else ():
+    changed = bytearray(content)
+    changed[k] ^= 1
+    assert version(io.BytesIO(bytes(changed)), 0, size) != name
 
 
 def test_a_bad_clip_says_why():

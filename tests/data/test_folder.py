@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data.clips import BadClip
+from data.clips import LONGEST_CAPTION, BadClip
 from data.sources import folder
 from sora_jax import video
 from sora_jax.errors import BadInput
@@ -49,7 +49,7 @@ def test_a_tree_with_captions_of_both_kinds(tmp_path):
   assert [item.file for item in items] == sorted(item.file for item in items)
   assert dict(source.ignored).keys() == {"notes.pdf"}
   notes = [f"{file}: {note}" for file, note in source.notes]
-  for part in ("silent.mp4: no caption", "latin.mp4: its caption latin.txt is not UTF-8", "alone.txt: a caption without a clip",
+  for part in ("silent.mp4: no caption", "latin.mp4: latin.txt: its caption is not UTF-8", "alone.txt: a caption without a clip",
                "captions.jsonl: line 2 is not", "captions.jsonl: line 4 speaks of gone.mp4", "captions.jsonl: line 5 is not",
                "captions.jsonl: line 6 is not", "one.mp4: has two captions"):
     assert sum(part in note for note in notes) == 1, (part, notes)
@@ -122,11 +122,31 @@ def test_a_damaged_file_gives_what_was_whole(tmp_path):
 
 
 def test_the_version_changes_with_the_file(tmp_path):
-  clip(tmp_path / "a.mp4")
-  before = folder.open_source(config(tmp_path)).items()
-  assert folder.open_source(config(tmp_path)).items() == before
-  clip(tmp_path / "a.mp4", frames=13)
-  assert folder.open_source(config(tmp_path)).items()[0].version != before[0].version
+  """With its size, and with its content at the same size; not by copying."""
+  path = clip(tmp_path / "a.mp4")
+  (before,) = folder.open_source(config(tmp_path)).items()
+  content = path.read_bytes()
+  path.unlink()
+  path.write_bytes(content)
+  assert folder.open_source(config(tmp_path)).items() == [before]
+  versions = {before.version}
+  for changed in (content[:-1] + b"!", b"!" + content[1:], content + b"!"):
+    path.write_bytes(changed)
+    versions.add(folder.open_source(config(tmp_path)).items()[0].version)
+  assert len(versions) == 4
+
+
+def test_captions_that_are_none(tmp_path):
+  for name in "abc":
+    clip(tmp_path / f"{name}.mp4", frames=1)
+  (tmp_path / "a.txt").write_bytes(b"x" * (LONGEST_CAPTION + 1))
+  (tmp_path / "captions.jsonl").write_bytes(b'{"file": "b.mp4", "caption": "caf\xe9"}\n'
+                                            b'{"file": "c.mp4", "caption": "' + b"y" * (LONGEST_CAPTION + 1) + b'"}')
+  source = folder.open_source(config(tmp_path))
+  assert [item.caption for item in source.items()] == ["", "", ""]
+  notes = dict(source.notes)
+  assert "a.txt: its caption has more than 1048576 bytes" in notes["a.mp4"] and "more than" in notes["c.mp4"]
+  assert "no caption" in notes["b.mp4"] and "line 1 is not" in notes["captions.jsonl"] and len(source.notes) == 4
 
 
 def test_a_variable_rate_keeps_its_length(tmp_path):
