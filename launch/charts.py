@@ -188,3 +188,20 @@ def _path(frame, points):
 def _svg(title, width, marks, names):
   label = html.escape(f"{title}: {', '.join(names)}", quote=True)
   return f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{label}">{"".join(marks)}</svg>'
+
+
+def histogram(title, labels, counts, width) -> str:
+  """One <svg> of classes and how many are in each, as bars across, so that names of classes may be long."""
+  total, step, letter = sum(counts), 24, 7            # units: between two bars, and of a letter of 12
+  if not total:
+    return '<p class="none">There are none.</p>'
+  told = [f"{count:,} · {100 * count / total:.{0 if 10 * count >= total or not count else 1}f} %" for count in counts]
+  left, right = 10 + letter * max(map(len, labels)), 10 + letter * max(map(len, told))
+  marks = []
+  for i, (label, count, say) in enumerate(zip(labels, counts, told)):
+    length = max((width - left - right) * count / max(counts), 1) if count else 0
+    marks.append(f'<text class="tick" x="{left - 8}" y="{step * i + 16}" text-anchor="end">{html.escape(label)}</text>'
+                 f'<rect x="{left}" y="{step * i + 4}" width="{length:.1f}" height="16" rx="2" fill="var(--series-0)"/>'
+                 f'<text class="tick" x="{left + length + 8:.1f}" y="{step * i + 16}">{say}</text>')
+  aria = html.escape(f"{title}: " + ", ".join(f"{label}: {say}" for label, say in zip(labels, told)), quote=True)
+  return f'<svg viewBox="0 0 {width} {step * len(labels) + 4}" role="img" aria-label="{aria}">{"".join(marks)}</svg>'

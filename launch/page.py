@@ -70,19 +70,26 @@ def write_page(out_html, story: dict) -> pathlib.Path:
   keys += [s["key"] for part in ("curves", "bars") for chart in story.get(part, ()) for s in chart["series"]]
   colours = "".join(f"--series-{key}:var(--series-{i % 4});" for i, key in enumerate(dict.fromkeys(keys)))
   sections = [_prompts(story), _scores(story), _reconstructions(story), _curves(story), _next(story)]
+  return save(out_html, document(story.get("title", "sora_jax"), f"<style>:root{{{colours}}}</style>\n" + header(story), sections))
+
+
+def document(title, header, sections) -> str:
+  """The skeleton of a page, with its style, filled: a text, and the HTML of a header and of sections ("": left out)."""
   fill = {
-      "title": _text(story.get("title", "sora_jax")),
-      "header": f"<style>:root{{{colours}}}</style>\n" + _header(story),
-      "sections": "\n".join(section for section in sections if section),
+      "title": escape(title), "header": header, "sections": "\n".join(filter(None, sections)),
       "footer": f"Written by sora_jax {sora_jax.__version__}. This page is one file: move it, mail it, keep it.",
   }
-  page = re.sub(r"@\{(\w+)\}", lambda match: fill[match[1]], TEMPLATE.read_text(encoding="utf-8"))
-  out_html = pathlib.Path(out_html)
-  out_html.parent.mkdir(parents=True, exist_ok=True)
-  part = out_html.with_name(out_html.name + ".part")
-  part.write_text(page, encoding="utf-8")
-  os.replace(part, out_html)
-  return out_html
+  return re.sub(r"@\{(\w+)\}", lambda match: fill[match[1]], TEMPLATE.read_text(encoding="utf-8"))
+
+
+def save(path, text) -> pathlib.Path:
+  """Writes a page whole or not at all -> its path. Folders on the way are made."""
+  path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.with_name(path.name + ".part")
+  part.write_text(text, encoding="utf-8", errors="backslashreplace")
+  os.replace(part, path)
+  return path
 
 
 def check(story: dict) -> None:
@@ -121,11 +128,11 @@ def media(path, label) -> str:
     raise ValueError(f"{path}: the page shows {', '.join(MEDIA)}")
   data = f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
   if kind.startswith("video"):
-    return f'<video src="{data}" aria-label="{_text(label)}" autoplay loop muted playsinline></video>'
-  return f'<img src="{data}" alt="{_text(label)}">'
+    return f'<video src="{data}" aria-label="{escape(label)}" autoplay loop muted playsinline></video>'
+  return f'<img src="{data}" alt="{escape(label)}">'
 
 
-def _text(value) -> str:
+def escape(value) -> str:
   return html.escape(str(value), quote=True)
 
 
@@ -137,29 +144,31 @@ def _key(key) -> str:
   return f'<span class="key" style="--c:var(--series-{key})"></span>'
 
 
-def _section(title, say, body) -> str:
+def section(title, say, body) -> str:
+  """A part of a page: plain titles, HTML below them."""
   return f"<section>\n<h2>{title}</h2>\n<p class=\"say\">{say}</p>\n{body}\n</section>"
 
 
-def _header(story) -> str:
+def header(story) -> str:
+  """The head of a page: `title`, `lede`, `status`, `started`, `machine`, `command`, `facts` and `phases` of a story."""
   phases = story.get("phases", ())
   spent = sum(phase["seconds"] for phase in phases)
   when = [datetime.datetime.fromtimestamp(story["started"]).strftime("%-d %B %Y, %H:%M")] if "started" in story else []
   over = [*when, *(story[name] for name in ("machine", "command") if name in story)]
-  out = [f'<p class="eyebrow">{" · ".join(map(_text, over)) or "sora_jax"}</p>',
-         f"<h1>{_text(story.get('title', 'sora_jax'))}</h1>"]
+  out = [f'<p class="eyebrow">{" · ".join(map(escape, over)) or "sora_jax"}</p>',
+         f"<h1>{escape(story.get('title', 'sora_jax'))}</h1>"]
   if "lede" in story:
-    out.append(f'<p class="lede">{_text(story["lede"])}</p>')
+    out.append(f'<p class="lede">{escape(story["lede"])}</p>')
   if "status" in story:
-    out.append(f'<p class="status" role="status">{_text(story["status"])}</p>')
+    out.append(f'<p class="status" role="status">{escape(story["status"])}</p>')
   if story.get("facts"):
-    facts = "".join(f"<div><dt>{_text(f['name'])}</dt><dd>{_text(f['value'])}</dd></div>" for f in story["facts"])
+    facts = "".join(f"<div><dt>{escape(f['name'])}</dt><dd>{escape(f['value'])}</dd></div>" for f in story["facts"])
     out.append(f'<dl class="facts">{facts}</dl>')
   if spent > 0:
     parts = "".join(f'<i style="flex:{phase["seconds"]:.3f} 0 0"></i>' for phase in phases)
     items = "".join(
-        f"<li><b>{_text(phase['name'])}</b> <span>{seconds(phase['seconds'])}</span>"
-        f"<small>{_text(phase.get('detail', ''))}</small></li>" for phase in phases)
+        f"<li><b>{escape(phase['name'])}</b> <span>{seconds(phase['seconds'])}</span>"
+        f"<small>{escape(phase.get('detail', ''))}</small></li>" for phase in phases)
     out.append(f'<div class="time" aria-hidden="true">{parts}</div><ul class="phases">{items}</ul>')
   return "\n".join(out)
 
@@ -168,17 +177,17 @@ def _prompts(story) -> str:
   if not story.get("prompts"):
     return ""
   models = story.get("models") or [{"key": key, "name": key} for key in story["prompts"][0]["videos"]]
-  legend = "".join(f"<li>{_key(m['key'])}<b>{_text(m['name'])}</b> {_text(m.get('detail', ''))}</li>" for m in models)
+  legend = "".join(f"<li>{_key(m['key'])}<b>{escape(m['name'])}</b> {escape(m.get('detail', ''))}</li>" for m in models)
   cards = []
   for item in story["prompts"]:
     figures = []
     for model in models:
       verdicts = item.get("verdicts", {}).get(model["key"], {})
-      chips = "".join(f'<span class="{"yes" if right else "no"}">{_text(question)}</span>'
+      chips = "".join(f'<span class="{"yes" if right else "no"}">{escape(question)}</span>'
                       for question, right in verdicts.items())
-      caption = f'{_key(model["key"])}{_text(model["name"])}<div class="chips">{chips}</div>'
+      caption = f'{_key(model["key"])}{escape(model["name"])}<div class="chips">{chips}</div>'
       figures.append(_figure(item["videos"].get(model["key"]), f"{model['name']}: {item['prompt']}", caption))
-    cards.append(f'<article class="card"><p class="prompt">“{_text(item["prompt"])}”</p>'
+    cards.append(f'<article class="card"><p class="prompt">“{escape(item["prompt"])}”</p>'
                  f'<div class="pair">{"".join(figures)}</div></article>')
   least = 160 * len(models) + 44
   body = (f'<div class="bar"><ul class="legend">{legend}</ul>'
@@ -187,7 +196,7 @@ def _prompts(story) -> str:
   say = "Each prompt with the videos that were made from it."
   if any(item.get("verdicts") for item in story["prompts"]):
     say += " The marks are what plain image processing, no model, finds in the finished files."
-  return _section("Prompts and their videos", say, body)
+  return section("Prompts and their videos", say, body)
 
 
 def _scores(story) -> str:
@@ -197,7 +206,7 @@ def _scores(story) -> str:
   rows = "".join(_score(score, key, i, names) for score in story["scores"] for i, key in enumerate(score["values"]))
   head = "<th></th><th>model</th><th></th>"
   head += "".join(f'<th class="num">{name}</th>' for name in ("measured", "chance", "goal"))
-  return _section(
+  return section(
       "Scores", "Measured on what was held out, from the finished files. A dotted mark is what guessing would reach, "
       "a solid one the goal.",
       f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
@@ -223,8 +232,8 @@ def _score(score, key, i, names) -> str:
     bullet += f'<s style="left:{at(goal)}"></s>' if goal is not None else ""
     bullet = f'<div class="bullet" style="--c:var(--series-{key})" aria-hidden="true">{bullet}</div>'
   met = "" if not known or goal is None else '<b class="met">✓</b>' if value >= goal else '<b class="unmet">✕</b>'
-  first = f'<td class="name" rowspan="{len(score["values"])}">{_text(score["name"])}</td>' if i == 0 else ""
-  return (f'<tr{"" if i else " class=first"}>{first}<td class="model">{_key(key)}{_text(names.get(key, key))}</td>'
+  first = f'<td class="name" rowspan="{len(score["values"])}">{escape(score["name"])}</td>' if i == 0 else ""
+  return (f'<tr{"" if i else " class=first"}>{first}<td class="model">{_key(key)}{escape(names.get(key, key))}</td>'
           f'<td>{bullet}</td><td class="num">{show(value) if known else "–"}</td>'
           f'<td class="num">{show(chance) if chance is not None else ""}</td>'
           f'<td class="num">{f"{show(goal)} {met}" if goal is not None else ""}</td></tr>')
@@ -238,11 +247,11 @@ def _reconstructions(story) -> str:
     told = [f"PSNR {number(item['psnr'])} dB"] if item.get("psnr") is not None else []
     told += [f"SSIM {item['ssim']:.3f}"] if item.get("ssim") is not None else []
     said = f'<p class="none" style="margin:8px 0 0">{" · ".join(told)}</p>' if told else ""
-    cards.append(f'<article class="card"><p class="prompt">{_text(item["caption"])}</p>'
+    cards.append(f'<article class="card"><p class="prompt">{escape(item["caption"])}</p>'
                  f'<div class="pair">{"".join(figures)}</div>{said}</article>')
   if not cards:
     return ""
-  return _section(
+  return section(
       "What the video autoencoder keeps", "Held-out clips beside what is left of them after encoding to latents and "
       "back: no generated video can look better than this.",
       f'<div class="grid" style="--least:330px">{"".join(cards)}</div>')
@@ -256,12 +265,12 @@ def _curves(story) -> str:
   three = len(drawn) % 3 == 0
   cards = []
   for draw, chart in drawn:
-    unit = f' <span class="unit">{_text(chart["unit"])}</span>' if chart.get("unit") else ""
+    unit = f' <span class="unit">{escape(chart["unit"])}</span>' if chart.get("unit") else ""
     several = len(chart["series"]) > 1
-    legend = "".join(f"<li>{_key(s['key'])}{_text(s['name'])}</li>" for s in chart["series"]) if several else ""
-    cards.append(f'<article class="card chart"><h3>{_text(chart["title"])}{unit}</h3><ul class="legend">{legend}</ul>'
+    legend = "".join(f"<li>{_key(s['key'])}{escape(s['name'])}</li>" for s in chart["series"]) if several else ""
+    cards.append(f'<article class="card chart"><h3>{escape(chart["title"])}{unit}</h3><ul class="legend">{legend}</ul>'
                  f'{draw(chart, 340 if three else 480)}</article>')
-  return _section("How it went", "Point at a curve to read its values.",
+  return section("How it went", "Point at a curve to read its values.",
                   f'<div class="grid" style="--least:{310 if three else 440}px">{"".join(cards)}</div>')
 
 
@@ -269,7 +278,7 @@ def _next(story) -> str:
   if not story.get("next"):
     return ""
   items = "".join(
-      f'<div><p>{_text(item["say"])}</p><div class="copy"><pre tabindex="0">{_text(item["command"])}</pre>'
+      f'<div><p>{escape(item["say"])}</p><div class="copy"><pre tabindex="0">{escape(item["command"])}</pre>'
       '<button class="do-copy" type="button">Copy</button></div></div>' for item in story["next"])
-  return _section("Try next", "At the root of the repository, after: source .venv/bin/activate",
+  return section("Try next", "At the root of the repository, after: source .venv/bin/activate",
                   f'<div class="commands">{items}</div>')
