@@ -48,7 +48,10 @@ def tiny():
   config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")      # layers by their names in diffusers, or the ends of these
 
   config.data = ml_collections.ConfigDict()
-  config.data.path = ""                # what launch.encode wrote
+  config.data.path = ""                # what launch.encode wrote; several, mixed, with a comma between them
+  config.data.weights = ()             # of several: shares of the clips that are drawn; (): each clip once an epoch
+  config.data.clips = ""               # instead of path: a folder of raw clips, few enough to be encoded before the first step
+  config.data.max_seconds = 5.0        # of these: longer videos become pieces
   config.data.rows = 10
   config.data.row_tokens = 320
   config.data.row_clips = 12

@@ -2,8 +2,8 @@
 
 A directory of records holds
 
-  shard-00000.array_record   one blob a clip (group_size 1: a flipped byte costs one record, and is noticed)
-  shard-00000.json           what the shard holds; written after it, by rename: a shard without it was never finished
+  shard-000-00000.array_record   one blob a clip (group_size 1: a flipped byte costs one record, and is noticed)
+  shard-000-00000.json       what the shard holds; written after it, by rename: a shard without it was never finished
   index.npy                  INDEX_DTYPE, a row a clip, sorted by (file, start): all that planning needs, memory-mapped
   index.json                 header: format_version, shards, sources, latent channels, stride, fingerprints, null text
   null_text.safetensors      the encoder's output for the empty string, where texts are embedded
@@ -13,7 +13,8 @@ texts are embedded, `condition` bfloat16 [T, H, W, C] where a model takes it;
 metadata strings caption, file, start, fps, source, format_version. Latents are posterior means,
 normalised.
 
-The writer works in shards: what a finished shard holds is safe from then on; a killed run loses the open one, no more.
+The writer works in shards: what a finished shard holds is safe from then on; a killed run loses the open one, no more. Several
+processes may write at once, each its own shards (the first number is the process's); any number of them may go on.
 """
 
 import contextlib
@@ -106,7 +107,7 @@ def from_blob(blob):
     arrays = {}
     for name, entry in header.items():
       begin, end = (8 + size + offset for offset in entry["data_offsets"])
-      arrays[name] = np.frombuffer(blob[begin:end], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+      arrays[name] = np.frombuffer(memoryview(blob)[begin:end], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
     return Record(arrays["latents"], arrays["text_ids"], meta["caption"], meta["file"], float(meta["start"]),
                   float(meta["fps"]), meta["source"], arrays.get("text_embedding"), arrays.get("condition"))
   except (KeyError, struct.error, UnicodeDecodeError, json.JSONDecodeError) as e:
@@ -120,18 +121,19 @@ class RecordWriter:
       writer.add(record)                      # unless record.uid in writer.uids
       writer.close_file("a/b.mp4", {...})     # all its records are added; the dict goes into the report
       writer.commit()                         # finishes the shard: safe from here on
-      index = writer.finish(header)           # writes the index
+      index = writer.finish(header)           # writes the index, of the shards of all processes
 
+  process: which of several writes here; process 0 opens its writer first, the others theirs when it has, and calls `finish` last.
   settings: what decides the contents of records (JSON values). BadInput where the directory was begun with others, or
   another writer is at work in it.
 
-  uids: of the records in finished shards.  files: {file: dict of close_file} in finished shards.
+  uids: of the records in finished shards.  files: {file: dict of close_file} in finished shards. Of all processes, when `load` was called.
   """
 
-  def __init__(self, directory, settings: Mapping | None = None, shard_bytes=SHARD_BYTES):
-    self.directory = pathlib.Path(directory)
+  def __init__(self, directory, settings: Mapping | None = None, shard_bytes=SHARD_BYTES, process=0):
+    self.directory, self._process = pathlib.Path(directory), process
     self.directory.mkdir(parents=True, exist_ok=True)
-    self._lock = open(self.directory / ".lock", "w")
+    self._lock = open(self.directory / (f".lock-{process}" if process else ".lock"), "w")
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
@@ -140,27 +142,38 @@ class RecordWriter:
     self._shard_bytes = shard_bytes
     try:
       _check_settings(self.directory / "job.json", dict(settings or {}))
-      self._load_finished()
+      self.load()
+      if not process:           # the others are not at work yet
+        self._remove_unfinished()
     except BaseException:
       self._lock.close()
       raise
     self._open_shard()
 
-  def _load_finished(self):
-    self.uids, self.files, self._shards = set(), {}, []
-    for number, path in enumerate(sorted(self.directory.glob("shard-*.json"))):
+  def load(self):
+    """Reads what all processes have finished by now."""
+    self.uids, self.files, self._shards = set(), {}, {}
+    for path in sorted(self.directory.glob("shard-*.json")):
       shard = _read_json(path)
-      if path.name != f"{_shard_name(number)}.json" or shard.get("format_version") != FORMAT_VERSION:
-        raise BadInput(f"{path}: not the shard number {number} of this format; give an empty --out")
-      self._shards.append(shard)
-      self.uids.update(uid(file, start) for file, start, *_ in shard["records"])
-      self.files.update(shard["files"])
-    for path in self.directory.glob("shard-*.array_record*"):    # left open by a killed run
-      if not path.with_name(path.name.split(".")[0] + ".json").exists():
+      if shard.get("format_version") != FORMAT_VERSION:
+        raise BadInput(f"{path}: not a shard of this format; give an empty --out")
+      self._take(path.stem, shard)
+
+  def _take(self, name, shard):
+    self._shards[name] = shard
+    self.uids.update(uid(file, start) for file, start, *_ in shard["records"])
+    self.files.update(shard["files"])
+
+  def _remove_unfinished(self):
+    """What a killed run left open."""
+    for path in self.directory.glob("shard-*.array_record*"):
+      if path.name.split(".")[0] not in self._shards:
         path.unlink()
 
   def _open_shard(self):
-    self._name = _shard_name(len(self._shards))
+    mine = f"shard-{self._process:03d}-"
+    last = max((int(name.removeprefix(mine)) for name in self._shards if name.startswith(mine)), default=-1)
+    self._name = f"{mine}{last + 1:05d}"
     self._writer, self._records, self._open_files, self._bytes = None, [], {}, 0
 
   def add(self, record):
@@ -201,9 +214,7 @@ class RecordWriter:
       os.replace(self._shard_path(".tmp"), self._shard_path(""))
     shard = {"format_version": FORMAT_VERSION, "bytes": size, "records": self._records, "files": self._open_files}
     write_json(self.directory / f"{self._name}.json", shard)
-    self._shards.append(shard)
-    self.uids.update(uid(file, start) for file, start, *_ in self._records)
-    self.files.update(self._open_files)
+    self._take(self._name, shard)
     self._open_shard()
 
   def finish(self, header: Mapping, null_text=(), null_text_SE=None):
@@ -213,7 +224,8 @@ class RecordWriter:
     null_text: ids of the empty string; null_text_SE: its embedding, where texts are embedded.
     """
     self.commit()
-    found = [(file, start, number, position, row) for number, shard in enumerate(self._shards)
+    shards = sorted(self._shards.items())
+    found = [(file, start, number, position, row) for number, (_, shard) in enumerate(shards)
              for position, (file, start, *row) in enumerate(shard["records"])]
     if not found:
       raise ValueError("no records were written")
@@ -233,8 +245,7 @@ class RecordWriter:
     write_json(self.directory / "index.json", {
         "format_version": FORMAT_VERSION, **header, "records": len(rows), "index_crc32": zlib.crc32(rows.tobytes()),
         "sources": sources, "null_text": [int(i) for i in null_text], "null_text_embedding": null_text_SE is not None,
-        "shards": [{"name": f"{_shard_name(number)}.array_record", "records": len(shard["records"]),
-                    "bytes": shard["bytes"]} for number, shard in enumerate(self._shards)]})
+        "shards": [{"name": f"{name}.array_record", "records": len(shard["records"]), "bytes": shard["bytes"]} for name, shard in shards]})
     return RecordIndex.open(self.directory)
 
   def _shard_path(self, suffix):
@@ -326,7 +337,11 @@ class RecordIndex:
 
 
 def read(index, i) -> Record:
-  """Record number i of the index. DamagedRecord, naming it, if it is not what was written. Safe from many threads."""
+  """Record number i of a RecordIndex; safe from many threads.
+
+  DamagedRecord, naming it, if it cannot be read back. BadInput if it is whole, yet another one than the index says: then no other record
+  can be trusted either.
+  """
   if not 0 <= i < len(index):
     raise IndexError(f"record {i} of {len(index)}")
   row = index.rows[i]
@@ -334,9 +349,12 @@ def read(index, i) -> Record:
     record = from_blob(index._blobs[int(index._offsets[row["shard"]] + row["position"])])
   except (RuntimeError, ValueError, IndexError) as e:
     raise DamagedRecord(f"{index.describe(i)}: {e}") from e
-  if record.uid != row["uid"] or record.latents_THWC.shape[:3] != (row["t"], row["h"], row["w"]):
-    raise DamagedRecord(f"{index.describe(i)}: holds {record.file} at {record.start:g} s, latents "
-                        f"{record.latents_THWC.shape}: not what the index says")
+  size, tokens = (row["t"], row["h"], row["w"]), row["text_tokens"]
+  if record.uid != row["uid"] or record.latents_THWC.shape[:3] != size or len(record.text_ids_S) != tokens:
+    raise BadInput(f"{index.directory}: the index does not match its records: for {index.describe(i)}, latents {'x'.join(map(str, size))} and "
+                   f"{tokens} text tokens, it holds {record.file} at {record.start:g} s, latents "
+                   f"{'x'.join(map(str, record.latents_THWC.shape[:3]))} and {len(record.text_ids_S)}; copy the directory again as a whole, "
+                   "or encode again")
   return record
 
 
@@ -382,10 +400,6 @@ def _full_disk(directory):
 def _sync(path):
   with open(path, "rb+") as f:
     os.fsync(f.fileno())
-
-
-def _shard_name(number):
-  return f"shard-{number:05d}"
 
 
 def _check_settings(path, settings):

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from launch import hosts
 from sora_jax.errors import BadInput
 
 OK, FAILED, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -71,6 +72,8 @@ def run(main):
       raise
   sys.stdout.flush()
   sys.stderr.flush()
+  if code in (OK, STOPPED):
+    hosts.leave()
   # Threads of the data pipeline and of the checkpointer may still wait for work: all is saved, so leave at once.
   os._exit(code)
 
@@ -153,13 +156,11 @@ def checked(build, what):
 
 def lock_workdir(workdir):
   """One program at a time writes in W: BadInput where another is at work. -> the open file; the lock ends with it, or with the program."""
-  import jax
   os.makedirs(workdir, exist_ok=True)
   lock = open(os.path.join(workdir, ".lock"), "w")
   _locks.append(lock)
   try:
-    if not jax.process_index():
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError:
     raise BadInput(f"{workdir}: another program is training here; wait for it, or give another --workdir") from None
   return lock

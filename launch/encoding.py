@@ -5,15 +5,17 @@ in the same records: clips are encoded in batches of a shape that depends on the
 is in a batch changes nothing.
 """
 
+import collections
 import dataclasses
 import itertools
+import math
 import zlib
 
 import jax
 import numpy as np
 
 from data import clips, records
-from launch import build, cli
+from launch import build, cli, page, report as reports
 from sora_jax import checkpoint, layout
 from sora_jax.errors import BadInput
 from sora_jax.models import text, vae
@@ -43,11 +45,13 @@ def is_done(item, writer, out):
 class Encoder:
   """Pixels and captions -> what records hold, by the parts in OUT.
 
-  stride (t, y, x), channels: of the latents.
+  stride (t, y, x), channels: of the latents.  sizes, canvases: (height, width) of the frames so far, and of what they were encoded on.
+  programs: those compiled for them, (rows, height, width, is it that of first frames?).
   """
 
   def __init__(self, directory, conditions=False):
     self.conditions = conditions            # do records hold what a model is given that takes its image as channels?
+    self.sizes, self.canvases, self.programs = set(), set(), set()
     self._cfg, self._params = build.load_vae(directory / "vae")
     self.stride, self.channels = self._cfg.stride, self._cfg.z_dim
     self._tokenizer = text.Tokenizer(directory / "text" / "tokenizer.model")
@@ -55,19 +59,22 @@ class Encoder:
     self._embed = Embedder(directory / "text") if frozen else None
 
   def latents(self, videos):
-    """uint8 [T, H, W, 3] of one shape, at most `batch_of` it -> normalised latents, float32 [t, h, w, C] each."""
-    shape = videos[0].shape
-    missing = batch_of(shape) - len(videos)
-    video_BTHWC = np.stack([*videos, *[np.zeros(shape, np.uint8)] * missing]) if batch_of(shape) > 1 else videos[0][None]
-    t = self.stride[0]
-    chunks = (video_BTHWC[:, i:i + t].astype(np.float32) / 127.5 - 1 for i in range(0, shape[0], t))
-    means = [np.asarray(mean) for mean in vae.encode_stream(self._params, chunks, self._cfg)]
-    return list(vae.normalise(np.concatenate(means, 1), self._cfg)[:len(videos)])
+    """uint8 [T, H, W, 3] of one `shape_on_canvas`, at most `batch_of` it -> normalised latents, float32 [t, h, w, C] each."""
+    for video_THWC in videos:
+      self._count(video_THWC, batch_of(shape_on_canvas(video_THWC, self.stride)))
+    return [vae.normalise(latents, self._cfg) for latents in encode_batch(self._cfg, self._params, videos)]
 
   def condition(self, video_THWC):
     """uint8 [T, H, W, 3] -> normalised latents of its first frame and grey ones after it, float32 [t, h, w, C]."""
+    self._count(video_THWC, 1)
     pixels = video_THWC[:1].astype(np.float32) / 127.5 - 1
     return vae.normalise(encode_image_video(self._params, pixels, 1 + (len(video_THWC) - 1) // self.stride[0], self._cfg), self._cfg)
+
+  def _count(self, video_THWC, rows):
+    frames, *canvas = shape_on_canvas(video_THWC, self.stride)
+    self.sizes.add(video_THWC.shape[1:3])
+    self.canvases.add(tuple(canvas))
+    self.programs |= {(rows, *canvas, first) for first in (True, False)[:frames]}
 
   def texts(self, captions):
     """-> [(ids int32 [S], at most MAX_TEXT of them, embedding [S, E] or None)]."""
@@ -114,19 +121,41 @@ class Embedder:
     return found
 
 
+def encode_batch(cfg, params, videos):
+  """uint8 [T, H, W, 3] of one `shape_on_canvas`, at most `batch_of` it -> raw latents [t, h, w, C] each."""
+  rows, t = batch_of(shape_on_canvas(videos[0], cfg.stride)), cfg.stride[0]
+  chunks = ([video[i:i + t] / np.float32(127.5) - 1 for video in videos] for i in range(0, len(videos[0]), t))
+  return encode_on_canvas(cfg, params, chunks, [video.shape[1:3] for video in videos], rows)
+
+
+def encode_on_canvas(cfg, params, chunks, sizes, rows):
+  """Clips of unlike sizes on one canvas, streamed in time -> raw latents [t, h, w, C] each: those that each gives alone, at its own size.
+
+  chunks: iterable of lists, the next frames [n, h, w, 3] of each clip, in [-1, 1].  sizes: (h, w) of each clip, of one `vae.canvas`.
+  rows: of the batch, of which those without a clip stay empty.
+  """
+  canvas, valid_B2 = vae.canvas(*sizes[0], cfg.stride), np.zeros((rows, 2), np.int32)
+  valid_B2[:len(sizes)] = np.array(sizes) // cfg.stride[1:]
+
+  def on_canvas(frames):
+    video_BTHWC = np.zeros((rows, len(frames[0]), *canvas, 3), np.float32)
+    for row, (h, w), clip in zip(video_BTHWC, sizes, frames):
+      row[:, :h, :w] = clip
+    return video_BTHWC
+
+  means = [np.asarray(mean) for mean in vae.encode_stream(params, map(on_canvas, chunks), cfg, valid=valid_B2)]
+  return [row[:, :h, :w] for row, (h, w) in zip(np.concatenate(means, 1), valid_B2[:len(sizes)])]
+
+
 def encode_clips(cfg, params, videos, note=lambda done: None):
-  """uint8 [T, H, W, 3] each -> raw latents [t, h, w, C] each; those of one shape together, streamed in time, in the batches of the
-  encoding job, so that one compilation serves all. `note` is told how many more are done."""
-  found, groups, t = [None] * len(videos), {}, cfg.stride[0]
+  """uint8 [T, H, W, 3] each -> raw latents [t, h, w, C] each; in the batches of the encoding job, so that few compilations serve
+  all. `note` is told how many more are done."""
+  found, groups = [None] * len(videos), {}
   for i, video in enumerate(videos):
-    groups.setdefault(video.shape, []).append(i)
+    groups.setdefault(shape_on_canvas(video, cfg.stride), []).append(i)
   for shape, members in groups.items():
     for some in (members[i:i + batch_of(shape)] for i in range(0, len(members), batch_of(shape))):
-      batch = np.zeros((batch_of(shape), *shape), np.uint8)
-      batch[:len(some)] = [videos[i] for i in some]
-      chunks = (batch[:, i:i + t] / np.float32(127.5) - 1 for i in range(0, len(batch[0]), t))
-      latents = np.concatenate([np.asarray(mean) for mean in vae.encode_stream(params, chunks, cfg)], 1)
-      for i, mean_THWC in zip(some, latents):
+      for i, mean_THWC in zip(some, encode_batch(cfg, params, [videos[i] for i in some])):
         found[i] = mean_THWC
       note(len(some))
   return found
@@ -145,14 +174,19 @@ def decode_clips(cfg, params, latents, note=lambda done: None):
 
 def encode_image_video(params, image_1HWC, latent_frames, cfg):
   """An image in [-1, 1] -> raw latents [t, h, w, C] of a video of it and grey frames after it; streamed in time."""
-  grey = np.zeros((1, cfg.stride[0], *image_1HWC.shape[1:]), np.float32)
-  chunks = itertools.chain([image_1HWC[None]], itertools.repeat(grey, latent_frames - 1))
-  return np.concatenate([np.asarray(mean) for mean in vae.encode_stream(params, chunks, cfg)], 1)[0]
+  grey = np.zeros((cfg.stride[0], *image_1HWC.shape[1:]), np.float32)
+  chunks = itertools.chain([[image_1HWC]], itertools.repeat([grey], latent_frames - 1))
+  return encode_on_canvas(cfg, params, chunks, [image_1HWC.shape[1:3]], 1)[0]
+
+
+def shape_on_canvas(video_THWC, stride):
+  """(T, H, W) of the frames of a clip and its canvas: clips for which it is the same are encoded together."""
+  return len(video_THWC), *vae.canvas(*video_THWC.shape[1:3], stride)
 
 
 def batch_of(shape):
-  """How many clips of [T, H, W, 3] are encoded together. By their size alone: see the head of this file."""
-  return BATCH if np.prod(shape[:3]) <= SMALL else 1
+  """How many clips are encoded together. By their `shape_on_canvas` alone: see the head of this file."""
+  return BATCH if math.prod(shape) <= SMALL else 1
 
 
 class Unit:
@@ -171,12 +205,13 @@ class Unit:
 
   def add(self, clip, video_THWC, source):
     record = records.Record(None, None, clip.caption, clip.file, clip.start, clip.fps, source)
-    batch = self._waiting.setdefault(video_THWC.shape, [])
+    shape = shape_on_canvas(video_THWC, self._encoder.stride)
+    batch = self._waiting.setdefault(shape, [])
     batch.append((len(self._records), video_THWC))
     self._records.append(record)
     self._pixels += np.prod(video_THWC.shape[:3])
-    if len(batch) == batch_of(video_THWC.shape):
-      self._run(self._waiting.pop(video_THWC.shape))
+    if len(batch) == batch_of(shape):
+      self._run(self._waiting.pop(shape))
 
   def close(self, file, entry):
     """All pieces of `file` are added."""
@@ -205,19 +240,25 @@ class Unit:
     self._begin()
 
 
-def encode(source, items, encoder, writer, stop):
-  """All items into the writer -> True; False if `stop()` said so in between: what was encoded by then is saved."""
+def encode(source, items, encoder, writer, stop, square=False):
+  """All items into the writer -> True; False if `stop()` said so in between: what was encoded by then is saved.
+
+  square: of each clip the square in its middle.
+  """
   unit = Unit(encoder, writer)
   with cli.Bar("encoding", len(items)) as bar:
     for item in items:
       entry = {"stamp": stamp(item), "pieces": 0}
       try:
         for clip in source.read(item):
-          video_THWC = clips.crop(clip.video_THWC, encoder.stride)
-          if records.uid(clip.file, clip.start) not in writer.uids:
-            unit.add(clip, video_THWC, source.name)
-          describe(entry, clip, video_THWC)
-          bar.advance(0, f"{item.file} up to {entry['seconds']:.1f} s")
+          if isinstance(clip, clips.Dropped):
+            entry.setdefault("dropped", []).append(dataclasses.asdict(clip))
+          else:
+            video_THWC = clips.crop(clip.video_THWC, encoder.stride, square)
+            if records.uid(clip.file, clip.start) not in writer.uids:
+              unit.add(clip, video_THWC, source.name)
+            describe(entry, clip, video_THWC)
+            bar.advance(0, f"{item.file} up to {entry['seconds']:.1f} s")
           if unit.full:
             unit.save()
           if stop():
@@ -225,12 +266,22 @@ def encode(source, items, encoder, writer, stop):
             return False
       except clips.BadClip as e:
         entry["passed_over"] = f"from {entry['seconds']:.3f} s on: {e}" if entry["pieces"] else str(e)
+      if "dropped" in entry and not entry["pieces"]:
+        entry.setdefault("passed_over", nothing_left(entry["dropped"]))
       if encoder.is_long(item.caption):
         entry.setdefault("notes", []).append(f"its caption is cut to {MAX_TEXT} tokens")
       unit.close(item.file, entry)
       bar.advance()
     unit.save()
   return True
+
+
+def nothing_left(dropped):
+  """Why a file has none left: the reasons, the one of most seconds first."""
+  seconds = collections.Counter()
+  for piece in dropped:
+    seconds[piece["why"]] += piece["seconds"]
+  return "; ".join(f"{why}: {total:.2f} s" for why, total in seconds.most_common())
 
 
 def describe(entry, clip, video_THWC):
@@ -242,6 +293,8 @@ def describe(entry, clip, video_THWC):
   entry["fps"], entry["size"] = clip.fps, list(video_THWC.shape[1:3])
   if entry["size"] != size:
     entry["cropped"] = {"from": size, "to": entry["size"]}
+  if getattr(clip, "scaled_from", None):
+    entry["scaled"] = {"from": list(clip.scaled_from), "to": size}
   left_out = entry.get("frames_left_out", 0) + getattr(clip, "left_out", 0) + frames - len(video_THWC)
   if left_out:
     entry["frames_left_out"] = left_out
@@ -249,10 +302,11 @@ def describe(entry, clip, video_THWC):
     entry["notes"] = list(clip.notes)
 
 
-def write_report(path, source, spec, items, writer):
+def write_report(path, source, spec, items, writer, index=None):
   """What was taken, and what was passed over and why, by file -> the report.
 
-  A damaged video whose beginning is good stands in both. `notes`: what the listing of the source found.
+  A damaged video whose beginning is good stands in both. `notes`: what the listing of the source found. Once there is an index of the records,
+  `numbers` is beside them, and a page that shows all of it is written to report.html.
   """
   taken, passed_over, notes = {}, dict(getattr(source, "ignored", ())), {}
   for file, note in getattr(source, "notes", ()):
@@ -265,6 +319,9 @@ def write_report(path, source, spec, items, writer):
       taken[item.file] = entry | {"notes": entry.get("notes", []) + notes.pop(item.file, [])}
   report = {"format_version": 1, "source": spec, "files": len(items), "records": len(writer.uids),
             "sizes": "height, width in pixels", "taken": taken, "passed_over": passed_over, "notes": notes}
+  if index is not None:
+    report["numbers"] = reports.numbers(report, index)
+    page.save(path.with_suffix(".html"), reports.report_page(report, index))
   records.write_json(path, report)
   return report
 

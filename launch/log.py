@@ -8,10 +8,15 @@ import tensorboardX
 
 
 class MetricsLog:
-  """Writes each logged step to both places. On resume, lines of steps after `step` are dropped: they will be made again."""
+  """Writes each logged step to both places. On resume, lines of steps after `step` are dropped: they will be made again.
 
-  def __init__(self, workdir, step=0):
-    self.path = os.path.join(workdir, "metrics.jsonl")
+  silent: writes nothing; of several processes one writes.
+  """
+
+  def __init__(self, workdir, step=0, silent=False):
+    self.path, self.silent = os.path.join(workdir, "metrics.jsonl"), silent
+    if silent:
+      return
     if os.path.exists(self.path):
       kept = [line for line in _lines(self.path) if line["step"] <= step]
       partial = self.path + ".partial"
@@ -22,7 +27,9 @@ class MetricsLog:
 
   def write(self, step, values):
     """values: name -> number; a number that is not finite is written as null."""
-    clean = {k: (float(v) if math.isfinite(float(v)) else None) for k, v in values.items()}
+    if self.silent:
+      return
+    clean = {k: v if isinstance(v, int) else float(v) if math.isfinite(float(v)) else None for k, v in values.items()}
     with open(self.path, "a") as f:
       f.write(json.dumps({"step": int(step), **clean}) + "\n")
     for name, value in clean.items():
@@ -34,7 +41,8 @@ class MetricsLog:
     self.events.add_image(name, image_HWC, int(step), dataformats="HWC")
 
   def close(self):
-    self.events.close()
+    if not self.silent:
+      self.events.close()
 
 
 def _lines(path):

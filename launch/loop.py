@@ -6,14 +6,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from launch import cli
+from launch import cli, hosts
 from launch.log import MetricsLog
 from sora_jax.errors import BadInput
 
 
 def stop_now(step):
-  """True when this run was asked to stop; on several hosts, at the same step on all of them."""
-  return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else cli.stop_requested()
+  """True when this run was asked to stop; in several processes, at the same step in all of them."""
+  return multihost_utils.reached_preemption_sync_point(step) if hosts.joined() else cli.stop_requested()
 
 
 def check(config):
@@ -30,7 +30,7 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
   items: state -> trees to save by name. hooks: (every, function of (step, state) -> dict of numbers to log, or None).
   config: steps, log_every, checkpoint_every, max_bad_steps.
   """
-  log = MetricsLog(workdir, first_step)
+  log = MetricsLog(workdir, first_step, silent=jax.process_index() > 0)
   window, began, bad, before, cursor = [], time.monotonic(), int(np.asarray(state.bad)), None, None
   code = cli.OK
   with cli.Bar(label, config.steps, start=first_step) as bar:
@@ -50,7 +50,7 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
       if step % config.log_every == 0 or last:
         values = summary(window, time.monotonic() - began)
         log.write(step, values)
-        note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        note = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "data_checksum")
         window, began = [], time.monotonic()
       bar.advance(1, note)
       if saving:
@@ -87,12 +87,14 @@ def check_finite(metrics, bad, max_bad_steps, step):
 
 
 def summary(window, seconds):
-  """Means over the steps of a window; "tokens" and "slots" (their room) become tokens_per_second and fill."""
+  """Means over the steps of a window; "tokens" and "slots" (their room) become tokens_per_second and fill; "data_checksum" is the last one's."""
   host = jax.device_get(window)
-  names = host[0].keys() - {"tokens", "slots", "bad"}
+  names = host[0].keys() - {"tokens", "slots", "bad", "data_checksum"}
   values = {name: float(np.mean([m[name] for m in host])) for name in ["loss", *sorted(names - {"loss"})]}
   if "tokens" in host[0]:
     tokens = sum(int(m["tokens"]) for m in host)
     values |= {"tokens_per_second": tokens / seconds, "fill": tokens / sum(int(m["slots"]) for m in host)}
   values["steps_per_second"] = len(host) / seconds
+  if "data_checksum" in host[0]:
+    values["data_checksum"] = int(host[-1]["data_checksum"])
   return values

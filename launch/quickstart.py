@@ -6,19 +6,15 @@ Every stage is one of the programs of launch/, run as a user would run it; a sta
 DIR/index.html: what was trained, curves, originals beside reconstructions, each prompt beside its video, scores, what to try next.
 """
 
-import ctypes
 import json
 import os
 import pathlib
-import signal
-import subprocess
-import sys
 import time
 
 from absl import flags
 
 from data.sources import shapes
-from launch import cli, log, page
+from launch import cli, log, page, stages
 from sora_jax import checkpoint
 
 OUT = flags.DEFINE_string("out", "out/quickstart", "where everything goes")
@@ -31,7 +27,7 @@ SHOWN = 16             # videos on the page
 GOALS = {"shipped": {"colour": 0.98, "direction": 0.95, "shape": 0.90}, "fresh": {"colour": 0.85}}
 
 
-def stages(out):
+def story(out):
   """(name, what it does, program, arguments) of each stage, in order."""
   vae, records, dit = out / "vae", out / "records", out / "dit"
   own = lambda name, steps: [f"--config.{name}={steps}"] if steps else []  # noqa: E731
@@ -39,11 +35,11 @@ def stages(out):
       ("look", "the model that ships makes the same prompts: something to look at, at once", "sample",
        [f"--requests={out / 'requests.jsonl'}", f"--out={out / 'shipped'}"]),
       ("vae", "a VAE learns to turn clips into latents and back", "train_vae",
-       [f"--config={root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *own("steps", VAE_STEPS.value)]),
+       [f"--config={stages.root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *own("steps", VAE_STEPS.value)]),
       ("encode", f"{CLIPS.value} clips become latents", "encode",
        [f"--source=shapes:{CLIPS.value}", f"--workdir={vae}", f"--out={records}"]),
       ("dit", "a diffusion transformer learns to make latents from captions", "train",
-       [f"--config={root() / 'configs/t2v.py'}:tiny", f"--config.data.path={records}", f"--workdir={dit}", *own("steps", STEPS.value)]),
+       [f"--config={stages.root() / 'configs/t2v.py'}:tiny", f"--config.data.path={records}", f"--workdir={dit}", *own("steps", STEPS.value)]),
       ("sample", f"{PROMPTS.value} prompts that training never saw become videos", "sample",
        [f"--workdir={dit}", f"--requests={out / 'requests.jsonl'}", f"--out={out / 'fresh'}"]),
       ("evaluate", "VAE, loss by noise level and videos are measured", "evaluate",
@@ -53,29 +49,20 @@ def stages(out):
   ]
 
 
-def root():
-  """The folder of the repository."""
-  return pathlib.Path(__file__).resolve().parent.parent
-
-
 def main():
   out = pathlib.Path(OUT.value).resolve()
   cli.need_disk(out, 500e6, "the quickstart")
   write_requests(out)
-  todo = stages(out)
+  todo = story(out)
   cli.say("sora_jax quickstart: 10 to 12 minutes on two CPU cores. It will, one after another:")
   for number, (_, what, _, _) in enumerate(todo, 1):
     cli.say(f"  {number}. {what}")
   cli.say(f"and write {out / 'index.html'}. Stop it at any time; run again, it goes on.")
   times = read_times(out)
   for number, (name, what, program, arguments) in enumerate(todo, 1):
-    cli.say(f"\n[{number}/{len(todo)}] {what}\n    python -m launch.{program} {' '.join(map(quoted, arguments))}")
     began = time.monotonic()
-    code = run_program(program, arguments)
-    if code < 0:              # ended by a signal: ours, or one that it could not handle
-      code = cli.STOPPED if cli.stop_requested() else cli.FAILED
+    code = stages.run(number, len(todo), what, program, arguments)
     if code:
-      cli.say(f"stage {name} ended with exit code {code}; run the same command again to go on")
       return code
     times.setdefault(name, time.monotonic() - began)       # a stage that was done before took no time now
     checkpoint.write_json(out / "times.json", times)
@@ -86,34 +73,6 @@ def main():
   cli.say("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()) + f"  in all {sum(times.values()) / 60:.1f} min")
   cli.say(f"open {out / 'index.html'} in a browser")
   return cli.OK
-
-
-def run_program(program, arguments):
-  """One program, its output passed on; a stop asked of us is asked of it. -> exit code"""
-  environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root()), os.environ.get("PYTHONPATH", "")])}
-  environment.setdefault("JAX_PLATFORMS", "cpu")
-  environment["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {environment['XLA_FLAGS']}"       # half the compile time, the same run time
-  environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")               # large pages; else a fifth of the time goes to page faults
-  environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(root() / ".cache" / "jax"))
-  environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-  child = subprocess.Popen([sys.executable, "-m", f"launch.{program}", *arguments], env=environment, preexec_fn=end_with_parent)
-  while True:
-    try:
-      return child.wait(timeout=0.5)
-    except subprocess.TimeoutExpired:
-      if cli.stop_requested():
-        child.terminate()
-        return child.wait()
-
-
-def end_with_parent():
-  """Run in a child: where we are killed, it is too, so that the next run finds nobody at work (Linux alone can do that)."""
-  if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)          # PR_SET_PDEATHSIG
-
-
-def quoted(argument):
-  return f"'{argument}'" if " " in argument else argument
 
 
 def write_requests(out):

@@ -1,19 +1,27 @@
 """Trains the text-to-video model on records of launch.encode. Run again, it goes on where it was.
 
   python -m launch.train --config=configs/t2v.py:tiny --config.data.path=RECORDS --workdir=W
+  python -m launch.train --config=configs/t2v.py:tiny --config.data.path=A,B --config.data.weights="(3, 1)" --workdir=W
+  python -m launch.train --config=configs/t2v.py:tiny --config.data.clips=DIR --workdir=W
+
+The second mixes: of four clips drawn three are from A (without weights: each dataset once an epoch). The third is for few clips: they
+become records in W/records first, by the VAE of config.init, or the one that ships, once.
+On the hosts of a pod, or in several processes of one machine (launch.hosts), each loads its rows of a step; any number of them goes on from
+a checkpoint with the very next batch (`data_checksum` in W/metrics.jsonl tells).
 """
 
 import dataclasses
 import functools
 import os
+import pathlib
 
 import jax
 import numpy as np
 from absl import flags
 from etils import epath
 
-from data import pipeline, plan, records
-from launch import build, cli, loop, sampling
+from data import curation, mixture, pipeline, plan
+from launch import build, cli, encode_job, hosts, loop, sampling
 from sora_jax import batch as batches, checkpoint, train
 from sora_jax.errors import BadInput
 
@@ -21,31 +29,34 @@ WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and sample
 # What a rerun in the same W may change without becoming another experiment.
 FREE = ("steps", "log_every", "checkpoint_every", "max_bad_steps", "sample.", "data.threads", "data.path", "data.max_damaged", "mesh.",
         "model.remat", "init")
+NAMED = 5               # clips that fit in no row, by name; the others are counted
 
 
 def main():
   config, workdir = cli.get_config(), WORKDIR.value
   if not workdir:
     raise BadInput("no --workdir; give a directory for the checkpoints")
-  if not config.data.path:
-    raise BadInput("no --config.data.path; give the directory that launch.encode wrote")
+  if bool(config.data.path) == bool(config.data.clips):
+    raise BadInput("give --config.data.path, the directory that launch.encode wrote, or else --config.data.clips, a folder of clips")
   loop.check(config)
+  hosts.join(in_step=True)
   build.adopt(config)
-  index = records.RecordIndex.open(config.data.path)
   where, sigma = build.make_layout(config), build.make_sigma(config)
-  source_text = epath.Path(config.data.path) / "text"
-  whole = build.make_model(config, source_text, where)
+  if config.data.clips and not encode_clips(config, workdir):
+    return cli.STOPPED
+  index, first = mixture.open_all(config.data.path), epath.Path(config.data.path.split(",")[0].strip())
+  whole = build.make_model(config, first / "text", where)
   model = build.trained_part(config, whole)
-  check_init(config, model)
+  check_init(config, model, first)
   tx = build.make_optimizer(config, train.boxed_weights(model))
   rows_plan = make_plan(config, index, model)
-  check_index(index, model, config.data.path)
-  cli.lock_workdir(workdir)
-  cli.claim_workdir(workdir, config, FREE)
-  for part in ("vae", "text"):
-    build.copy_part(epath.Path(config.data.path) / part, epath.Path(workdir) / part, link=part == "text")
-  if config.init:
-    build.copy_source(config.init, workdir)
+  check_index(index, model, first)
+  part, parts = train.part_of_rows(where, config.data.rows)
+  if jax.process_count() > 1 and config.sample.every:
+    raise BadInput("samples during training are drawn by one process alone; set --config.sample.every=0, and sample from W with launch.sample")
+  if not jax.process_index():
+    prepare_workdir(config, workdir, first)
+  hosts.wait("W is prepared")
 
   target = train.abstract_state(model, tx)
   size = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
@@ -68,7 +79,7 @@ def main():
   cli.say(f"training {name} ({parameters / 1e6:.2f} M parameters) on {len(index)} clips, steps {step + 1} to {config.steps} of "
           f"{config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}")
 
-  stream = pipeline.batches(index, rows_plan, seed=config.seed, cursor=cursor, host=jax.process_index(), hosts=jax.process_count(),
+  stream = pipeline.batches(index, rows_plan, seed=config.seed, cursor=cursor, host=part, hosts=parts,
                             embedded=model.text is None, caption_dropout=config.data.caption_dropout,
                             image_to_video=config.data.image_to_video, base_fps=config.data.base_fps or None, cond_channels=model.dit.cond_channels,
                             max_damaged=config.data.max_damaged, on_damage=cli.say, threads=config.data.threads)
@@ -81,13 +92,32 @@ def main():
     state, metrics = update(state, batch)
     return state, metrics | {"slots": slots}
 
-  placed = ((train.place_batch(batch, where), after.to_json()) for batch, after in stream)
+  placed = ((train.place_batch(batch, where, part, parts), after.to_json()) for batch, after in stream)
   hooks = ((config.sample.every, functools.partial(draw_samples, config, workdir, model, frozen)),) if config.sample.every else ()
   state, code = loop.run_steps(config, workdir, state, placed, counted, first_step=step, checkpoints=checkpoints, items=items, hooks=hooks)
   checkpoints.close()
   if code == cli.OK:
     cli.say(f"done: {config.steps} steps. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
   return code
+
+
+def encode_clips(config, workdir):
+  """Raw clips into W/records, as launch.encode does with a folder, unless they are there -> was it done? config.data.path is them then."""
+  out, parts = pathlib.Path(workdir) / "records", pathlib.Path(config.init or checkpoint.shipped())
+  rules = {**dataclasses.asdict(curation.Rules()), "max_seconds": config.data.max_seconds, "scene_threshold": 10.0, "drop_dull": True}
+  found = encode_job.run(config.data.clips, out, parts, {**rules, "split": "train", "seed": 0, "square": False})
+  config.data.path = str(out)
+  return found is not None
+
+
+def prepare_workdir(config, workdir, data):
+  """Takes W for this run, and puts into it what goes with the model."""
+  cli.lock_workdir(workdir)
+  cli.claim_workdir(workdir, config, FREE)
+  for part in ("vae", "text"):
+    build.copy_part(data / part, epath.Path(workdir) / part, link=part == "text")
+  if config.init:
+    build.copy_source(config.init, workdir)
 
 
 def items(state):
@@ -124,22 +154,35 @@ def begin(config, model, tx, target):
 
 
 def make_plan(config, index, model):
-  """The plan of the rows; BadInput names the first clip that no row can hold, and what to raise."""
+  """The plan of the rows. Says which clips no row can hold, and what to raise; BadInput where that is all of them."""
+  rows = plan_rows(config, index, model)
+  check_fit(rows, index)
+  if rows.trimmed:
+    cli.say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
+  return rows
+
+
+def plan_rows(config, index, model):
+  """The plan of the rows, whether or not all clips fit."""
   shape = cli.checked(lambda: batches.RowShape(config.data.row_tokens, config.data.row_clips, config.data.row_text), "config.data")
   null_ids, null_embedding = index.null_text
   if model.text is None and null_embedding is None:
     raise BadInput("the records hold no text embeddings, and config.model.text names no encoder to train; name one, or encode with a --workdir "
                    "that has a frozen text encoder")
   null = len(null_ids) if model.text is not None else len(null_embedding)
-  rows = plan.Plan(index.rows, rows_per_step=config.data.rows, shape=shape, patch=model.dit.patch, seed=config.seed, null_text_tokens=null,
-                   text_pad=model.dit.text_pad or None)
+  return plan.Plan(index.rows, rows_per_step=config.data.rows, shape=shape, patch=model.dit.patch, seed=config.seed, null_text_tokens=null,
+                   text_pad=model.dit.text_pad or None, weights=tuple(config.data.weights) or None)
+
+
+def check_fit(rows, index):
+  """BadInput where a clip fits in no row."""
   if rows.misfits:
-    first = rows.misfits[0]
-    raise BadInput(f"{len(rows.misfits)} of {len(index)} clips fit in no row; the first: {index.describe(first.position)}: {first.reason}; "
-                   "raise --config.data.row_tokens (or row_text), or encode with a smaller --max_seconds")
-  if rows.trimmed:
-    cli.say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
-  return rows
+    told = f"{len(rows.misfits)} of {len(index)} clips fit in no row" + (" and are left out" if len(rows.misfits) < len(index) else "")
+    names = [f"{index.describe(misfit.position)}: {misfit.reason}" for misfit in rows.misfits[:NAMED]]
+    remedy = "raise --config.data.row_tokens (or row_text), or encode with a smaller --max_seconds"
+    if len(rows.misfits) == len(index):
+      raise BadInput(f"{told}; the first: {names[0]}; {remedy}")
+    cli.say(f"{told}; {remedy}, to have them too. " + "; ".join(names) + ("" if len(rows.misfits) <= NAMED else "; ..."))
 
 
 def check_index(index, model, directory):
@@ -154,10 +197,10 @@ def check_index(index, model, directory):
     raise BadInput(f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {directory}/vae ({beside}); encode again")
 
 
-def check_init(config, model):
+def check_init(config, model, data):
   """BadInput where config.init is not of the parts that made the records, or tokens are given to weights that know no such."""
   for part in ("vae", "text") if config.init else ():
-    there, here = epath.Path(config.init) / part, epath.Path(config.data.path) / part
+    there, here = epath.Path(config.init) / part, data / part
     if there.exists() and build.fingerprint(there) != build.fingerprint(here):
       raise BadInput(f"{part}/ of {config.init} is not that of the records; encode them with --workdir={config.init}")
   if config.model.expert and config.sample.every:

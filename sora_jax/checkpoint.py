@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from sora_jax.errors import BadInput
 
@@ -204,7 +205,7 @@ class Checkpoints:
   def __init__(self, workdir, *, keep=3, say=print, read_only=False):
     self.root, self.say, self.read_only = epath.Path(workdir), say, read_only
     self.pending = None
-    if (self.root / "checkpoints").exists() and not read_only:
+    if jax.process_index() == 0 and (self.root / "checkpoints").exists() and not read_only:
       self._set_aside_unfinished()
     options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, step_prefix=None, cleanup_tmp_directories=not read_only,
                                            create=not read_only, read_only=read_only)
@@ -238,7 +239,16 @@ class Checkpoints:
       self.settle()
 
   def latest(self):
-    """The newest step that is whole, or None. Damaged ones are named and, unless `read_only`, set aside."""
+    """The newest step that is whole, or None. Damaged ones are named and, unless `read_only`, set aside. Of several processes the first looks."""
+    if jax.process_count() == 1 or self.read_only:
+      return self._newest_whole()
+    step = self._newest_whole() if jax.process_index() == 0 else None
+    ocp.multihost.get_barrier_sync_fn()(key=f"looked for checkpoints in {self.root}", timeout_ms=24 * 3600 * 1000)
+    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
+    self.manager.reload()
+    return None if step < 0 else step
+
+  def _newest_whole(self):
     steps = sorted(self.manager.all_steps(), reverse=True)
     for step, before in itertools.zip_longest(steps, steps[1:]):
       damage = self._damage(step)

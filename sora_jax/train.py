@@ -14,6 +14,8 @@ import optax
 from sora_jax import layout as layouts, optim
 from sora_jax.diffusion import flow
 
+PRIMES = (2654435761, 2246822519, 3266489917)        # xxHash's, one an axis: what stands elsewhere counts differently
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -102,7 +104,7 @@ def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma):
   ema = optim.ema_update(state.ema, params, state.step, ema_decay)
   params, ema, opt = optim.keep_if_finite(finite, (params, ema, opt), (state.params, state.ema, state.opt))
   bad = 1 - finite.astype(jnp.int32)
-  metrics = {"loss": loss, "grad_norm": grad_norm, "bad": bad, "tokens": jnp.sum(batch.segment_BL > 0)}
+  metrics = {"loss": loss, "grad_norm": grad_norm, "bad": bad, "tokens": jnp.sum(batch.segment_BL > 0), "data_checksum": checksum(batch)}
   return State(state.step + 1, params, ema, opt, state.bad + bad), metrics
 
 
@@ -115,17 +117,37 @@ def loss_at_sigma(params, batch, key, value, *, model):
   return flow.velocity_loss(predicted, batch.tokens_BLP, noise_BLP, batch.segment_BL, batch.given_BL)
 
 
-def place_batch(batch, layout):
-  """A host's rows -> global arrays, rows cut over the mesh's data and fsdp axes, tokens over its context axis."""
+def checksum(batch):
+  """A number of 32 bits that tells a batch from others: of the tokens, segments and texts of all its rows, in integers, so that it does
+  not depend on how the batch is cut over devices."""
+  total = jnp.uint32(0)
+  for value in (batch.tokens_BLP, batch.segment_BL, batch.text_BS, batch.text_BSE):
+    if value is not None:
+      bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
+      place = sum(jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(PRIMES[axis]) for axis in range(bits.ndim))
+      total += jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+  return total
+
+
+def part_of_rows(layout, rows):
+  """Which rows of a step this process must load, as (part, parts): the part-th of so many equal ones. Processes that hold other tokens or
+  heads of the same rows load the same."""
+  held = layout.fitted((rows,), "act_batch").addressable_devices_indices_map((rows,)).values()
+  first, last = (pick(index[0].indices(rows)[end] for index in held) for pick, end in ((min, 0), (max, 1)))
+  count = last - first
+  return (first // count, rows // count) if rows % count == first % count == 0 else (0, 1)
+
+
+def place_batch(batch, layout, part=0, parts=1):
+  """The part-th of `parts` of a step's rows -> global arrays, rows cut over the mesh's data and fsdp axes, tokens over its context axis."""
   axes = {"BL": ("act_batch", "act_length"), "BS": ("act_batch", "act_text"), "BG": ("act_batch", None)}
   def place(name, value):
     if value is None:
       return None
-    letters = name.rsplit("_", 1)[1]
-    sharding = layout.fitted(_global_shape(value), *axes[letters[:2]])
-    return jax.make_array_from_process_local_data(sharding, value)
+    letters, local = name.rsplit("_", 1)[1], len(value)
+    shape = (local * parts, *value.shape[1:])
+    def piece(index):
+      start, stop, _ = index[0].indices(shape[0])
+      return value[(slice(start - part * local, stop - part * local), *index[1:])]
+    return jax.make_array_from_callback(shape, layout.fitted(shape, *axes[letters[:2]]), piece)
   return dataclasses.replace(batch, **{f.name: place(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)})
-
-
-def _global_shape(value):
-  return (value.shape[0] * jax.process_count(), *value.shape[1:])

@@ -12,6 +12,10 @@ weights are to load here:
   up-sampling       frame 0 passes through, once; frame 1 sees zeros before it, not frame 0
   shortcuts         averages are padded in front; repeats of frame 0 lose all but the last
 
+A frame may stand in the top-left corner of a larger canvas, and what is outside changes nothing: `inside_BHW` says which pixels are
+of the frame, at the resolution of the input (None: all). Convolutions in space see zeros outside it, as they do past an edge, and
+attention does not look there; all else works by pixel, or by blocks that are inside or outside as a whole.
+
 Weights are (time, height, width, in, out). Arrays are BTHWC.
 """
 
@@ -27,6 +31,7 @@ from sora_jax.models.causal_conv import SAME, causal_conv, in_front, plane_conv
 KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 ATTENTION_SCORES = 2 ** 24        # held at once; above that, frame by frame in blocks of queries
 LARGE = 2 ** 20                   # values of a layer's input above which the frames of a later chunk pass through it one by one
+HIDDEN = -1e30                    # a score of nothing; finite, so that a frame with no pixel inside gives no NaN
 
 
 def recall(module, x_BTHWC, n, first):
@@ -46,6 +51,17 @@ def by_frames(module, layers, x_BTHWC, first):
     return layers(module, x_BTHWC, first)
   one = lambda module, _, x_BHWC: (None, layers(module, x_BHWC[:, None], False)[:, 0])  # noqa: E731
   return nn.scan(one, variable_broadcast="params", variable_carry="stream", in_axes=1, out_axes=1)(module, None, x_BTHWC)[1]
+
+
+def corner(valid_B2, height, width):
+  """[B, height, width] bool: True in the first valid_B2 rows and columns of each."""
+  rows_BH, columns_BW = jnp.arange(height) < valid_B2[:, :1], jnp.arange(width) < valid_B2[:, 1:]
+  return rows_BH[:, :, None] & columns_BW[:, None]
+
+
+def cut_out(x_BTHWC, inside_BHW):
+  """x inside, zeros outside."""
+  return x_BTHWC if inside_BHW is None else jnp.where(inside_BHW[:, None, :, :, None], x_BTHWC, 0)
 
 
 def double(x_BTHWC):
@@ -88,13 +104,14 @@ class Conv(nn.Module):
   size: tuple[int, ...] = (3, 3, 3)
 
   @nn.compact
-  def __call__(self, x_BTHWC, first=True, stride=1, padding=SAME):
+  def __call__(self, x_BTHWC, first=True, inside_BHW=None, stride=1, padding=SAME):
     kernel = _weight(self, "kernel", self.size, x_BTHWC, self.features)
     bias = _bias(self, x_BTHWC, self.features)
-    if self.size == (3, 3, 3):
-      return causal_conv(recall(self, x_BTHWC, 2, first), x_BTHWC, kernel) + bias
     if set(self.size) == {1}:
       return x_BTHWC @ kernel.reshape(kernel.shape[-2:]) + bias
+    x_BTHWC = cut_out(x_BTHWC, inside_BHW)
+    if self.size == (3, 3, 3):
+      return causal_conv(recall(self, x_BTHWC, 2, first), x_BTHWC, kernel) + bias
     return plane_conv(x_BTHWC, kernel, stride, padding) + bias
 
 
@@ -145,9 +162,9 @@ class ResBlock(nn.Module):
   features: int
 
   @nn.compact
-  def __call__(self, x_BTHWC, first):
-    h = Conv(self.features, name="conv_0")(nn.silu(Norm(name="norm_0")(x_BTHWC)), first)
-    h = Conv(self.features, name="conv_1")(nn.silu(Norm(name="norm_1")(h)), first)
+  def __call__(self, x_BTHWC, first, inside_BHW=None):
+    h = Conv(self.features, name="conv_0")(nn.silu(Norm(name="norm_0")(x_BTHWC)), first, inside_BHW)
+    h = Conv(self.features, name="conv_1")(nn.silu(Norm(name="norm_1")(h)), first, inside_BHW)
     if x_BTHWC.shape[-1] != self.features:
       x_BTHWC = Conv(self.features, (1, 1, 1), name="shortcut")(x_BTHWC)
     return x_BTHWC + h
@@ -157,43 +174,48 @@ class FrameAttention(nn.Module):
   """Self-attention with one head among the pixels of one frame."""
 
   @nn.compact
-  def __call__(self, x_BTHWC):
+  def __call__(self, x_BTHWC, inside_BHW=None):
     B, T, H, W, C = x_BTHWC.shape
     qkv = Conv(3 * C, (1, 1), name="qkv")(Norm(name="norm")(x_BTHWC))
     query, key, value = jnp.split(qkv.reshape(B * T, H * W, 3 * C), 3, -1)
-    out = attend_in_frames(query, key, value).reshape(x_BTHWC.shape)
+    seen = None if inside_BHW is None else jnp.repeat(inside_BHW.reshape(B, H * W), T, 0)
+    out = attend_in_frames(query, key, value, seen).reshape(x_BTHWC.shape)
     return x_BTHWC + Conv(C, (1, 1), name="out")(out)
 
 
-def attend_in_frames(query, key, value):
-  """Softmax attention of [frames, pixels, C] within each frame; in blocks of queries where the scores would be large."""
+def attend_in_frames(query, key, value, seen=None):
+  """Softmax attention of [frames, pixels, C] within each frame; in blocks of queries where the scores would be large.
+
+  seen: [frames, pixels] bool, the keys to look at (None: all)."""
   frames, pixels, C = query.shape
 
-  def attend(query, key, value):
+  def attend(query, key, value, seen):
     scores = jnp.einsum("...qc,...kc->...qk", query, key, preferred_element_type=jnp.float32) * C ** -0.5
+    if seen is not None:
+      scores = jnp.where(seen[..., None, :], scores, HIDDEN)
     return jnp.einsum("...qk,...kc->...qc", jax.nn.softmax(scores).astype(value.dtype), value)
 
   if not jax.core.is_constant_dim(frames * pixels):         # symbols, where a model is exported
-    return jax.lax.map(lambda frame: attend(*frame), (query, key, value))
+    return jax.lax.map(lambda frame: attend(*frame), (query, key, value, seen))
   if frames * pixels * pixels <= ATTENTION_SCORES:
-    return attend(query, key, value)
+    return attend(query, key, value, seen)
   block = max(ATTENTION_SCORES // pixels, 1)
 
   @jax.checkpoint
   def one_frame(args):
-    query, key, value = args
-    return jax.lax.map(lambda q: attend(q[None], key, value)[0], query, batch_size=min(block, pixels))
-  return jax.lax.map(one_frame, (query, key, value))
+    query, key, value, seen = args
+    return jax.lax.map(lambda q: attend(q[None], key, value, seen)[0], query, batch_size=min(block, pixels))
+  return jax.lax.map(one_frame, (query, key, value, seen))
 
 
 class Middle(nn.Module):
   """The blocks at the lowest resolution."""
 
   @nn.compact
-  def __call__(self, x_BTHWC, first):
-    x = ResBlock(x_BTHWC.shape[-1], name="block_0")(x_BTHWC, first)
-    x = FrameAttention(name="attention")(x)
-    return ResBlock(x_BTHWC.shape[-1], name="block_1")(x, first)
+  def __call__(self, x_BTHWC, first, inside_BHW=None):
+    x = ResBlock(x_BTHWC.shape[-1], name="block_0")(x_BTHWC, first, inside_BHW)
+    x = FrameAttention(name="attention")(x, inside_BHW)
+    return ResBlock(x_BTHWC.shape[-1], name="block_1")(x, first, inside_BHW)
 
 
 class Down(nn.Module):
@@ -205,12 +227,12 @@ class Down(nn.Module):
   residual: bool
 
   @nn.compact
-  def __call__(self, x_BTHWC, first):
+  def __call__(self, x_BTHWC, first, inside_BHW=None):
     def layers(module, x, first):
       for i in range(self.blocks):
-        x = ResBlock(self.features, name=f"block_{i}", parent=module)(x, first)
+        x = ResBlock(self.features, name=f"block_{i}", parent=module)(x, first, inside_BHW)
       if self.space:
-        x = Conv(self.features, (3, 3), name="resample", parent=module)(x, stride=2, padding=((0, 1), (0, 1)))
+        x = Conv(self.features, (3, 3), name="resample", parent=module)(x, first, inside_BHW, stride=2, padding=((0, 1), (0, 1)))
       return x
 
     x = by_frames(self, layers, x_BTHWC, first)
@@ -261,14 +283,17 @@ class Encoder(nn.Module):
   layout: Layout | None = None
 
   @nn.compact
-  def __call__(self, x_BTHWC, first):
-    x = Conv(self.widths[0], name="conv_in")(x_BTHWC, first)
+  def __call__(self, x_BTHWC, first, inside_BHW=None):
+    x = Conv(self.widths[0], name="conv_in")(x_BTHWC, first, inside_BHW)
     last = len(self.widths) - 2
     for i, width in enumerate(self.widths[1:]):
-      x = Down(width, self.blocks, i < last and self.spaces[i], i < last and self.times[i], self.residual, name=f"down_{i}")(x, first)
+      space, time = i < last and self.spaces[i], i < last and self.times[i]
+      x = Down(width, self.blocks, space, time, self.residual, name=f"down_{i}")(x, first, inside_BHW)
+      if space and inside_BHW is not None:
+        inside_BHW = inside_BHW[:, ::2, ::2]
       x = by_rows(self.layout, x)
-    x = Middle(name="middle")(x, first)
-    return Conv(self.features, name="conv_out")(nn.silu(Norm(name="norm_out")(x)), first)
+    x = Middle(name="middle")(x, first, inside_BHW)
+    return Conv(self.features, name="conv_out")(nn.silu(Norm(name="norm_out")(x)), first, inside_BHW)
 
 
 class Decoder(nn.Module):

@@ -158,7 +158,7 @@ def test_an_open_shard_is_dropped(tmp_path):
 def test_a_flipped_byte_costs_one_record_and_is_named(tmp_path):
   wanted = [record(i) for i in range(4)]
   index = write(tmp_path, wanted)
-  path = tmp_path / "shard-00000.array_record"
+  path = tmp_path / "shard-000-00000.array_record"
   content = bytearray(path.read_bytes())
   content[content.find(wanted[2].latents_THWC.tobytes()) + 3] ^= 1
   path.write_bytes(content)
@@ -169,7 +169,7 @@ def test_a_flipped_byte_costs_one_record_and_is_named(tmp_path):
       read(index, i)
     except DamagedRecord as e:
       bad.append(i)
-      assert f"{wanted[2].file} at {wanted[2].start:g} s" in str(e) and "shard-00000" in str(e)
+      assert f"{wanted[2].file} at {wanted[2].start:g} s" in str(e) and "shard-000-00000" in str(e)
   assert [index.rows[i]["uid"] for i in bad] == [wanted[2].uid]
 
 
@@ -177,9 +177,9 @@ def test_a_record_of_another_place_is_noticed(tmp_path):
   """Shards of another directory, of the same size: every record is whole, but not the one that the index means."""
   for name, first in (("a", 0), ("b", 6)):
     write(tmp_path / name, [record(i) for i in range(first, first + 4)])
-  (tmp_path / "b" / "shard-00000.array_record").write_bytes((tmp_path / "a" / "shard-00000.array_record").read_bytes())
+  (tmp_path / "b" / "shard-000-00000.array_record").write_bytes((tmp_path / "a" / "shard-000-00000.array_record").read_bytes())
   index = RecordIndex.open(tmp_path / "b")
-  with pytest.raises(DamagedRecord, match="not what the index says"):
+  with pytest.raises(BadInput, match="the index does not match its records: for record 0"):
     read(index, 0)
 
 
@@ -202,7 +202,7 @@ def test_opening_names_what_is_wrong(tmp_path):
   def header(**changes):
     return rewrite("index.json", lambda content: json.dumps(json.loads(content) | changes).encode())
 
-  shard = "shard-00001.array_record"
+  shard = "shard-000-00001.array_record"
   broken(lambda d: (d / "index.json").unlink(), "not finished")
   broken(lambda d: [(d / n).unlink() for n in ("index.json", "job.json")], "no index.json", "launch.encode")
   broken(header(format_version=2), "format_version 2")
@@ -228,7 +228,7 @@ def test_a_full_disk_is_told_and_costs_only_the_open_shard(tmp_path):
   big = Record(np.zeros((1, 64, 64, 64), ml_dtypes.bfloat16), np.ones(1, np.int32), "", "z", 0.0, 1.0, "folder")
   with pytest.raises(OSError) as e, RecordWriter(tmp_path) as writer:
     add_missing(writer, [record(i) for i in range(4)], 4)
-    os.symlink("/dev/full", tmp_path / "shard-00001.array_record.tmp")
+    os.symlink("/dev/full", tmp_path / "shard-000-00001.array_record.tmp")
     writer.add(big)
     writer.commit()
   assert e.value.errno == errno.ENOSPC

@@ -20,7 +20,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from data import records
-from data.clips import Item, RawClip
+from data.clips import Dropped, Item, RawClip
 from data.sources import folder
 from launch import build, encoding
 from sora_jax import checkpoint, layout, video
@@ -40,7 +40,8 @@ class Averages:
     self.batches = []
 
   def latents(self, videos):
-    assert len({v.shape for v in videos}) == 1 and len(videos) <= encoding.batch_of(videos[0].shape)
+    (shape,) = {encoding.shape_on_canvas(v, STRIDE) for v in videos}
+    assert len(videos) <= encoding.batch_of(shape)
     self.batches.append(len(videos))
     found = []
     for clip in videos:
@@ -213,6 +214,27 @@ def test_small_clips_are_encoded_together_and_kept_apart(tmp_path):
     assert record.caption == f"caption {i % 7}"
 
 
+def test_few_compilations_serve_many_sizes(tmp_path):
+  """Clips and images of three sizes on one canvas take two compilations, and conditions two; latents are those of the native size."""
+  cfg = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,), patch_size=4)
+  params = vae.init(jax.random.key(0), cfg)
+  checkpoint.save_part(tmp_path / "vae", vae.config_to_dict(cfg), params)
+  build.copy_part(checkpoint.shipped() / "text", tmp_path / "text")
+  encoder, rng = encoding.Encoder(tmp_path), np.random.default_rng(0)
+  clips = [rng.integers(0, 256, (9, h, w, 3), dtype=np.uint8) for h, w in ((24, 40), (32, 48), (32, 40))]
+  before = vae.encode_chunk._cache_size()
+  found = encoder.latents(clips)
+  images = encoder.latents([clip[:1] for clip in clips[::-1]])
+  condition = encoder.condition(clips[0])
+  assert vae.encode_chunk._cache_size() - before == len(encoder.programs) == 4
+  assert len(encoder.sizes) == 3 and encoder.canvases == {(32, 48)}
+  native = lambda pixels: vae.normalise(np.asarray(vae.encode(params, pixels[None], cfg)[0])[0], cfg)  # noqa: E731
+  pixels = clips[0].astype(np.float32) / 127.5 - 1
+  grey = np.concatenate([pixels[:1], 0 * pixels[1:]])
+  for ours, wanted in ((found[0], native(pixels)), (images[2], native(pixels)[:1]), (condition, native(grey))):
+    np.testing.assert_allclose(ours, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
 def test_a_unit_is_saved_when_it_is_full(tmp_path, monkeypatch):
   """What a kill can cost is bounded; and where units end changes nothing."""
   _, _, whole = encode(Generated(50), tmp_path / "one")
@@ -249,6 +271,26 @@ def test_a_damaged_end_is_in_both_lists(tmp_path):
   assert len(index) == 3
   assert report["passed_over"] == {"0001": "from 0.125 s on: corrupt: at 2.000 s"}
   assert report["taken"]["0001"]["pieces"] == 1
+
+
+def test_what_is_dropped_is_named(tmp_path):
+  """Piece by piece in the entry of its file; a file of which nothing is left is passed over, with the reason."""
+  class Dull(Generated):
+    def read(self, item):
+      dropped = [Dropped(0.0, 2.0, "black"), Dropped(2.0, 0.5, "too short"), Dropped(5.0, 1.0, "black")]
+      yield from dropped[:2]
+      if item.file == "0001":
+        yield from super().read(item)
+      yield from dropped[2:]
+
+  _, report, index = encode(Dull(2), tmp_path)
+  assert len(index) == 1 and set(report["taken"]) == {"0001"}
+  assert report["taken"]["0001"]["dropped"] == [
+      {"start": 0.0, "seconds": 2.0, "why": "black"}, {"start": 2.0, "seconds": 0.5, "why": "too short"},
+      {"start": 5.0, "seconds": 1.0, "why": "black"}]
+  assert report["passed_over"] == {"0000": "black: 3.00 s; too short: 0.50 s"}
+  with records.RecordWriter(tmp_path) as writer:
+    assert all(encoding.is_done(item, writer, tmp_path) for item in Dull(2).items()), "it is not looked at again"
 
 
 def test_long_captions_are_cut_and_noted(tmp_path):

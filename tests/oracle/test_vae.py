@@ -63,6 +63,19 @@ def test_encode_and_decode_as_diffusers_do(kind, close):
     close("VAE decoder, streamed", np.concatenate(list(vae.decode_stream(params, [latents], cfg)), 1), again)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_canvas_as_diffusers_at_the_native_size(kind, close):
+  """Two clips of unlike sizes on a larger canvas, streamed, noise around them: what diffusers says of each alone."""
+  theirs, cfg, params = peer(KINDS[kind])
+  rng, stride = np.random.default_rng(0), cfg.stride
+  video_BTHWC = rng.uniform(-1, 1, (2, 9, 4 * stride[1], 4 * stride[2], 3)).astype(np.float32)
+  valid = np.array([[2, 3], [3, 1]], np.int32)
+  found = np.concatenate(list(vae.encode_stream(params, [video_BTHWC], cfg, valid=valid)), 1)
+  for video_THWC, latents, (h, w) in zip(video_BTHWC, found, valid, strict=True):
+    wanted, _, _ = calls(theirs, video_THWC[None, :, :h * stride[1], :w * stride[2]])
+    close("VAE encoder, on a canvas", latents[None, :, :h, :w], wanted)
+
+
 @pytest.mark.parametrize("sizes", [PLAIN, RESIDUAL], ids=["plain", "residual"])
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True, database=None)
 @hypothesis.given(data=st.data(), times=st.lists(st.booleans(), min_size=2, max_size=2), frames=st.sampled_from((5, 17, 1)),

@@ -1,0 +1,139 @@
+"""Several processes that do one job: the hosts of a TPU pod, or several processes of one machine.
+
+  python -m launch.hosts --count=4 launch.encode --source=DIR --out=OUT
+
+starts four of a program here. On a pod the program itself is started, on every host, and they find each other. Elsewhere each process is
+told by its environment: JAX_COORDINATOR_ADDRESS=HOST:PORT (of the first), JAX_NUM_PROCESSES, JAX_PROCESS_ID. All must see the same files.
+The first process speaks for all; when one fails, all end, and the same command goes on where they were.
+"""
+
+import argparse
+import collections
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+WEEK = 7 * 24 * 3600
+GRACE = 20              # seconds that the others have to end by themselves when one has failed
+
+
+def join(in_step):
+  """Joins the other processes of this job, if there are any. Before anything else asks jax for devices.
+
+  in_step: all take the same steps (training): asked to stop, they do so after the same one, found by JAX's preemption service.
+  """
+  import jax
+
+  from launch import cli
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  jax.config.update("jax_enable_preemption_service", in_step)
+  if address:
+    number, count = (int(os.environ[name]) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
+    jax.distributed.initialize(address, count, number)
+  elif importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu":
+    try:
+      jax.distributed.initialize()
+    except ValueError:              # no pod: there is no one to join
+      return
+  cli.console.quiet = jax.process_index() > 0
+
+
+def joined():
+  """Is this one of several processes, or of a pod of one?"""
+  return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def wait(name):
+  """Returns when all processes have come here. name: another one each time. No one waits alone."""
+  from orbax.checkpoint import multihost
+  multihost.get_barrier_sync_fn()(key=name, timeout_ms=WEEK * 1000)
+
+
+def leave():
+  """Ends together: the first process must not go before the others."""
+  if joined():
+    sys.modules["jax"].distributed.shutdown()
+
+
+def main():
+  from launch import stages
+  parser = argparse.ArgumentParser(prog="python -m launch.hosts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--count", type=int, default=2, help="how many processes")
+  parser.add_argument("program", help="such as launch.encode")
+  parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
+  asked = parser.parse_args()
+  if asked.count < 1:
+    parser.error(f"--count={asked.count}: at least 1")
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  processes, lines = [], Lines()
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: [process.terminate() for process in processes])
+  for number in range(asked.count):
+    environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(asked.count), "JAX_PROCESS_ID": str(number)}
+    processes.append(subprocess.Popen([sys.executable, "-m", asked.program, *asked.arguments], env=environment, stderr=subprocess.PIPE,
+                                      text=True, errors="replace", preexec_fn=stages.end_with_parent))
+    lines.follow(number, processes[-1].stderr)
+  sys.exit(watch(processes, lines))
+
+
+def watch(processes, lines):
+  """Waits for all -> the exit code of the first that failed, else 75 if one was stopped, else 0. Ends the others where one fails."""
+  from launch import cli
+  failed, since = None, None
+  while any(process.poll() is None for process in processes):
+    time.sleep(0.05)
+    if failed is None:
+      failed = next((n for n, p in enumerate(processes) if p.returncode not in (None, cli.OK, cli.STOPPED)), None)
+    lines.tell(failed)
+    if failed is not None:
+      since = since or time.monotonic()
+      for process in processes:
+        if process.poll() is None:
+          (process.terminate if time.monotonic() < since + GRACE else process.kill)()
+      time.sleep(0.5)
+  codes = [process.returncode for process in processes]
+  if failed is None:
+    failed = next((n for n, code in enumerate(codes) if code not in (cli.OK, cli.STOPPED)), None)
+  lines.tell(failed, wait=0.0)
+  if failed is None:
+    return cli.STOPPED if cli.STOPPED in codes else cli.OK
+  if codes[failed] < 0:
+    print(f"launch.hosts: process {failed} was ended by signal {-codes[failed]}; run the same command again to go on", file=sys.stderr)
+  return codes[failed] if codes[failed] > 0 else cli.FAILED
+
+
+class Lines:
+  """What the processes write to stderr, each line once: what is wrong with a job is wrong in all its processes. When one has failed, the
+  others' are left out: they tell at length that it is gone."""
+
+  def __init__(self):
+    self._waiting, self._readers, self._said = collections.deque(), [], set()
+
+  def follow(self, number, stream):
+    """Reads a process's stream in a thread."""
+    reader = threading.Thread(target=lambda: [self._waiting.append((time.monotonic(), number, line)) for line in stream], daemon=True)
+    reader.start()
+    self._readers.append(reader)
+
+  def tell(self, failed, wait=0.5):
+    """Prints the lines older than `wait` seconds; by then it is known whether a process has `failed`, and which (None: none)."""
+    if not wait:
+      for reader in self._readers:
+        reader.join(5)
+    while self._waiting and self._waiting[0][0] <= time.monotonic() - wait:
+      _, number, line = self._waiting.popleft()
+      if failed in (None, number) and line not in self._said:
+        self._said.add(line)
+        sys.stderr.write(line)
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,133 @@
+"""Several processes that do one job, on loopback: what comes out does not depend on how many, nor on which of them was killed when.
+
+  bash tests/run.sh faults -k hosts            # with 1, 2, 4 and 8 processes
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from data import records
+from launch import hosts
+from tests import conftest
+
+TRAIN = ("--config=configs/t2v.py:tiny", "--config.log_every=1", "--config.checkpoint_every=2", "--config.data.rows=8",
+         "--config.data.row_tokens=128")
+
+
+def command(count, program, *arguments):
+  start = ["-m", "launch.hosts", f"--count={count}", f"launch.{program}"] if count > 1 else ["-m", f"launch.{program}"]
+  environment = {**os.environ, "XLA_FLAGS": conftest.DEVICES.format(1), "PYTHONPATH": str(conftest.ROOT), "PYTHONSAFEPATH": "1"}
+  return [sys.executable, *start, *map(str, arguments)], environment
+
+
+def run(count, program, *arguments, code=0, timeout=900):
+  line, environment = command(count, program, *arguments)
+  done = subprocess.run(line, cwd=conftest.ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+  assert done.returncode == code, done.stdout[-1500:] + done.stderr[-1500:]
+  return done
+
+
+def killed(count, program, *arguments, when, by=signal.SIGKILL):
+  """Starts a job and sends all its processes a signal when `when()` is true -> exit code of the one that started them."""
+  line, environment = command(count, program, *arguments)
+  child = subprocess.Popen(line, cwd=conftest.ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+  deadline = time.monotonic() + 300
+  while not when():
+    assert child.poll() is None and time.monotonic() < deadline, child.poll()
+    time.sleep(0.02)
+  if by == signal.SIGKILL:
+    os.killpg(child.pid, by)
+  else:
+    child.send_signal(by)
+  return child.wait(120)
+
+
+def contents(directory):
+  """All that the records of a directory hold, in the order of the index."""
+  index = records.RecordIndex.open(directory)
+  return [(r.file, r.start, r.caption, r.latents_THWC.tobytes(), r.text_ids_S.tobytes()) for r in (records.read(index, i) for i in range(len(index)))]
+
+
+def lines(workdir):
+  return {line["step"]: line for line in map(json.loads, open(workdir / "metrics.jsonl"))}
+
+
+def test_two_do_what_one_does(tmp_path):
+  """Records, those that a training run makes of raw clips too, and batches of training; another number goes on in the middle."""
+  run(2, "encode", "--source=shapes:40", f"--out={tmp_path / 'records'}")
+  shards = {path.name[:9] for path in (tmp_path / "records").glob("*.array_record")}
+  assert shards == {"shard-000", "shard-001"}                       # both had their share
+  run(1, "train", *TRAIN, "--config.steps=4", "--config.data.clips=shapes:40", f"--workdir={tmp_path / 'alone'}")
+  assert contents(tmp_path / "records") == contents(tmp_path / "alone" / "records") and len(contents(tmp_path / "records")) == 40
+  data = f"--config.data.path={tmp_path / 'records'}"
+  run(2, "train", *TRAIN, "--config.steps=2", data, f"--workdir={tmp_path / 'both'}")
+  run(1, "train", *TRAIN, "--config.steps=4", data, f"--workdir={tmp_path / 'both'}")
+  alone, both = lines(tmp_path / "alone"), lines(tmp_path / "both")
+  assert [alone[s]["data_checksum"] for s in (1, 2, 3, 4)] == [both[s]["data_checksum"] for s in (1, 2, 3, 4)]
+  assert len({line["data_checksum"] for line in alone.values()}) == 4
+  losses = np.array([[run[s]["loss"] for s in (1, 2, 3, 4)] for run in (alone, both)])
+  np.testing.assert_allclose(losses[0, :2], losses[1, :2], rtol=1e-5)         # in two processes
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)                 # sums in another order, amplified by the first large steps
+
+
+def test_one_line_for_all(tmp_path):
+  """What is wrong is said once, with exit code 2, however many processes found it."""
+  done = run(2, "encode", f"--source={tmp_path / 'nothing'}", f"--out={tmp_path / 'out'}", code=2)
+  assert len(done.stderr.strip().splitlines()) == 1 and "nothing" in done.stderr
+
+
+class Child:
+  """A process that has ended, or ends when it is asked to."""
+
+  def __init__(self, code):
+    self.returncode, self.asked = code, False
+
+  def poll(self):
+    return self.returncode
+
+  def terminate(self):
+    self.returncode, self.asked = -15, True
+
+
+@pytest.mark.parametrize("codes, worst", [((0, 0), 0), ((0, 75), 75), ((75, 2), 2), ((0, None, 1), 1), ((None, -9), 1)])
+def test_the_worst_exit_code_counts(codes, worst):
+  children = [Child(code) for code in codes]
+  assert hosts.watch(children, hosts.Lines()) == worst
+  assert all(child.asked for child, code in zip(children, codes, strict=True) if code is None)
+
+
+def test_lines_are_told_once_and_those_of_the_survivors_not_at_all(capsys):
+  lines = hosts.Lines()
+  for number, text in enumerate((["all\n", "first\n"], ["all\n", "lost the first\n"])):
+    lines.follow(number, text)
+  lines.tell(failed=0, wait=0.0)
+  assert capsys.readouterr().err == "all\nfirst\n"
+
+
+@pytest.mark.faults
+def test_killed_with_four_goes_on_with_any_number(tmp_path):
+  """kill -9 of a job of four processes, then eight, then one: records and batches are those of an undisturbed run of one."""
+  one, many = tmp_path / "one", tmp_path / "many"
+  encode = ("encode", "--source=shapes:600")
+  run(1, *encode, f"--out={one}")
+  assert killed(4, *encode, f"--out={many}", when=lambda: list(many.glob("*.tmp"))) == -signal.SIGKILL
+  assert killed(2, *encode, f"--out={many}", when=lambda: list(many.glob("*.tmp")), by=signal.SIGTERM) == 75
+  run(3, *encode, f"--out={many}")
+  assert contents(one) == contents(many)
+  alone, workdir = tmp_path / "alone", tmp_path / "killed"
+  train, where = (*TRAIN, f"--config.data.path={one}"), f"--workdir={workdir}"
+  saved = lambda step: lambda: (workdir / "manifests" / f"{step}.json").exists()  # noqa: E731
+  assert killed(4, "train", *train, "--config.steps=8", where, when=saved(2)) == -signal.SIGKILL
+  assert killed(8, "train", *train, "--config.steps=800", where, when=saved(4), by=signal.SIGTERM) == 75
+  last = max(lines(workdir)) + 3
+  run(2, "train", *train, f"--config.steps={last}", where)
+  run(1, "train", *train, f"--config.steps={last}", f"--workdir={alone}")
+  assert list(lines(alone)) == list(lines(workdir)) == list(range(1, last + 1))
+  assert [line["data_checksum"] for line in lines(alone).values()] == [line["data_checksum"] for line in lines(workdir).values()]
