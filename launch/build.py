@@ -8,8 +8,10 @@ import jax
 import ml_collections
 from etils import epath
 
+from data import plan
 from launch import cli
 from sora_jax import checkpoint, layout, optim
+from sora_jax.batch import RowShape
 from sora_jax.diffusion import flow
 from sora_jax.errors import BadInput
 from sora_jax.models import dit, lora, t2v, text, vae
@@ -198,3 +200,27 @@ def copy_part(source, target, link=False):
   if target.exists():
     target.rmtree()
   partial.rename(target)
+
+
+def plan_rows(config, index, model):
+  """The plan of the rows, whether or not all clips fit."""
+  shape = cli.checked(lambda: RowShape(config.data.row_tokens, config.data.row_clips, config.data.row_text), "config.data")
+  null_ids, null_embedding = index.null_text
+  if model.text is None and null_embedding is None:
+    raise BadInput("the records hold no text embeddings, and config.model.text names no encoder to train; name one, or encode with a --workdir "
+                   "that has a frozen text encoder")
+  null = len(null_ids) if model.text is not None else len(null_embedding)
+  return plan.Plan(index.rows, rows_per_step=config.data.rows, shape=shape, patch=model.dit.patch, seed=config.seed, null_text_tokens=null,
+                   text_pad=model.dit.text_pad or None, weights=tuple(config.data.weights) or None)
+
+
+def check_index(index, model, directory):
+  """Records must be of the VAE beside them, with as many channels as the model takes."""
+  channels = index.header["latent_channels"]
+  wanted = model.dit.channels
+  if channels != wanted:
+    raise BadInput(f"the records have {channels} latent channels, the model takes {wanted}; encode with the VAE that it is for, or change "
+                   "--config.model.size")
+  beside = fingerprint(os.path.join(directory, "vae"))
+  if index.header.get("vae_fingerprint") not in (None, beside):
+    raise BadInput(f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {directory}/vae ({beside}); encode again")

@@ -22,7 +22,7 @@ from etils import epath
 
 from data import curation, mixture, pipeline, plan
 from launch import build, cli, encode_job, hosts, loop, sampling
-from sora_jax import batch as batches, checkpoint, train
+from sora_jax import checkpoint, train
 from sora_jax.errors import BadInput
 
 WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and samples go")
@@ -50,7 +50,7 @@ def main():
   check_init(config, model, first)
   tx = build.make_optimizer(config, train.boxed_weights(model))
   rows_plan = make_plan(config, index, model)
-  check_index(index, model, first)
+  build.check_index(index, model, first)
   part, parts = train.part_of_rows(where, config.data.rows)
   if jax.process_count() > 1 and config.sample.every:
     raise BadInput("samples during training are drawn by one process alone; set --config.sample.every=0, and sample from W with launch.sample")
@@ -155,27 +155,7 @@ def begin(config, model, tx, target):
 
 def make_plan(config, index, model):
   """The plan of the rows. Says which clips no row can hold, and what to raise; BadInput where that is all of them."""
-  rows = plan_rows(config, index, model)
-  check_fit(rows, index)
-  if rows.trimmed:
-    cli.say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
-  return rows
-
-
-def plan_rows(config, index, model):
-  """The plan of the rows, whether or not all clips fit."""
-  shape = cli.checked(lambda: batches.RowShape(config.data.row_tokens, config.data.row_clips, config.data.row_text), "config.data")
-  null_ids, null_embedding = index.null_text
-  if model.text is None and null_embedding is None:
-    raise BadInput("the records hold no text embeddings, and config.model.text names no encoder to train; name one, or encode with a --workdir "
-                   "that has a frozen text encoder")
-  null = len(null_ids) if model.text is not None else len(null_embedding)
-  return plan.Plan(index.rows, rows_per_step=config.data.rows, shape=shape, patch=model.dit.patch, seed=config.seed, null_text_tokens=null,
-                   text_pad=model.dit.text_pad or None, weights=tuple(config.data.weights) or None)
-
-
-def check_fit(rows, index):
-  """BadInput where a clip fits in no row."""
+  rows = build.plan_rows(config, index, model)
   if rows.misfits:
     told = f"{len(rows.misfits)} of {len(index)} clips fit in no row" + (" and are left out" if len(rows.misfits) < len(index) else "")
     names = [f"{index.describe(misfit.position)}: {misfit.reason}" for misfit in rows.misfits[:NAMED]]
@@ -183,18 +163,9 @@ def check_fit(rows, index):
     if len(rows.misfits) == len(index):
       raise BadInput(f"{told}; the first: {names[0]}; {remedy}")
     cli.say(f"{told}; {remedy}, to have them too. " + "; ".join(names) + ("" if len(rows.misfits) <= NAMED else "; ..."))
-
-
-def check_index(index, model, directory):
-  """Records must be of the VAE beside them, with as many channels as the model takes."""
-  channels = index.header["latent_channels"]
-  wanted = model.dit.channels
-  if channels != wanted:
-    raise BadInput(f"the records have {channels} latent channels, the model takes {wanted}; encode with the VAE that it is for, or change "
-                   "--config.model.size")
-  beside = build.fingerprint(os.path.join(directory, "vae"))
-  if index.header.get("vae_fingerprint") not in (None, beside):
-    raise BadInput(f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {directory}/vae ({beside}); encode again")
+  if rows.trimmed:
+    cli.say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
+  return rows
 
 
 def check_init(config, model, data):

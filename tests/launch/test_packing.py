@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from data import reference
-from launch import packing, packing_peers as peers
+from launch import packing_figures as packing, packing_peers as peers
 from sora_jax.batch import RowShape
 from sora_jax.models import attention
 

@@ -11,10 +11,9 @@ import pytest
 from configs import t2v
 from data import records
 from data.plan import Joined, Plan
-from launch import plan_report as packings, preflight
+from launch import plan_report as packings
 from sora_jax import checkpoint
 from sora_jax.batch import RowShape
-from sora_jax.errors import BadInput
 from tests.launch.test_page import Reader
 
 STRIDE = (4, 8, 8)
@@ -70,7 +69,7 @@ def test_the_program(directory, run_program, tmp_path):
 def test_what_it_advises_helps(directory):
   """Clips that fit no row are named; with the rows that are advised, all fit."""
   index = records.RecordIndex.open(directory)
-  told = "\n".join(preflight.View(t2v.get_config(), index, make_plan(index.rows, 40, text=25)).lines())
+  told = "\n".join(packings.View(t2v.get_config(), index, make_plan(index.rows, 40, text=25)).lines())
   assert re.search(r"fit in no row: \d+ of 300 clips; the first 10:", told)
   assert ".mp4 at 0 s" in told and "tokens, a row holds 40" in told and "text tokens, a row holds 25" in told
   advised = {name: int(value) for name, value in re.findall(r"--config\.data\.(row_tokens|row_text)=(\d+) or more", told)}
@@ -79,9 +78,9 @@ def test_what_it_advises_helps(directory):
   assert make_plan(index.rows, length - 1, text=text).misfits and make_plan(index.rows, length, text=text - 1).misfits
 
 
-def test_without_data_only():
-  with pytest.raises(BadInput, match="give --data-only"):
-    preflight.main()
+def test_without_data_only(run_program):
+  done = run_program("preflight")
+  assert done.returncode == 2 and "give --data-only" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_the_numbers_are_those_of_the_steps():
