@@ -294,7 +294,7 @@ def canvas(height, width, stride):
 
   A side is a multiple of 16 up to 128, of 32 up to 256, of 64 up to 512 and so on, or one of COMMON; then the stride divides it. Up to
   2048 pixels there are 28 sides: 784 canvases at most, where a stride of 8 allows 65,536 sizes, and four more sides with each doubling.
-  Sizes drawn uniformly up to 2048 have 13 % more area on their canvases (videos of 480, 720 and 1080 rows: 5, 0 and 1 %). A canvas
+  Sizes drawn uniformly up to 2048 have 13 % more area on their canvases (videos of 480, 720 and 1080 rows: 6, 0 and 1 %). A canvas
   takes two compilations, one for first frames and one for later chunks, for each number of rows in a batch.
   """
   def side(pixels, multiple):
