@@ -70,8 +70,9 @@ def tell(spec, out, left, report, index, encoder, processes):
     count = lambda what: sum(what in entry for entry in report["taken"].values())  # noqa: E731
     cli.say(f"{len(index)} clips of {len(report['taken'])} files are in {out}; {count('cropped')} files were cropped, {count('scaled')} scaled, "
             f"{len(report['passed_over'])} passed over: {out}/report.json says which and why, {out}/report.html shows it")
-    cli.say(f"{len(encoder.sizes)} sizes of frame on {len(encoder.canvases)} canvases: {len(encoder.programs)} programs compiled"
-            + (" by the first process" if processes > 1 else ""))
+    if encoder.programs:
+      cli.say(f"{len(encoder.sizes)} sizes of frame on {len(encoder.canvases)} canvases: {len(encoder.programs)} programs compiled"
+              + (" by the first process" if processes > 1 else ""))
 
 
 def open_source(spec, options):
