@@ -38,6 +38,7 @@ from sora_jax.errors import BadInput
 
 STILL_FPS = 1.0            # rate of a picture that was not asked for at another: it has no motion
 GRID = 1 << 16             # pixels of a frame that decide whether it begins a scene
+LINE = 64                  # of them in a line, or a multiple: of other lines scdet (FFmpeg 8) also sums up what lies behind their ends in memory
 BLACK_LUMA, BLACK_SHARE = 0.10, 0.98       # FFmpeg's defaults of blackdetect: pix_th and pic_th
 FROZEN = 0.001                             # and of freezedetect: noise
 _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)       # ITU-R BT.709
@@ -140,8 +141,9 @@ class Cuts:
     self.score = 0.0
 
   def __call__(self, image_HWC):
-    step = math.ceil(math.sqrt(image_HWC[..., 0].size / GRID))
-    grid = np.ascontiguousarray(image_HWC[step // 2::step, step // 2::step])
+    step = max(1.0, math.sqrt(image_HWC[..., 0].size / GRID))
+    rows, columns = (_places(n, step, multiple) for n, multiple in zip(image_HWC.shape, (2, LINE)))
+    grid = np.ascontiguousarray(image_HWC[rows[:, None], columns])
     frame = self._reformatter.reformat(
         av.VideoFrame.from_ndarray(grid, format="rgb24"), format="yuv420p", src_colorspace=Colorspace.ITU709,
         dst_colorspace=Colorspace.ITU709, src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.MPEG)
@@ -152,6 +154,12 @@ class Cuts:
     found = self._graph.vpull().metadata
     self.score = float(found.get("lavfi.scd.score", 0))
     return "lavfi.scd.time" in found
+
+
+def _places(n, step, multiple):
+  """Places of an axis of n pixels, about `step` apart, a multiple of them."""
+  count = max(round(n / step) // multiple, 1) * multiple
+  return ((np.arange(count) + 0.5) * n / count).astype(int)
 
 
 def _graph(frame, name, **options):

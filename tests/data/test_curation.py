@@ -89,6 +89,18 @@ def test_the_score_is_that_of_ffmpeg_on_the_file_itself(name, within):
   assert max(theirs) > 3 * within
 
 
+@pytest.mark.parametrize("width", [8, 50, 58, 100])
+def test_a_score_is_of_the_frame_alone(width):
+  """Of lines that are no multiple of 64 pixels scdet sums up what lies behind them in memory, too."""
+  dark, light = (np.full((48, width, 3), level, np.uint8) for level in (60, 100))
+  for seed in range(20):
+    held = [np.random.default_rng(seed + i).bytes(7000 + 997 * i) for i in range(20)]       # noqa: F841 (memory that is no longer zero)
+    cuts = curation.Cuts(50)
+    for image in (dark, light):
+      cuts(image)
+    assert cuts.score == pytest.approx(100 * 40 / 255 * 219 / 255, abs=0.3)         # mean difference of limited-range luma, in per cent
+
+
 @pytest.mark.parametrize("fps", [0.0, 12.5, 50.0])
 def test_no_piece_spans_a_cut(joined, fps):
   """At any rate, each piece shows one of the shots, from where it begins; together they show all but what is counted."""
