@@ -56,6 +56,9 @@ class Rules:
   drop_dull: bool = False
 
   def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if getattr(self, field.name) < 0:
+        raise BadInput(f"{field.name}={getattr(self, field.name):g}: 0 or more; 0 sets no limit")
     if 0 < self.max_seconds < self.min_seconds:
       raise BadInput(f"min_seconds={self.min_seconds:g} is more than max_seconds={self.max_seconds:g}: nothing would be left")
     if not 0 <= self.scene_threshold <= 100:

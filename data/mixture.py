@@ -12,7 +12,10 @@ SAME = {"latent_channels": "latent channels", "vae_stride": "VAE strides", "vae_
 
 def open_all(path):
   """"A" or "A,B,...", directories of records -> RecordIndex, or Mixture of several. BadInput where one is not whole."""
-  indexes = [RecordIndex.open(directory.strip()) for directory in path.split(",")]
+  directories = [directory.strip() for directory in path.split(",")]
+  if not all(directories) or len(set(directories)) < len(directories):
+    raise BadInput(f"{path}: a directory of records, or several different ones with commas between them")
+  indexes = [RecordIndex.open(directory) for directory in directories]
   return indexes[0] if len(indexes) == 1 else Mixture(indexes)
 
 

@@ -131,7 +131,7 @@ class RecordWriter:
   """
 
   def __init__(self, directory, settings: Mapping | None = None, shard_bytes=SHARD_BYTES, process=0):
-    self.directory, self._process = pathlib.Path(directory), process
+    self.directory, self._process = local(directory), process
     self.directory.mkdir(parents=True, exist_ok=True)
     self._lock = open(self.directory / (f".lock-{process}" if process else ".lock"), "w")
     try:
@@ -283,7 +283,7 @@ class RecordIndex:
   @classmethod
   def open(cls, directory):
     """BadInput, naming what is wrong, if the directory is not a whole one of this format."""
-    directory = pathlib.Path(directory)
+    directory = local(directory)
     path = directory / "index.json"
     if not path.exists():
       if (directory / "job.json").exists():
@@ -358,6 +358,13 @@ def read(index, i) -> Record:
   return record
 
 
+def local(directory):
+  """BadInput for what is no file system: records are mapped into memory, and renamed."""
+  if "://" in str(directory):
+    raise BadInput(f"{directory}: records are read and written on a file system; mount the bucket (gcsfuse does), and give its path there")
+  return pathlib.Path(directory)
+
+
 def write_json(path, value):
   """Whole or not at all: a temporary file, then a rename."""
   _write_bytes(pathlib.Path(path), (_dump(value) + "\n").encode("utf-8", "backslashreplace"))
@@ -413,4 +420,4 @@ def _check_settings(path, settings):
   if changed:
     k = changed[0]
     raise BadInput(f"{path.parent}: was begun with {k}={old.get(k)}, now {k}={settings.get(k)}; "
-                   "run with the same settings, or give another --out")
+                   "run with the same settings, or into another directory")

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -69,7 +70,11 @@ def run(main):
     elif error.errno in FULL_DISK or "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
       code = complain(f"{error}; nothing written before is lost: free some space, then run the same command again")
     else:
-      raise
+      traceback.print_exc()
+      code = FAILED
+  except (Exception, KeyboardInterrupt):         # not left to Python's own end, which would wait for other processes of the job
+    traceback.print_exc()
+    code = FAILED
   sys.stdout.flush()
   sys.stderr.flush()
   if code in (OK, STOPPED):
@@ -82,6 +87,11 @@ def complain(error):
   """Prints one line to stderr: what was given, what is allowed, what to do. Returns exit code 2."""
   print(f"{program()}: {' '.join(str(error).split())}", file=sys.stderr)
   return BAD_INPUT
+
+
+def warn(line):
+  """One line to stderr, by whichever process has something to say."""
+  print(f"{program()}: {line}", file=sys.stderr, flush=True)
 
 
 def program():

@@ -13,7 +13,7 @@ import pathlib
 
 from absl import flags
 
-from data import curation
+from data import curation, records
 from launch import cli, encode_job, hosts
 from sora_jax import checkpoint
 from sora_jax.errors import BadInput
@@ -41,8 +41,8 @@ def main():
     raise BadInput("no --source; give a folder of clips, or a generated source such as shapes:4000")
   if not OUT.value:
     raise BadInput("no --out; give a directory for the records")
-  hosts.join(in_step=False)
-  out, parts = pathlib.Path(OUT.value), pathlib.Path(WORKDIR.value or checkpoint.shipped())
+  hosts.join()
+  out, parts = records.local(OUT.value), pathlib.Path(WORKDIR.value or checkpoint.shipped())
   rules = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(curation.Rules)}
   found = encode_job.run(SOURCE.value, out, parts, {**rules, "split": SPLIT.value, "seed": SEED.value, "square": SQUARE.value}, vocab=VOCAB.value,
                          limit=LIMIT.value)

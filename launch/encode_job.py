@@ -34,6 +34,8 @@ def run(spec, out, parts, options, *, vocab=1000, limit=0):
     hosts.wait("OUT is prepared")
   with records.RecordWriter(out, settings, process=process) as writer:
     todo = unfinished(items, writer, out)
+    if process:
+      hosts.wait("all have looked what is done")         # nobody adds to it before, so that all see the same
     index = None if todo else finished(writer, out)
     if todo and not process:
       cli.say(f"encoding {len(todo)} of {len(items)} files of {spec}, with the VAE in {parts}, into {out}"
@@ -41,6 +43,7 @@ def run(spec, out, parts, options, *, vocab=1000, limit=0):
       prepare_parts(parts, out, [item.caption for item in items], vocab)
     if not process:
       hosts.wait("OUT is prepared")
+      hosts.wait("all have looked what is done")
     if index:
       hosts.wait("all is done")
       cli.say(f"{out} holds what there is in {spec} ({len(index)} clips); nothing to do")
@@ -83,7 +86,7 @@ def open_source(spec, options):
   modules = {name: importlib.import_module(f"data.sources.{name}")
              for name in {module.name for module in pkgutil.iter_modules(sources.__path__)} - set(sources.OF_FILES)}
   known = sorted(name for name, module in modules.items() if hasattr(module, "open_source"))
-  if name not in known or not (count or "1").isdigit():
+  if name not in known or not (count or "1").isdigit() or int(count or 1) < 1:
     raise BadInput(f"--source={spec}: neither files that are there nor a generated source; give a folder, or one of "
                    f"{', '.join(known)}, with a number of clips as {known[0]}:4000")
   config = ml_collections.ConfigDict({**options, "count": int(count or GENERATED)})

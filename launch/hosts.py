@@ -9,6 +9,7 @@ The first process speaks for all; when one fails, all end, and the same command 
 
 import argparse
 import collections
+import functools
 import importlib.util
 import os
 import signal
@@ -18,34 +19,61 @@ import sys
 import threading
 import time
 
+import numpy as np
+
+from sora_jax.errors import BadInput
+
+PROGRAMS = ("launch.encode", "launch.train")
 WEEK = 7 * 24 * 3600
 GRACE = 20              # seconds that the others have to end by themselves when one has failed
 
 
-def join(in_step):
-  """Joins the other processes of this job, if there are any. Before anything else asks jax for devices.
-
-  in_step: all take the same steps (training): asked to stop, they do so after the same one, found by JAX's preemption service.
-  """
+def join():
+  """Joins the other processes of this job, if there are any. Before anything else asks jax for devices. BadInput where it is told half of it."""
   import jax
 
   from launch import cli
   address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-  jax.config.update("jax_enable_preemption_service", in_step)
+  jax.config.update("jax_enable_preemption_service", False)          # it would take SIGTERM away from launch.cli; see `Stop`
   if address:
-    number, count = (int(os.environ[name]) for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
-    jax.distributed.initialize(address, count, number)
+    number, count = (os.environ.get(name, "") for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+      raise BadInput(f"JAX_COORDINATOR_ADDRESS={address} with JAX_PROCESS_ID={number} of JAX_NUM_PROCESSES={count}; set all three, the id from 0 on")
+    jax.distributed.initialize(address, int(count), int(number))
   elif importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS") != "cpu":
     try:
       jax.distributed.initialize()
-    except ValueError:              # no pod: there is no one to join
-      return
+    except ValueError as error:
+      if "coordinator_address should be defined" not in str(error):
+        raise
+      return                        # no pod: there is no one to join
   cli.console.quiet = jax.process_index() > 0
 
 
-def joined():
-  """Is this one of several processes, or of a pod of one?"""
-  return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+class Stop:
+  """Asked at every step by all processes that take the same steps -> are they to stop? At the same step in all, one after any was asked to.
+
+  Each posts whether it was asked, to all, and looks at what was posted the step before, which is there by then.
+  """
+
+  def __init__(self, asked):
+    self._asked, self._posted = asked, None
+
+  def __call__(self):
+    import jax
+    if jax.process_count() == 1:
+      return self._asked()
+    everywhere = jax.sharding.Mesh(np.array(jax.devices()), ("all",))
+    sharding = jax.sharding.NamedSharding(everywhere, jax.sharding.PartitionSpec("all"))
+    before, asked = self._posted, np.array([self._asked()])
+    self._posted = _any()(jax.make_array_from_callback((jax.device_count(),), sharding, lambda _: asked))
+    return before is not None and bool(before)
+
+
+@functools.cache
+def _any():
+  import jax
+  return jax.jit(jax.numpy.any)
 
 
 def wait(name):
@@ -56,7 +84,7 @@ def wait(name):
 
 def leave():
   """Ends together: the first process must not go before the others."""
-  if joined():
+  if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
     sys.modules["jax"].distributed.shutdown()
 
 
@@ -64,7 +92,7 @@ def main():
   from launch import stages
   parser = argparse.ArgumentParser(prog="python -m launch.hosts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--count", type=int, default=2, help="how many processes")
-  parser.add_argument("program", help="such as launch.encode")
+  parser.add_argument("program", choices=PROGRAMS)
   parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
   asked = parser.parse_args()
   if asked.count < 1:
@@ -78,7 +106,7 @@ def main():
   for number in range(asked.count):
     environment = os.environ | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(asked.count), "JAX_PROCESS_ID": str(number)}
     processes.append(subprocess.Popen([sys.executable, "-m", asked.program, *asked.arguments], env=environment, stderr=subprocess.PIPE,
-                                      text=True, errors="replace", preexec_fn=stages.end_with_parent))
+                                      text=True, errors="replace", preexec_fn=stages.end_with_parent, start_new_session=True))
     lines.follow(number, processes[-1].stderr)
   sys.exit(watch(processes, lines))
 
@@ -110,11 +138,11 @@ def watch(processes, lines):
 
 
 class Lines:
-  """What the processes write to stderr, each line once: what is wrong with a job is wrong in all its processes. When one has failed, the
-  others' are left out: they tell at length that it is gone."""
+  """What the processes write to stderr, but what another has said already: what is wrong with a job is wrong in all its processes. When one
+  has failed, the others' lines are left out: they tell at length that it is gone."""
 
   def __init__(self):
-    self._waiting, self._readers, self._said = collections.deque(), [], set()
+    self._waiting, self._readers, self._said = collections.deque(), [], {}
 
   def follow(self, number, stream):
     """Reads a process's stream in a thread."""
@@ -129,8 +157,7 @@ class Lines:
         reader.join(5)
     while self._waiting and self._waiting[0][0] <= time.monotonic() - wait:
       _, number, line = self._waiting.popleft()
-      if failed in (None, number) and line not in self._said:
-        self._said.add(line)
+      if failed in (None, number) and self._said.setdefault(line, number) == number and not line.startswith("[Gloo]"):
         sys.stderr.write(line)
         sys.stderr.flush()
 

@@ -4,16 +4,10 @@ import time
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from launch import cli, hosts
 from launch.log import MetricsLog
 from sora_jax.errors import BadInput
-
-
-def stop_now(step):
-  """True when this run was asked to stop; in several processes, at the same step in all of them."""
-  return multihost_utils.reached_preemption_sync_point(step) if hosts.joined() else cli.stop_requested()
 
 
 def check(config):
@@ -32,7 +26,7 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
   """
   log = MetricsLog(workdir, first_step, silent=jax.process_index() > 0)
   window, began, bad, before, cursor = [], time.monotonic(), int(np.asarray(state.bad)), None, None
-  code = cli.OK
+  code, stop = cli.OK, hosts.Stop(cli.stop_requested)
   with cli.Bar(label, config.steps, start=first_step) as bar:
     for step in range(first_step + 1, config.steps + 1):
       batch, cursor = next(batches)
@@ -42,7 +36,7 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
         bad = check_finite(before, bad, config.max_bad_steps, step - 1)
       before = metrics
       window.append(metrics)
-      last, stopping = step == config.steps, stop_now(step)          # here, as a signal is heard when the wait above ends
+      last, stopping = step == config.steps, stop()          # here, as a signal is heard when the wait above ends
       saving = step % config.checkpoint_every == 0 or last or stopping
       if saving:
         bad, before = check_finite(metrics, bad, config.max_bad_steps, step), None

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from data import curation, mixture, pipeline, plan
+from data import curation, mixture, pipeline, plan, records
 from launch import build, cli, encode_job, hosts, loop, sampling
 from sora_jax import checkpoint, train
 from sora_jax.errors import BadInput
@@ -39,7 +39,9 @@ def main():
   if bool(config.data.path) == bool(config.data.clips):
     raise BadInput("give --config.data.path, the directory that launch.encode wrote, or else --config.data.clips, a folder of clips")
   loop.check(config)
-  hosts.join(in_step=True)
+  if config.data.max_damaged < 0:
+    raise BadInput(f"config.data.max_damaged is {config.data.max_damaged}; it must be 0 or more")
+  hosts.join()
   build.adopt(config)
   where, sigma = build.make_layout(config), build.make_sigma(config)
   if config.data.clips and not encode_clips(config, workdir):
@@ -51,6 +53,9 @@ def main():
   tx = build.make_optimizer(config, train.boxed_weights(model))
   rows_plan = make_plan(config, index, model)
   build.check_index(index, model, first)
+  ways = where.ways(("data", "fsdp"))
+  if config.data.rows % ways:
+    raise BadInput(f"config.data.rows is {config.data.rows}; a multiple of {ways}: so many devices (data x fsdp) share the rows of a step")
   part, parts = train.part_of_rows(where, config.data.rows)
   if jax.process_count() > 1 and config.sample.every:
     raise BadInput("samples during training are drawn by one process alone; set --config.sample.every=0, and sample from W with launch.sample")
@@ -82,7 +87,7 @@ def main():
   stream = pipeline.batches(index, rows_plan, seed=config.seed, cursor=cursor, host=part, hosts=parts,
                             embedded=model.text is None, caption_dropout=config.data.caption_dropout,
                             image_to_video=config.data.image_to_video, base_fps=config.data.base_fps or None, cond_channels=model.dit.cond_channels,
-                            max_damaged=config.data.max_damaged, on_damage=cli.say, threads=config.data.threads)
+                            max_damaged=config.data.max_damaged, on_damage=cli.warn, threads=config.data.threads)
   update = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), donate_argnums=0,
                                      out_shardings=(train.shardings(model, tx), None)),
                              key=jax.random.key(config.seed), frozen=frozen, model=model, tx=tx, ema_decay=config.ema_decay, sigma=sigma)
@@ -103,7 +108,7 @@ def main():
 
 def encode_clips(config, workdir):
   """Raw clips into W/records, as launch.encode does with a folder, unless they are there -> was it done? config.data.path is them then."""
-  out, parts = pathlib.Path(workdir) / "records", pathlib.Path(config.init or checkpoint.shipped())
+  out, parts = records.local(workdir) / "records", pathlib.Path(config.init or checkpoint.shipped())
   rules = {**dataclasses.asdict(curation.Rules()), "max_seconds": config.data.max_seconds, "scene_threshold": 10.0, "drop_dull": True}
   found = encode_job.run(config.data.clips, out, parts, {**rules, "split": "train", "seed": 0, "square": False})
   config.data.path = str(out)
@@ -162,7 +167,8 @@ def make_plan(config, index, model):
     remedy = "raise --config.data.row_tokens (or row_text), or encode with a smaller --max_seconds"
     if len(rows.misfits) == len(index):
       raise BadInput(f"{told}; the first: {names[0]}; {remedy}")
-    cli.say(f"{told}; {remedy}, to have them too. " + "; ".join(names) + ("" if len(rows.misfits) <= NAMED else "; ..."))
+    cli.say(f"{told}; {remedy}, to have them too. " + "; ".join(names) + ("" if len(rows.misfits) <= NAMED else
+                                                                         "; ... (launch.preflight --data-only --out=DIR names more)"))
   if rows.trimmed:
     cli.say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
   return rows

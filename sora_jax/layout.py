@@ -66,8 +66,9 @@ class Layout:
 
 
 def make_mesh(data=None, fsdp=1, context=1, tensor=1, devices=None):
-  """A mesh over `devices` (default: all). `data=None` takes what the other axes leave. ValueError when they do not fit."""
-  devices = jax.devices() if devices is None else devices
+  """A mesh over `devices` (default: all, those of a process together, so that it has rows of its own to load). `data=None` takes what the other
+  axes leave. ValueError when they do not fit."""
+  devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id)) if devices is None else devices
   inner = fsdp * context * tensor
   if inner < 1 or len(devices) % inner or (data is not None and data * inner != len(devices)):
     raise ValueError(f"a mesh of data={data} fsdp={fsdp} context={context} tensor={tensor} does not fit {len(devices)} devices: "

@@ -3,6 +3,10 @@
 import importlib
 import pathlib
 
+from sora_jax.errors import BadInput
+from sora_jax.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+
+SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 OF_FILES = ("folder", "manifest", "tar", "tfds")      # what becomes of a file: data/curation.py
 MANIFESTS = (".jsonl", ".csv", ".parquet")
 
@@ -12,7 +16,12 @@ def kind_of(path) -> str | None:
   place = pathlib.Path(path)
   if place.suffix.lower() in MANIFESTS and not place.is_dir():
     return "manifest"
-  if place.suffix.lower() == ".tar" or any(place.glob("*.tar")):
+  if place.suffix.lower() == ".tar":
+    return "tar"
+  if any(place.glob("*.tar")):
+    clip = next((file for file in place.rglob("*") if file.suffix.lower() in SUFFIXES), None)
+    if clip:
+      raise BadInput(f"{path}: holds tar shards, and clips such as {clip.name}; give '{path}/*.tar' for the shards, or move them away")
     return "tar"
   if any(any(place.glob(name)) for name in ("dataset_info.json", "features.json", "*/dataset_info.json", "*.array_record*")):
     return "tfds"

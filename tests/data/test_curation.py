@@ -262,7 +262,8 @@ def test_a_range_holds_the_frames_of_the_whole(tmp_path, name):
 
 def test_rules_that_contradict_themselves():
   for rules, part in (({"max_seconds": 1.0, "min_seconds": 2.0}, "min_seconds=2 is more than max_seconds=1"),
-                      ({"scene_threshold": 101.0}, "scene_threshold=101"), ({"fps": 30.0, "max_fps": 24.0}, "fps=30 is more than max_fps=24")):
+                      ({"scene_threshold": 101.0}, "scene_threshold=101"), ({"max_seconds": -1.0}, "max_seconds=-1"),
+                      ({"fps": 30.0, "max_fps": 24.0}, "fps=30 is more than max_fps=24")):
     with pytest.raises(BadInput, match=part):
       Rules(**rules)
   assert Rules.of({"max_seconds": None, "path": "x", "fps": 8}) == Rules(fps=8.0)

