@@ -36,8 +36,10 @@ def main():
   config, workdir = cli.get_config(), WORKDIR.value
   if not workdir:
     raise BadInput("no --workdir; give a directory for the checkpoints")
-  if bool(config.data.path) == bool(config.data.clips):
-    raise BadInput("give --config.data.path, the directory that launch.encode wrote, or else --config.data.clips, a folder of clips")
+  if not config.data.path and not config.data.clips:
+    raise BadInput("no --config.data.path; give the directory that launch.encode wrote (or, of few clips, their folder as --config.data.clips)")
+  if config.data.path and config.data.clips:
+    raise BadInput("--config.data.path and --config.data.clips are both given; give one of them")
   loop.check(config)
   if config.data.max_damaged < 0:
     raise BadInput(f"config.data.max_damaged is {config.data.max_damaged}; it must be 0 or more")

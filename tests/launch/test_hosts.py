@@ -59,11 +59,18 @@ def lines(workdir):
   return {line["step"]: line for line in map(json.loads, open(workdir / "metrics.jsonl"))}
 
 
-def test_two_do_what_one_does(tmp_path):
-  """Records, those that a training run makes of raw clips too, and batches of training; another number goes on in the middle."""
-  run(2, "encode", "--source=shapes:40", f"--out={tmp_path / 'records'}")
-  shards = {path.name[:9] for path in (tmp_path / "records").glob("*.array_record")}
+def test_two_encode_what_one_does(tmp_path):
+  for count in (1, 2):
+    run(count, "encode", "--source=shapes:12", f"--out={tmp_path / str(count)}")
+  shards = {path.name[:9] for path in (tmp_path / "2").glob("*.array_record")}
   assert shards == {"shard-000", "shard-001"}                       # both had their share
+  assert contents(tmp_path / "1") == contents(tmp_path / "2") and len(contents(tmp_path / "1")) == 12
+
+
+@pytest.mark.faults
+def test_two_train_what_one_does(tmp_path):
+  """Batches, also those of raw clips that the training run encodes by itself; another number of processes goes on in the middle."""
+  run(2, "encode", "--source=shapes:40", f"--out={tmp_path / 'records'}")
   run(1, "train", *TRAIN, "--config.steps=4", "--config.data.clips=shapes:40", f"--workdir={tmp_path / 'alone'}")
   assert contents(tmp_path / "records") == contents(tmp_path / "alone" / "records") and len(contents(tmp_path / "records")) == 40
   data = f"--config.data.path={tmp_path / 'records'}"
