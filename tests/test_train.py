@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sora_jax import batch as batches, checkpoint, layout, optim, patches, train
 from sora_jax.diffusion import flow
@@ -136,3 +137,32 @@ def test_overfits_a_handful_of_clips():
     state, metrics = run(state, batch)
     losses.append(float(metrics["loss"]))
   assert losses[-1] < 0.6 * losses[0], losses[::10]
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+  """A layout of which only the rows that this process's devices hold are known, as (first, after)."""
+  rows: tuple
+
+  def fitted(self, shape, *axes):
+    return self
+
+  def addressable_devices_indices_map(self, shape):
+    return {number: (slice(*held),) for number, held in enumerate(self.rows)}
+
+
+@pytest.mark.parametrize(("rows", "part"), [
+    (((0, 2), (2, 4)), (0, 4)), (((12, 14), (14, 16)), (3, 4)), (((4, 8), (4, 8)), (1, 4)), (((None,), (None,)), (0, 1)),
+    (((0, 2), (8, 10)), (0, 1))])
+def test_a_process_loads_the_rows_that_its_devices_hold(rows, part):
+  """Of 16: a quarter each; the same where others hold other tokens of it; all, where rows are not cut, or not in one piece."""
+  assert train.part_of_rows(Held(rows), 16) == part
+
+
+def test_a_checksum_is_of_the_batch_however_it_is_cut():
+  where = [layout.Layout(layout.make_mesh(**axes)) for axes in ({}, {"fsdp": 2, "context": 2})]
+  whole, cut = (int(jax.jit(train.checksum)(train.place_batch(batches.pack(rows(), SHAPE), place))) for place in where)
+  assert whole == cut
+  other = batches.pack(rows(), SHAPE)
+  other.tokens_BLP[0, [0, 1]] = other.tokens_BLP[0, [1, 0]]
+  assert int(train.checksum(other)) != whole
