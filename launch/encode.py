@@ -1,11 +1,13 @@
 """Clips with captions -> records of latents and text, at native size. Run again, it goes on where it was.
 
-  python -m launch.encode --source=DIR --out=OUT [--workdir=W]
+  python -m launch.encode --source=DIR --out=OUT [--workdir=W]             a folder, tar shards, or a TFDS dataset
+  python -m launch.encode --source=clips.parquet --out=OUT [--workdir=W]   a manifest: .jsonl, .csv, .parquet
   python -m launch.encode --source=shapes:4000 --out=OUT --workdir=W
 
 The VAE and the text encoder come from W (without --workdir: those of the small model that ships) and are copied into
 OUT, which is then all that launch.train needs. Where W has no tokenizer, one is trained on the captions.
-OUT/report.json says, file by file, what was taken, what was cropped, and what was passed over and why.
+OUT/report.json says, file by file, what was taken, what was cropped, and what was passed over and why; OUT/report.html
+shows it. Several processes share the files: launch/hosts.py.
 """
 
 import dataclasses
