@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -329,8 +330,7 @@ class RecordIndex:
     row = self.rows[i]
     shard = self.header["shards"][row["shard"]]["name"]
     try:
-      contents = _read_json(self.directory / shard.replace(".array_record", ".json"))
-      file, start, *_ = contents["records"][row["position"]]
+      file, start, *_ = _contents(self.directory / shard.replace(".array_record", ".json"))[row["position"]]
       return f"record {i}: {file} at {start:g} s ({self.directory / shard}, position {row['position']})"
     except (BadInput, OSError, LookupError):
       return f"record {i} ({self.directory / shard}, position {row['position']})"
@@ -384,6 +384,12 @@ def _write_bytes(path, content):
   temporary.write_bytes(content)
   _sync(temporary)
   os.replace(temporary, path)
+
+
+@functools.lru_cache(maxsize=64)
+def _contents(path):
+  """[file, start, ...] of each record of a shard."""
+  return _read_json(path)["records"]
 
 
 def _read_json(path):

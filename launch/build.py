@@ -214,6 +214,13 @@ def plan_rows(config, index, model):
                    text_pad=model.dit.text_pad or None, weights=tuple(config.data.weights) or None)
 
 
+def name_misfits(index, rows, path):
+  """Writes a line for each clip that fits in no row: its name, a tab, and why."""
+  with epath.Path(path).open("wb") as f:
+    for misfit in rows.misfits:
+      f.write(f"{index.describe(misfit.position)}\t{misfit.reason}\n".encode("utf-8", "backslashreplace"))
+
+
 def check_index(index, model, directory):
   """Records must be of the VAE beside them, with as many channels as the model takes."""
   channels = index.header["latent_channels"]

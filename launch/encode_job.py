@@ -1,7 +1,8 @@
 """The encoding job from end to end, for launch.encode and for a training run on raw clips: source -> OUT/ with records, index and report.
 
 Several processes share the files of a source by a hash of their names. Each writes shards of its own; what all have finished, at whatever
-number of processes, is what is done. The first prepares OUT, and writes report and index when all have come to their ends.
+number of processes, is what is done. The first lists the source, for all, prepares OUT, and writes report and index when all have come to
+their ends.
 """
 
 import importlib
@@ -26,7 +27,7 @@ def run(spec, out, parts, options, *, vocab=1000, limit=0):
   data.curation.Rules, `split`, `seed`, `square`. vocab: entries of a tokenizer that is trained on the captions, where parts/ has none. limit: so
   many files; 0: all.
   """
-  source = open_source(spec, options)
+  source = hosts.from_first("files are listed", lambda: open_source(spec, options))
   settings = job_settings(source, parts, options, vocab)
   process, processes = jax.process_index(), jax.process_count()
   items = source.items()[:limit or None]

@@ -12,6 +12,7 @@ import collections
 import functools
 import importlib.util
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from sora_jax.errors import BadInput
 PROGRAMS = ("launch.encode", "launch.train")
 WEEK = 7 * 24 * 3600
 GRACE = 20              # seconds that the others have to end by themselves when one has failed
+MESSAGE = 4 << 20       # bytes that are told to all at a time
 
 
 def join():
@@ -80,6 +82,28 @@ def wait(name):
   """Returns when all processes have come here. name: another one each time. No one waits alone."""
   from orbax.checkpoint import multihost
   multihost.get_barrier_sync_fn()(key=name, timeout_ms=WEEK * 1000)
+
+
+def from_first(name, make):
+  """What `make()` gives in the first process, in all of them; so does the BadInput that it raises. name: another one each time."""
+  import jax
+  from jax.experimental import multihost_utils
+  if jax.process_count() == 1:
+    return make()
+  told = b""
+  if not jax.process_index():
+    try:
+      told = pickle.dumps((make(), None))
+    except BadInput as error:
+      told = pickle.dumps((None, str(error)))
+  wait(name)                    # collectives would not wait as long as it may take
+  size = multihost_utils.broadcast_one_to_all(np.array(divmod(len(told), MESSAGE), np.int32)) @ np.array([MESSAGE, 1], np.int64)
+  told = told.ljust(-(-int(size) // MESSAGE) * MESSAGE, b"\0")
+  parts = (multihost_utils.broadcast_one_to_all(np.frombuffer(told[at:at + MESSAGE], np.uint8)) for at in range(0, len(told), MESSAGE))
+  found, wrong = pickle.loads(b"".join(part.tobytes() for part in parts))
+  if wrong is not None:
+    raise BadInput(wrong)
+  return found
 
 
 def leave():

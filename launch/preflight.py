@@ -3,7 +3,8 @@
   python -m launch.preflight --config=configs/t2v.py:tiny --config.data.path=RECORDS --data-only [--out=DIR]
 
 Plans as launch.train does, from the index alone: no record is opened, nothing compiles. Prints how full rows are, how alike the rows of a step,
-what stands in the way of better ones; DIR/data.html shows the same with pictures, DIR/rows.svg some rows of a step.
+what stands in the way of better ones; DIR/data.html shows the same with pictures, DIR/rows.svg some rows of a step; DIR/misfits.txt names the
+clips that fit in none.
 """
 
 import pathlib
@@ -19,8 +20,7 @@ from sora_jax.errors import BadInput
 
 DATA_ONLY = flags.DEFINE_boolean("data_only", False, "look at the data alone")
 flags.DEFINE_alias("data-only", "data_only")
-OUT = flags.DEFINE_string("out", "", "where data.html and rows.svg go; empty: text alone")
-
+OUT = flags.DEFINE_string("out", "", "where data.html, rows.svg and misfits.txt go; empty: text alone")
 
 
 def main():
@@ -41,7 +41,10 @@ def main():
     cli.say(line)
   if OUT.value:
     view.write(pathlib.Path(OUT.value))
+    build.name_misfits(index, plan, pathlib.Path(OUT.value) / "misfits.txt")
     cli.say(f"pictures: {OUT.value}/data.html, {OUT.value}/rows.svg")
+    if plan.misfits:
+      cli.say(f"all clips that fit in no row: {OUT.value}/misfits.txt")
   given = shlex.join(arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config"))
   cli.say(f"Next: python -m launch.train {given} --workdir=W")
   return cli.OK

@@ -29,7 +29,8 @@ WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and sample
 # What a rerun in the same W may change without becoming another experiment.
 FREE = ("steps", "log_every", "checkpoint_every", "max_bad_steps", "sample.", "data.threads", "data.path", "data.max_damaged", "mesh.",
         "model.remat", "init")
-NAMED = 5               # clips that fit in no row, by name; the others are counted
+NAMED = 5               # clips that fit in no row that are named on the screen; W/misfits.txt names all
+MISFITS = "misfits.txt"
 
 
 def main():
@@ -53,7 +54,7 @@ def main():
   model = build.trained_part(config, whole)
   check_init(config, model, first)
   tx = build.make_optimizer(config, train.boxed_weights(model))
-  rows_plan = make_plan(config, index, model)
+  rows_plan = make_plan(config, index, model, workdir)
   build.check_index(index, model, first)
   ways = where.ways(("data", "fsdp"))
   if config.data.rows % ways:
@@ -63,6 +64,8 @@ def main():
     raise BadInput("samples during training are drawn by one process alone; set --config.sample.every=0, and sample from W with launch.sample")
   if not jax.process_index():
     prepare_workdir(config, workdir, first)
+    if rows_plan.misfits:
+      build.name_misfits(index, rows_plan, epath.Path(workdir) / MISFITS)
   hosts.wait("W is prepared")
 
   target = train.abstract_state(model, tx)
@@ -160,7 +163,7 @@ def begin(config, model, tx, target):
   return train.state_of(weights, model, tx), None, 0
 
 
-def make_plan(config, index, model):
+def make_plan(config, index, model, workdir):
   """The plan of the rows. Says which clips no row can hold, and what to raise; BadInput where that is all of them."""
   rows = build.plan_rows(config, index, model)
   if rows.misfits:
@@ -170,7 +173,7 @@ def make_plan(config, index, model):
     if len(rows.misfits) == len(index):
       raise BadInput(f"{told}; the first: {names[0]}; {remedy}")
     cli.say(f"{told}; {remedy}, to have them too. " + "; ".join(names) + ("" if len(rows.misfits) <= NAMED else
-                                                                         "; ... (launch.preflight --data-only --out=DIR names more)"))
+                                                                         f"; ... ({workdir}/{MISFITS} names all)"))
   if rows.trimmed:
     cli.say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
   return rows

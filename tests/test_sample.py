@@ -17,8 +17,8 @@ PARTS = {"stride": (4, 16, 16), "patch": (1, 1, 1), "channels": 4}
 
 @functools.cache
 def weights():
-  params = layout.unbox(jax.jit(MODEL.init)(jax.random.key(0)))
-  return jax.tree.map(lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params)
+  rng, params = np.random.default_rng(0), layout.unbox(jax.jit(MODEL.init)(jax.random.key(0)))
+  return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), jax.device_get(params))
 
 
 def tokenize(prompt):

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Iterator
 
 from data import curation
-from data.clips import LONGEST_CAPTION, Dropped, Item, RawClip, read_caption, version
+from data.clips import LONGEST_CAPTION, Dropped, Item, RawClip, all_at_once, read_caption, version
 from sora_jax import video
 from sora_jax.errors import BadInput
 
@@ -50,19 +50,22 @@ def open_source(config) -> Source:
   notes += [(file, read_caption("")[1]) for file in files if not captions.get(file) and file not in noted]
   ignored = [(_name(root, path), "neither a clip nor a caption, by its name") for path in paths
              if path.suffix.lower() not in (*SUFFIXES, ".txt") and path.name != CAPTIONS]
-  items = []
-  for file, path in sorted(files.items()):
-    try:
-      items.append(Item(file, captions.get(file, ""), file_version(path), path))
-    except OSError as error:          # a link that leads nowhere, or what belongs to others
-      ignored.append((file, f"cannot be opened: {error.strerror}"))
+  items, names = [], sorted(files)
+  for file, (found, wrong) in zip(names, all_at_once(file_version, [files[file] for file in names]), strict=True):
+    if wrong:
+      ignored.append((file, wrong))
+    else:
+      items.append(Item(file, captions.get(file, ""), found, files[file]))
   return Source(root.resolve().name, tuple(items), tuple(sorted(notes)), tuple(ignored), curation.Rules.of(config))
 
 
 def file_version(path):
-  """Item.version of a whole file; OSError if it cannot be read."""
-  with open(path, "rb") as f:
-    return version(f, 0, os.fstat(f.fileno()).st_size)
+  """-> (Item.version of a whole file, why there is none or "": a link may lead nowhere, a file belong to others)."""
+  try:
+    with open(path, "rb") as f:
+      return version(f, 0, os.fstat(f.fileno()).st_size), ""
+  except OSError as error:
+    return "", f"cannot be opened: {error.strerror}"
 
 
 def _walk(root):

@@ -11,7 +11,6 @@ whose `start` in records is seconds of the whole file. Other columns are not rea
 
 import csv
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data import curation
-from data.clips import Dropped, Item, RawClip, read_caption
+from data.clips import Dropped, Item, RawClip, all_at_once, read_caption
 from data.sources.folder import SUFFIXES, file_version
 from sora_jax.errors import BadInput
 
@@ -49,26 +48,29 @@ def open_source(config) -> Source:
   if rows is None or not path.is_file():
     raise BadInput(f"{path}: " + (f"a manifest is a file NAME{'|'.join(FORMATS)}" if rows is None or path.exists() else
                                   "there is no such file; give a manifest that is there"))
-  rules, version = curation.Rules.of(config), functools.cache(file_version)
-  items, notes, ignored, count = {}, [], [], 0
+  rules, found, items, notes, ignored, count = curation.Rules.of(config), {}, [], [], [], 0
   for number, row in rows(path):
     count += 1
     try:
       file, local, start, end = _place(row, path.parent)
-      if file in items:
+      if file in found:
         raise ValueError("it is in an earlier row, too")
-      caption, wrong = read_caption(row.get("caption") if isinstance(row.get("caption"), str) else None)
-      items[file] = Item(file, caption, version(local), (local, start, end))
+      found[file] = number, *read_caption(row.get("caption") if isinstance(row.get("caption"), str) else None), (local, start, end)
     except ValueError as error:
       ignored.append((f"{path.name}, row {number}", str(error)))
-    except OSError as error:
-      ignored.append((f"{path.name}, row {number}", f"{row['file']!r} cannot be opened: {error.strerror}"))
-    else:
-      notes += [(file, wrong)] if wrong else []
+  paths = sorted({local for *_, (local, _, _) in found.values()})
+  versions = dict(zip(paths, all_at_once(file_version, paths), strict=True))
+  for file, (number, caption, note, where) in sorted(found.items()):
+    version, wrong = versions[where[0]]
+    if wrong:
+      ignored.append((f"{path.name}, row {number}", f"{file!r} {wrong}"))
+      continue
+    items.append(Item(file, caption, version, where))
+    notes += [(file, note)] if note else []
   if not items:
     raise BadInput(f"{path}: none of its {count} rows can be used" + (f", such as {ignored[0][0]}: {ignored[0][1]}" if ignored
                    else "; a row needs `file` and `caption`"))
-  return Source(path.stem, tuple(items[file] for file in sorted(items)), tuple(sorted(notes)), tuple(ignored), rules)
+  return Source(path.stem, tuple(items), tuple(notes), tuple(ignored), rules)
 
 
 def _place(row, folder):

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 
 from data import curation
-from data.clips import LONGEST_CAPTION, BadClip, Dropped, Item, RawClip, read_caption, version
+from data.clips import LONGEST_CAPTION, BadClip, Dropped, Item, RawClip, all_at_once, read_caption, version
 from data.sources.folder import SUFFIXES
 from sora_jax.errors import BadInput
 
@@ -50,17 +50,22 @@ def open_source(config) -> Source:
   if not shards:
     raise BadInput(f"{spec}: no tar file there; give one, a folder of them, or a pattern such as shards-{{00000..00099}}.tar")
   root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
-  items, notes, ignored = [], [], []
+  notes, ignored = [], []
   others = [name for name in sorted(os.listdir(spec)) if not name.endswith(SUFFIX)] if os.path.isdir(spec) else []
   if others:
     notes.append((".", f"{len(others)} other files beside the shards are not read, such as {others[0]!r}"))
-  for shard in shards:
+
+  def listed(shard):
     name = _name(os.path.relpath(shard, root).replace(os.sep, "/"))
     try:
       with open(shard, "rb") as f:
-        items += _clips(f, name, shard, notes, ignored)
+        return list(_clips(f, name, shard, notes, ignored))
     except OSError as error:
       ignored.append((name, f"cannot be opened: {error.strerror}"))
+      return []
+
+  items = [item for found in all_at_once(listed, shards) for item in found]
+  ignored.sort()
   if not items:
     file, why = (ignored + notes + [(os.path.basename(shards[0]), "is empty")])[0]
     raise BadInput(f"{spec}: no clips in it ({len(shards)} tar files), such as {file}: {why}")

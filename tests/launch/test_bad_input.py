@@ -56,9 +56,8 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
   assert np.stack([frame.image_HWC for frame in video.read(tmp_path / "made" / "onwards.mp4")]).shape == (5, 16, 16, 3)
 
   before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "made").glob("*.??[g4]")}
-  for _ in range(2):
-    again = run_program(*arguments, cwd=tmp_path)
-    assert again.returncode == 2 and "0 made, 2 were there already, 10 could not be done" in again.stdout
+  again = run_program(*arguments, cwd=tmp_path)
+  assert again.returncode == 2 and "0 made, 2 were there already, 10 could not be done" in again.stdout
   assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "made").glob("*.??[g4]")}
 
 
@@ -96,14 +95,14 @@ def test_one_line(model, run_program, tmp_path, arguments, says):
 
 
 def test_another_model_makes_another_video(model, run_program, tmp_path):
-  """The same request to the same folder: kept while the model is the same, made anew when it is not."""
+  """The same request to the same folder is made anew when the model is not the same; kept while it is, as the job above shows."""
   arguments = ("sample", "--prompt=a red ball", "--size=16,16", "--frames=1", "--out=made")
   other = tmp_path / "other"
   shutil.copytree(model, other)
   fields, weights = checkpoint.load_part(other / "model")
   checkpoint.save_part(other / "model", fields, jax.tree.map(lambda leaf: leaf * 1.1, weights))
-  made = [run_program(*arguments, f"--workdir={place}", cwd=tmp_path).stdout for place in (model, model, other)]
-  assert [("1 made" in said, "1 were there already" in said) for said in made] == [(True, False), (False, True), (True, False)]
+  made = [run_program(*arguments, f"--workdir={place}", cwd=tmp_path).stdout for place in (model, other)]
+  assert [("1 made" in said, "1 were there already" in said) for said in made] == [(True, False)] * 2
 
 
 def test_help(run_program):

@@ -11,7 +11,7 @@ import pytest
 from configs import t2v
 from data import records
 from data.plan import Joined, Plan
-from launch import plan_report as packings
+from launch import build, plan_report as packings
 from sora_jax import checkpoint
 from sora_jax.batch import RowShape
 from tests.launch.test_page import Reader
@@ -66,10 +66,15 @@ def test_the_program(directory, run_program, tmp_path):
   assert Reader(html).all("table") and not re.search(r"https?://(?!www.w3.org/2000/svg)| src=", html)
 
 
-def test_what_it_advises_helps(directory):
-  """Clips that fit no row are named; with the rows that are advised, all fit."""
+def test_what_it_advises_helps(directory, tmp_path):
+  """Clips that fit no row are named, each on a line of a file; with the rows that are advised, all fit."""
   index = records.RecordIndex.open(directory)
-  told = "\n".join(packings.View(t2v.get_config(), index, make_plan(index.rows, 40, text=25)).lines())
+  plan = make_plan(index.rows, 40, text=25)
+  build.name_misfits(index, plan, tmp_path / "misfits.txt")
+  named = [line.split("\t") for line in (tmp_path / "misfits.txt").read_text().splitlines()]
+  assert [(re.match(r"record (\d+): (\d+).mp4 at 0 s ", name)[2], why) for name, why in named] == [
+      (f"{misfit.position:04d}", misfit.reason) for misfit in plan.misfits]
+  told = "\n".join(packings.View(t2v.get_config(), index, plan).lines())
   assert re.search(r"fit in no row: \d+ of 300 clips; the first 10:", told)
   assert ".mp4 at 0 s" in told and "tokens, a row holds 40" in told and "text tokens, a row holds 25" in told
   advised = {name: int(value) for name, value in re.findall(r"--config\.data\.(row_tokens|row_text)=(\d+) or more", told)}
