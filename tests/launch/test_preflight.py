@@ -1,6 +1,7 @@
 """Preflight of the data: what it says is so, from the index alone, and what it advises helps."""
 
 import itertools
+import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
@@ -64,6 +65,24 @@ def test_the_program(directory, run_program, tmp_path):
   assert len(svg) < 60_000 and len(ET.fromstring(svg).findall(".//{*}g")) == 4
   assert re.search(r"\d+ × \d+ × \d+", svg) and svg in html
   assert Reader(html).all("table") and not re.search(r"https?://(?!www.w3.org/2000/svg)| src=", html)
+
+
+@pytest.mark.parametrize(("flags", "header", "says"), [
+    (("--config.data.row_text=1",), {}, "300 of 300 clips fit in no row; the first: record 0: 0000.mp4 at 0 s "),
+    (("--config.data.weights=(0,)",), {}, "data weights: 0; a finite number above 0"),
+    (("--config.data.weights=(1, -1)",), {}, "data weights: 2 of them for 1 datasets"),
+    ((), {"vae_fingerprint": "another"}, "the records were made with another VAE (another) than "),
+    ((), {"index_crc32": 1}, "does not belong to the index.json beside it"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_training_refuses(directory, run_program, tmp_path, flags, header, says):
+  """What cannot be trained on, in one line, before anything compiles or is written."""
+  if header:
+    shutil.copytree(directory, tmp_path / "records")
+    directory = tmp_path / "records"
+    checkpoint.write_json(directory / "index.json", json.loads((directory / "index.json").read_text()) | header)
+  done = run_program("train", *arguments(directory)[1:], *flags, f"--workdir={tmp_path / 'w'}")
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+  assert not (tmp_path / "w").exists()
 
 
 def test_what_it_advises_helps(directory, tmp_path):
