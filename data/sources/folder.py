@@ -92,20 +92,18 @@ def _captions(root, paths, files):
   for path in paths:
     if path.name == CAPTIONS:
       captions.update(_read_jsonl(root, path, files, notes))
-  for path in paths:
-    if path.suffix.lower() != ".txt":
-      continue
-    for file in stems.get(path.with_suffix(""), ()):
-      raw, wrong = _read_bytes(path, LONGEST_CAPTION + 1)
-      text, fault = read_caption(raw)
-      wrong = wrong or fault
+  texts = [path for path in paths if path.suffix.lower() == ".txt"]
+  notes += [(_name(root, path), "a caption without a clip") for path in texts if path.with_suffix("") not in stems]
+  texts = [path for path in texts if path.with_suffix("") in stems]
+  for path, (raw, wrong) in zip(texts, all_at_once(_read_caption, texts), strict=True):
+    text, fault = read_caption(raw)
+    wrong = wrong or fault
+    for file in stems[path.with_suffix("")]:
       if wrong:
         notes.append((file, f"{_name(root, path)}: {wrong}"))
       elif captions.get(file, text) != text:
         notes.append((file, f"has two captions: that of {_name(root, path)} is taken"))
       captions[file] = text
-    if path.with_suffix("") not in stems:
-      notes.append((_name(root, path), "a caption without a clip"))
   return captions, notes
 
 
@@ -132,6 +130,10 @@ def _read_jsonl(root, path, files, notes):
     if wrong and caption.strip():
       notes.append((file, wrong))
   return found
+
+
+def _read_caption(path):
+  return _read_bytes(path, LONGEST_CAPTION + 1)
 
 
 def _read_bytes(path, most=-1):
