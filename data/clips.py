@@ -26,7 +26,7 @@ __all__ = ["BadClip", "Dropped", "Item", "RawClip", "all_at_once", "crop", "piec
 SHORTEST_TAIL = 5      # frames: what is left of a video after its last whole piece is a piece only if it moves
 LONGEST_CAPTION = 1 << 20      # bytes; whatever is longer is no caption
 ENDS = 64 << 10        # bytes at either end of a file that its version looks at
-THREADS, MANY = 32, 4096       # that open files while a source is listed, and how many at a time
+THREADS, MANY = 32, 64         # that open files while a source is listed; files that one takes at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +73,10 @@ def version(f: BinaryIO, at: int, size: int) -> str:
 
 def all_at_once(function: Callable, things: Sequence) -> list:
   """[function(thing), ...], by threads: files on a network disk are slow to open, one after the other."""
-  found = []
+  some = min(MANY, max(1, len(things) // THREADS))
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    for i in range(0, len(things), MANY):
-      found += pool.map(function, things[i:i + MANY])
-  return found
+    parts = pool.map(lambda i: [function(thing) for thing in things[i:i + some]], range(0, len(things), some))
+    return [one for part in parts for one in part]
 
 
 def read_caption(text: bytes | str | None) -> tuple[str, str]:
