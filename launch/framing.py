@@ -7,8 +7,8 @@ simulators, "Improved framing and composition"). Here on the embedded world, who
 the middle square cuts off what leaves it. Both models begin with the weights that ship, whose clips had native sizes, and go on for as many
 steps of as many tokens; what differs at the end is what the crops taught. The share of videos whose subject is wholly in view in every
 frame, by the judge of data/sources/shapes_judge.py, at square sizes, which both were trained on, and at all. Writes OUT/framing.json, and
-OUT/framing.png: three frames each of videos of the same prompts and seeds, native above, squares below. Half an hour on two CPU cores; stop
-it at any time and run it again.
+OUT/framing.png: three frames each of videos of the same prompts and seeds, native above, squares below, framed red where the subject is cut
+off. 20 to 30 minutes on two CPU cores; stop it at any time and run it again.
 """
 
 import json
@@ -27,7 +27,9 @@ STEPS = flags.DEFINE_integer("steps", 400, "steps of each model", lower_bound=1)
 PROMPTS = flags.DEFINE_integer("prompts", 96, "videos of each model", lower_bound=1)
 KINDS = {"native": [], "square": ["--square"]}
 TRAINING = (f"--config.init={checkpoint.shipped()}", "--config.optim.learning_rate=2e-3", "--config.ema_decay=0.99")
-SHOWN, GAP = slice(0, 4), 2           # videos in the picture; pixels between frames
+SHOWN, BAND = 12, 4           # videos in the picture, and in a row of it
+GAP, ENLARGED = 2, 2          # pixels between frames; how many a pixel becomes
+WHOLE, CUT = (46, 160, 67), (207, 34, 46)      # green, red
 HEIGHT = max(height for height, _ in shapes.SIZES)
 
 
@@ -76,21 +78,29 @@ def score(directory):
 
 
 def picture(directories):
-  """First, middle and last frame of the first videos, of all sizes; a row for each directory -> uint8 [H, W, 3]."""
+  """First, middle and last frame of the first videos, of all sizes, enlarged; bands of a row for each directory -> uint8 [H, W, 3].
+
+  Videos whose subject is not wholly in view are framed in CUT, the others in WHOLE."""
+  shown = {directory: [line["path"] for _, line in sorted(sampling.read_manifest(directory).items())][:SHOWN] for directory in directories}
   rows = []
-  for directory in directories:
-    lines = [line for _, line in sorted(sampling.read_manifest(directory).items())][SHOWN]
-    clips = [video.load(directory / line["path"])[0] for line in lines]
-    rows.append(np.concatenate([tile(image) for clip in clips for image in (clip[0], clip[len(clip) // 2], clip[-1], None)], 1))
-  return np.concatenate(rows)
+  for first in range(0, len(shown[directories[0]]), BAND):
+    for directory, paths in shown.items():
+      clips = [video.load(directory / path)[0] for path in paths[first:first + BAND]]
+      rows.append(np.concatenate([tile(clip, WHOLE if shapes_judge.in_view(clip) else CUT) for clip in clips], 1))
+    rows.append(np.full((4 * GAP, 1, 3), 255, np.uint8))
+  width = max(row.shape[1] for row in rows)
+  rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows[:-1]]
+  return np.concatenate(rows).repeat(ENLARGED, 0).repeat(ENLARGED, 1)
 
 
-def tile(image):
-  """A frame [h, w, 3] in the middle of a strip of white, as high as the highest frame; None: only white."""
-  if image is None:
-    return np.full((HEIGHT + GAP, 2 * GAP, 3), 255, np.uint8)
-  missing = HEIGHT - len(image)
-  return np.pad(image, ((missing // 2, missing - missing // 2 + GAP), (0, GAP), (0, 0)), constant_values=255)
+def tile(clip, colour):
+  """Three frames of a clip [T, h, w, 3] in a frame of a colour, in the middle of a white field as high as the highest -> [H, W, 3]."""
+  images = [np.pad(clip[i], ((GAP, GAP), (GAP, 0), (0, 0))) for i in (0, len(clip) // 2, -1)]
+  strip = np.pad(np.concatenate(images, 1), ((0, 0), (0, GAP), (0, 0)))
+  inside = np.pad(np.concatenate([np.pad(np.ones(clip.shape[1:3], bool), ((GAP, GAP), (GAP, 0)))] * 3, 1), ((0, 0), (0, GAP)))
+  strip[~inside] = colour
+  missing = HEIGHT + 2 * GAP - len(strip)
+  return np.pad(strip, ((missing // 2, missing - missing // 2 + GAP), (0, 3 * GAP), (0, 0)), constant_values=255)
 
 
 if __name__ == "__main__":
