@@ -126,3 +126,15 @@ def test_no_judge_answers_from_the_caption_alone():
 def test_a_caption_of_another_world_is_refused():
   with pytest.raises(ValueError, match="a cat"):
     shapes_judge.judge(np.zeros((9, 64, 64, 3), np.uint8), "a cat")
+
+
+def test_whole_subjects_are_in_view():
+  """Of things that move all are wholly in view; not those that lost a side of themselves, nor an empty picture."""
+  scenes = [shapes.Scene("moves", ((colour, shape),), (way,)) for colour in shapes.COLOURS for shape in shapes.SHAPES for way in shapes.DIRECTIONS]
+  clips = [shapes.render(scene, shapes.SIZES[i % len(shapes.SIZES)], 9, (SEED, i)) for i, scene in enumerate(scenes)]
+  assert sum(map(shapes_judge.in_view, clips)) >= 0.99 * len(clips)
+  assert not shapes_judge.in_view(np.full_like(clips[0], 200))
+  for clip in clips[:20]:
+    columns = shapes_judge.look(clip).things[0].mask_THW.any((0, 1)).nonzero()[0]
+    middle = (columns[0] + columns[-1]) // 2
+    assert not shapes_judge.in_view(clip[:, :, :middle]) and not shapes_judge.in_view(clip[:, :, middle:])
