@@ -1,14 +1,16 @@
 """Framing: the same small model trained on clips at their native sizes, and on the squares in their middle. Same clips, steps, tokens, prompts.
 
   python -m launch.framing --out=out/framing
+  python -m launch.framing --out=out/framing-from-nothing --from_nothing --steps=1000
 
 The report on Sora says that native sizes frame subjects better than square crops do (OpenAI 2024, Video generation models as world
 simulators, "Improved framing and composition"). Here on the embedded world, whose subjects are wholly in view in every training clip:
 the middle square cuts off what leaves it. Both models begin with the weights that ship, whose clips had native sizes, and go on for as many
-steps of as many tokens; what differs at the end is what the crops taught. The share of videos whose subject is wholly in view in every
-frame, by the judge of data/sources/shapes_judge.py, at square sizes, which both were trained on, and at all. Writes OUT/framing.json, and
-OUT/framing.png: three frames each of videos of the same prompts and seeds, native above, squares below, framed red where the subject is cut
-off. 20 to 30 minutes on two CPU cores; stop it at any time and run it again.
+steps of as many tokens; what differs at the end is what the crops taught. (The second command: both begin with nothing; an hour.)
+
+The share of videos whose subject is wholly in view in every frame, by the judge of data/sources/shapes_judge.py, at square sizes, which both
+were trained on, and at all. Writes OUT/framing.json, and OUT/framing.png: three frames each of videos of the same prompts and seeds, native
+above, squares below, framed red where the subject is cut off. 20 to 30 minutes on two CPU cores; stop it at any time and run it again.
 """
 
 import json
@@ -24,6 +26,7 @@ from sora_jax import checkpoint, video
 OUT = flags.DEFINE_string("out", "out/framing", "where everything goes")
 CLIPS = flags.DEFINE_integer("clips", 8000, "clips of the embedded world to train on", lower_bound=64)
 STEPS = flags.DEFINE_integer("steps", 400, "steps of each model", lower_bound=1)
+FROM_NOTHING = flags.DEFINE_boolean("from_nothing", False, "draw the weights that both begin with; give more --steps, and another --out")
 PROMPTS = flags.DEFINE_integer("prompts", 96, "videos of each model", lower_bound=1)
 KINDS = {"native": [], "square": ["--square"]}
 TRAINING = (f"--config.init={checkpoint.shipped()}", "--config.optim.learning_rate=2e-3", "--config.ema_decay=0.99")
@@ -36,11 +39,11 @@ HEIGHT = max(height for height, _ in shapes.SIZES)
 def main():
   out = pathlib.Path(OUT.value).resolve()
   out.mkdir(parents=True, exist_ok=True)
-  requests = out / "requests.jsonl"
+  requests, training = out / "requests.jsonl", () if FROM_NOTHING.value else TRAINING
   requests.write_text("".join(json.dumps(request) + "\n" for request in prompts(PROMPTS.value)))
   story = [stage for kind, flag in KINDS.items() for stage in (
       (f"{kind}: {CLIPS.value} clips become latents", "encode", [f"--source=shapes:{CLIPS.value}", *flag, f"--out={out / kind / 'records'}"]),
-      (f"{kind}: a model is trained", "train", [f"--config={stages.root() / 'configs/t2v.py'}:world", f"--config.steps={STEPS.value}", *TRAINING,
+      (f"{kind}: a model is trained", "train", [f"--config={stages.root() / 'configs/t2v.py'}:world", f"--config.steps={STEPS.value}", *training,
                                                 f"--config.data.path={out / kind / 'records'}", f"--workdir={out / kind / 'dit'}"]),
       (f"{kind}: {PROMPTS.value} videos", "sample", [f"--workdir={out / kind / 'dit'}", f"--requests={requests}", f"--out={out / kind / 'videos'}"]))]
   for number, stage in enumerate(story, 1):
@@ -48,7 +51,7 @@ def main():
     if code:
       return code
   report = {kind: score(out / kind / "videos") for kind in KINDS}
-  checkpoint.write_json(out / "framing.json", {"clips": CLIPS.value, "steps": STEPS.value, **report})
+  checkpoint.write_json(out / "framing.json", {"clips": CLIPS.value, "steps": STEPS.value, "from_nothing": FROM_NOTHING.value, **report})
   cli.say(f"\n{'subject wholly in view':<24}{'squares':>16}{'all sizes':>16}")
   for kind, found in report.items():
     shares = (f"{sum(values)}/{len(values)} {100 * np.mean(values):.0f} %" for values in (found["squares"], found["all"]))
