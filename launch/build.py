@@ -16,6 +16,8 @@ from sora_jax.diffusion import flow
 from sora_jax.errors import BadInput
 from sora_jax.models import dit, lora, t2v, text, vae
 
+MISFITS = "misfits.txt"         # in a work directory: clips of its data that fit in no row
+
 
 def attributes(config):
   """The dict of W/config.json as a ConfigDict."""
@@ -214,9 +216,9 @@ def plan_rows(config, index, model):
                    text_pad=model.dit.text_pad or None, weights=tuple(config.data.weights) or None)
 
 
-def name_misfits(index, rows, path):
-  """Writes a line for each clip that fits in no row: its name, a tab, and why."""
-  with epath.Path(path).open("wb") as f:
+def name_misfits(index, rows, directory):
+  """Writes DIR/misfits.txt, a line for each clip that fits in no row: its name, a tab, and why."""
+  with (epath.Path(directory) / MISFITS).open("wb") as f:
     for misfit in rows.misfits:
       f.write(f"{index.describe(misfit.position)}\t{misfit.reason}\n".encode("utf-8", "backslashreplace"))
 

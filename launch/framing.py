@@ -98,10 +98,10 @@ def picture(directories):
 
 def tile(clip, colour):
   """Three frames of a clip [T, h, w, 3] in a frame of a colour, in the middle of a white field as high as the highest -> [H, W, 3]."""
-  images = [np.pad(clip[i], ((GAP, GAP), (GAP, 0), (0, 0))) for i in (0, len(clip) // 2, -1)]
-  strip = np.pad(np.concatenate(images, 1), ((0, 0), (0, GAP), (0, 0)))
-  inside = np.pad(np.concatenate([np.pad(np.ones(clip.shape[1:3], bool), ((GAP, GAP), (GAP, 0)))] * 3, 1), ((0, 0), (0, GAP)))
-  strip[~inside] = colour
+  height, width = clip.shape[1:3]
+  strip = np.full((height + 2 * GAP, 3 * (width + GAP) + GAP, 3), colour, np.uint8)
+  for left, image in zip(range(GAP, strip.shape[1], width + GAP), (clip[0], clip[len(clip) // 2], clip[-1])):
+    strip[GAP:-GAP, left:left + width] = image
   missing = HEIGHT + 2 * GAP - len(strip)
   return np.pad(strip, ((missing // 2, missing - missing // 2 + GAP), (0, 3 * GAP), (0, 0)), constant_values=255)
 

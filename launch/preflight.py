@@ -41,10 +41,10 @@ def main():
     cli.say(line)
   if OUT.value:
     view.write(pathlib.Path(OUT.value))
-    build.name_misfits(index, plan, pathlib.Path(OUT.value) / "misfits.txt")
+    build.name_misfits(index, plan, OUT.value)
     cli.say(f"pictures: {OUT.value}/data.html, {OUT.value}/rows.svg")
     if plan.misfits:
-      cli.say(f"all clips that fit in no row: {OUT.value}/misfits.txt")
+      cli.say(f"all clips that fit in no row: {OUT.value}/{build.MISFITS}")
   given = shlex.join(arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config"))
   cli.say(f"Next: python -m launch.train {given} --workdir=W")
   return cli.OK

@@ -30,7 +30,6 @@ WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and sample
 FREE = ("steps", "log_every", "checkpoint_every", "max_bad_steps", "sample.", "data.threads", "data.path", "data.max_damaged", "mesh.",
         "model.remat", "init")
 NAMED = 5               # clips that fit in no row that are named on the screen; W/misfits.txt names all
-MISFITS = "misfits.txt"
 
 
 def main():
@@ -65,7 +64,7 @@ def main():
   if not jax.process_index():
     prepare_workdir(config, workdir, first)
     if rows_plan.misfits:
-      build.name_misfits(index, rows_plan, epath.Path(workdir) / MISFITS)
+      build.name_misfits(index, rows_plan, workdir)
   hosts.wait("W is prepared")
 
   target = train.abstract_state(model, tx)
@@ -173,7 +172,7 @@ def make_plan(config, index, model, workdir):
     if len(rows.misfits) == len(index):
       raise BadInput(f"{told}; the first: {names[0]}; {remedy}")
     cli.say(f"{told}; {remedy}, to have them too. " + "; ".join(names) + ("" if len(rows.misfits) <= NAMED else
-                                                                         f"; ... ({workdir}/{MISFITS} names all)"))
+                                                                         f"; ... ({workdir}/{build.MISFITS} names all)"))
   if rows.trimmed:
     cli.say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
   return rows

@@ -89,7 +89,7 @@ def test_what_it_advises_helps(directory, tmp_path):
   """Clips that fit no row are named, each on a line of a file; with the rows that are advised, all fit."""
   index = records.RecordIndex.open(directory)
   plan = make_plan(index.rows, 40, text=25)
-  build.name_misfits(index, plan, tmp_path / "misfits.txt")
+  build.name_misfits(index, plan, tmp_path)
   named = [line.split("\t") for line in (tmp_path / "misfits.txt").read_text().splitlines()]
   assert [(re.match(r"record (\d+): (\d+).mp4 at 0 s ", name)[2], why) for name, why in named] == [
       (f"{misfit.position:04d}", misfit.reason) for misfit in plan.misfits]
