@@ -51,7 +51,7 @@ setuptools.setup(
     packages=setuptools.find_namespace_packages(
         include=["sora_jax", "sora_jax.*", "data", "data.*", "launch", "launch.*", "configs", "configs.*"]
     ),
-    package_data={"sora_jax": ["assets/**"], "launch": ["*.html", "*.sh"]},
+    package_data={"sora_jax": ["assets/**"], "launch": ["*.sh"], "launch.reports": ["*.html"]},
     install_requires=CORE,
     extras_require=EXTRAS,
 )

@@ -23,7 +23,6 @@ from sora_jax.video import BadClip
 
 __all__ = ["BadClip", "Dropped", "Item", "RawClip", "all_at_once", "crop", "pieces", "read_caption", "version", "whole_frames"]
 
-SHORTEST_TAIL = 5      # frames: what is left of a video after its last whole piece is a piece only if it moves
 LONGEST_CAPTION = 1 << 20      # bytes; whatever is longer is no caption
 ENDS = 64 << 10        # bytes at either end of a file that its version looks at
 THREADS, MANY = 32, 64         # that open files while a source is listed; files that one takes at a time
@@ -94,22 +93,22 @@ def read_caption(text: bytes | str | None) -> tuple[str, str]:
   return caption, "" if caption else "no caption: kept with an empty one"
 
 
-def whole_frames(frames):
-  """The largest 1 + 4 n <= frames: what a causal VAE of temporal stride 4 takes whole."""
-  return 1 + 4 * ((frames - 1) // 4)
+def whole_frames(frames, stride):
+  """The largest 1 + stride * n <= frames: what a causal VAE of this temporal stride takes whole."""
+  return 1 + stride * ((frames - 1) // stride)
 
 
-def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float,
+def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float, stride: int,
            first: int = 0) -> Iterator[tuple[np.ndarray, float, int]]:
   """Cuts images [H, W, 3] at a constant rate into consecutive pieces -> (video_THWC, start, frames left out after it).
 
-  A piece has 1 + 4 n frames and lasts at most `max_seconds` (but has a frame; 0: no limit, all in one piece); `start`
-  is in seconds, where `first` frames came before. Only the end loses frames: up to 3, or up to 4 that would make a
-  piece without motion. One piece and five frames are held at a time. Where `frames` raises BadClip, what was whole by
+  A piece has 1 + stride * n frames and lasts at most `max_seconds` (but has a frame; 0: no limit, all in one piece); `start`
+  is in seconds, where `first` frames came before. Only the end loses frames: fewer than `stride`, or as many where they
+  would make a piece without motion. One piece and stride + 1 frames are held at a time. Where `frames` raises BadClip, what was whole by
   then comes first.
   """
-  length = whole_frames(max(1, math.floor(max_seconds * fps + 1e-3))) if max_seconds else None
-  ahead = 1 if length is None or length < SHORTEST_TAIL else SHORTEST_TAIL
+  length = whole_frames(max(1, math.floor(max_seconds * fps + 1e-3)), stride) if max_seconds else None
+  ahead = 1 if length is None or length < stride + 1 else stride + 1      # frames of the shortest tail that moves
   held, start, frames = [], first, iter(frames)
   while True:
     try:
@@ -126,14 +125,12 @@ def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float,
       yield piece, start / fps, 0
       start += length
   if held:
-    keep = min(whole_frames(len(held)), length or len(held))
+    keep = min(whole_frames(len(held), stride), length or len(held))
     yield np.stack(held[:keep]), start / fps, len(held) - keep
 
 
-def crop(video_THWC, stride, square=False):
-  """The middle of the frames, to multiples of the stride (t, y, x), and the first 1 + 4 n of them; a view.
-
-  square: its sides are the shorter of these two, as models that know one size crop (launch/framing.py compares).
+def crop(video_THWC, stride):
+  """The middle of the frames, to multiples of the stride (t, y, x), and the first 1 + t n of them; a view.
 
   BadClip if a frame is smaller than one stride.
   """
@@ -141,7 +138,6 @@ def crop(video_THWC, stride, square=False):
   _, sy, sx = stride
   if height < sy or width < sx:
     raise BadClip("too small", f"{width} x {height} pixels; at least {sx} x {sy}")
-  t, h, w = whole_frames(frames), height // sy * sy, width // sx * sx
-  h, w = (min(h, w),) * 2 if square else (h, w)
+  t, h, w = whole_frames(frames, stride[0]), height // sy * sy, width // sx * sx
   top, left = (height - h) // 2, (width - w) // 2
   return video_THWC[:t, top:top + h, left:left + w]

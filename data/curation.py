@@ -9,7 +9,7 @@ In the order in which it happens, one piece in memory at a time:
            Fades and dissolves score low and are not found, nor are cuts between frames of like brightness (7 was seen).
   rate     the file's own average, by presentation times, or `fps`; above `max_fps` it becomes `max_fps`.
   size     the file's own; above `max_pixels` a frame it is averaged down, its shape kept to a pixel, and noted.
-  pieces   consecutive ones of 1 + 4 n frames, as in data/clips.py, from `min_seconds` to `max_seconds`; a picture is
+  pieces   consecutive ones of 1 + s n frames, as in data/clips.py, from `min_seconds` to `max_seconds`; a picture is
            never too short.
   dull     `drop_dull` drops what is, throughout,
              black    as FFmpeg's `blackdetect` has it: 98 % of the pixels of each frame have a luma of at most 10 %
@@ -46,7 +46,10 @@ _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)       # ITU-R BT.709
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """What becomes of a file; see the head of this module. Of each limit, 0 is none. The defaults take all as it is."""
+  """What becomes of a file; see the head of this module. Of each limit, 0 is none. The defaults take all as it is.
+
+  temporal_stride: of the VAE that will encode the pieces, s: they have 1 + s n frames.
+  """
   max_seconds: float = 0.0
   min_seconds: float = 0.0
   fps: float = 0.0
@@ -54,6 +57,7 @@ class Rules:
   max_pixels: int = 0
   scene_threshold: float = 0.0
   drop_dull: bool = False
+  temporal_stride: int = 1
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -68,8 +72,8 @@ class Rules:
 
   @classmethod
   def of(cls, config):
-    """Those that a config (a ConfigDict or dict) has; None is 0."""
-    return cls(**{field.name: field.type(config.get(field.name) or 0) for field in dataclasses.fields(cls)})
+    """Those that a config (a ConfigDict or dict) has; None is the default."""
+    return cls(**{field.name: field.type(config.get(field.name) or field.default) for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +106,7 @@ def read(path, item: Item, rules: Rules, start=0.0, end=math.inf) -> Iterator[Ra
     images = (shot.image_HWC for _, shot in itertools.chain([(k, shot)], scene))
     if smaller:
       images = _scaled(images, smaller)
-    for video_THWC, at, left_out in pieces(images, fps, rules.max_seconds, first=k):
+    for video_THWC, at, left_out in pieces(images, fps, rules.max_seconds, rules.temporal_stride, first=k):
       why = _fault(video_THWC, fps, reader.still, rules)
       if why:
         yield Dropped(first.time + at, (len(video_THWC) + left_out) / fps, why)

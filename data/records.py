@@ -26,16 +26,15 @@ import hashlib
 import json
 import os
 import pathlib
-import struct
 import zlib
 from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from sora_jax import files
 from sora_jax.errors import BadInput
 
 FORMAT_VERSION = 1
@@ -45,8 +44,6 @@ INDEX_DTYPE = np.dtype([
     ("uid", "<u8"), ("t", "<u2"), ("h", "<u2"), ("w", "<u2"), ("source", "<u2"),
     ("fps", "<f4"), ("text_tokens", "<i4"), ("shard", "<u4"), ("position", "<u4"),
 ])
-
-_DTYPES = {"BF16": ml_dtypes.bfloat16, "I32": np.int32, "F32": np.float32}
 
 
 class DamagedRecord(Exception):
@@ -85,34 +82,22 @@ def to_blob(record):
   if record.cond_THWC is not None:
     arrays["condition"] = np.asarray(record.cond_THWC, ml_dtypes.bfloat16)
   arrays["text_ids"] = np.asarray(record.text_ids_S, np.int32)
-  header, end = {"__metadata__": {
+  metadata = {
       "format_version": str(FORMAT_VERSION), "caption": record.caption, "file": record.file,
-      "start": repr(float(record.start)), "fps": repr(float(record.fps)), "source": record.source}}, 0
-  for name, array in arrays.items():
-    begin, end = end, end + array.nbytes
-    dtype = next(key for key, value in _DTYPES.items() if array.dtype == value)
-    header[name] = {"dtype": dtype, "shape": array.shape, "data_offsets": [begin, end]}
-  head = json.dumps(header, ensure_ascii=False).encode("utf-8", "backslashreplace")
-  head += b" " * (-len(head) % 8)       # so that arrays are aligned
-  return struct.pack("<Q", len(head)) + head + b"".join(array.tobytes() for array in arrays.values())
+      "start": repr(float(record.start)), "fps": repr(float(record.fps)), "source": record.source}
+  return files.to_safetensors(arrays, metadata)
 
 
 def from_blob(blob):
-  """bytes -> Record. ValueError if they are not one. (safetensors.numpy.load 0.8 does not know bfloat16.)"""
+  """bytes -> Record. ValueError if they are not one."""
+  arrays, metadata = files.parse_safetensors(blob)
   try:
-    (size,) = struct.unpack_from("<Q", blob)
-    header = json.loads(blob[8:8 + size])
-    meta = header.pop("__metadata__")
-    if int(meta["format_version"]) > FORMAT_VERSION:
-      raise ValueError(f"format_version {meta['format_version']}; this code reads up to {FORMAT_VERSION}")
-    arrays = {}
-    for name, entry in header.items():
-      begin, end = (8 + size + offset for offset in entry["data_offsets"])
-      arrays[name] = np.frombuffer(memoryview(blob)[begin:end], _DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return Record(arrays["latents"], arrays["text_ids"], meta["caption"], meta["file"], float(meta["start"]),
-                  float(meta["fps"]), meta["source"], arrays.get("text_embedding"), arrays.get("condition"))
-  except (KeyError, struct.error, UnicodeDecodeError, json.JSONDecodeError) as e:
-    raise ValueError(f"not a record: {e!r}") from e
+    if int(metadata["format_version"]) > FORMAT_VERSION:
+      raise ValueError(f"format_version {metadata['format_version']}; this code reads up to {FORMAT_VERSION}")
+    return Record(arrays["latents"], arrays["text_ids"], metadata["caption"], metadata["file"], float(metadata["start"]),
+                  float(metadata["fps"]), metadata["source"], arrays.get("text_embedding"), arrays.get("condition"))
+  except KeyError as e:
+    raise ValueError(f"not a record: it lacks {e}") from e
 
 
 class RecordWriter:
@@ -210,11 +195,11 @@ class RecordWriter:
     if self._writer is not None:
       with _full_disk(self.directory):
         self._writer.close()
-      _sync(self._shard_path(".tmp"))
+      files.sync(self._shard_path(".tmp"))
       size = self._shard_path(".tmp").stat().st_size
       os.replace(self._shard_path(".tmp"), self._shard_path(""))
     shard = {"format_version": FORMAT_VERSION, "bytes": size, "records": self._records, "files": self._open_files}
-    write_json(self.directory / f"{self._name}.json", shard)
+    files.write_json(self.directory / f"{self._name}.json", shard, depth=2)
     self._take(self._name, shard)
     self._open_shard()
 
@@ -237,16 +222,14 @@ class RecordWriter:
     if len(np.unique(rows["uid"])) != len(rows):
       raise ValueError("two records share a uid: the same file and start twice, or a collision of 64-bit hashes")
     if null_text_SE is not None:
-      _write_bytes(self.directory / "null_text.safetensors", safetensors.numpy.save(
-          {"text_embedding": np.ascontiguousarray(null_text_SE, ml_dtypes.bfloat16)}))
-    with open(self.directory / "index.npy.tmp", "wb") as f:
+      embedding_SE = np.ascontiguousarray(null_text_SE, ml_dtypes.bfloat16)
+      files.write_bytes(self.directory / "null_text.safetensors", files.to_safetensors({"text_embedding": embedding_SE}))
+    with files.replacing(self.directory / "index.npy") as partial, partial.open("wb") as f:
       np.save(f, rows)
-    _sync(self.directory / "index.npy.tmp")
-    os.replace(self.directory / "index.npy.tmp", self.directory / "index.npy")
-    write_json(self.directory / "index.json", {
+    files.write_json(self.directory / "index.json", {
         "format_version": FORMAT_VERSION, **header, "records": len(rows), "index_crc32": zlib.crc32(rows.tobytes()),
         "sources": sources, "null_text": [int(i) for i in null_text], "null_text_embedding": null_text_SE is not None,
-        "shards": [{"name": f"{name}.array_record", "records": len(shard["records"]), "bytes": shard["bytes"]} for name, shard in shards]})
+        "shards": [{"name": f"{name}.array_record", "records": len(shard["records"]), "bytes": shard["bytes"]} for name, shard in shards]}, depth=2)
     return RecordIndex.open(self.directory)
 
   def _shard_path(self, suffix):
@@ -320,10 +303,7 @@ class RecordIndex:
     ids = np.asarray(self.header["null_text"], np.int32)
     if not self.header["null_text_embedding"]:
       return ids, None
-    blob = (self.directory / "null_text.safetensors").read_bytes()
-    (size,) = struct.unpack_from("<Q", blob)
-    entry = json.loads(blob[8:8 + size])["text_embedding"]
-    return ids, np.frombuffer(blob[8 + size:], ml_dtypes.bfloat16).reshape(entry["shape"])
+    return ids, files.read_safetensors(self.directory / "null_text.safetensors")["text_embedding"]
 
   def describe(self, i):
     """Names record i for a message, from the shard's list of contents (the record itself may be damaged)."""
@@ -365,27 +345,6 @@ def local(directory):
   return pathlib.Path(directory)
 
 
-def write_json(path, value):
-  """Whole or not at all: a temporary file, then a rename."""
-  _write_bytes(pathlib.Path(path), (_dump(value) + "\n").encode("utf-8", "backslashreplace"))
-
-
-def _dump(value, depth=0):
-  """JSON text with a line for each entry of a dict, and of the dicts in it."""
-  if depth > 1 or not isinstance(value, dict) or not value:
-    return json.dumps(value, ensure_ascii=False)
-  margin = " " * depth
-  lines = (f"\n{margin} {json.dumps(name, ensure_ascii=False)}: {_dump(entry, depth + 1)}" for name, entry in value.items())
-  return "{" + ",".join(lines) + f"\n{margin}}}"
-
-
-def _write_bytes(path, content):
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_bytes(content)
-  _sync(temporary)
-  os.replace(temporary, path)
-
-
 @functools.lru_cache(maxsize=64)
 def _contents(path):
   """[file, start, ...] of each record of a shard."""
@@ -410,19 +369,14 @@ def _full_disk(directory):
     raise
 
 
-def _sync(path):
-  with open(path, "rb+") as f:
-    os.fsync(f.fileno())
-
-
 def _check_settings(path, settings):
   """Writes the settings of a new directory; compares with those of an old one."""
   settings = json.loads(json.dumps(settings))
   if not path.exists():
-    write_json(path, settings)
+    files.write_json(path, settings, depth=2)
     return
   old = _read_json(path)
-  changed = sorted(k for k in old.keys() | settings.keys() if old.get(k) != settings.get(k))
+  changed = sorted(k for k in old.keys() | settings.keys() if (old.get(k) or None) != (settings.get(k) or None))      # off is as absent
   if changed:
     k = changed[0]
     raise BadInput(f"{path.parent}: was begun with {k}={old.get(k)}, now {k}={settings.get(k)}; "

@@ -6,7 +6,7 @@
 
 The VAE and the text encoder come from W (without --workdir: those of the small model that ships) and are copied into
 OUT, which is then all that launch.train needs. Where W has no tokenizer, one is trained on the captions.
-OUT/report.json says, file by file, what was taken, what was cropped, and what was passed over and why; OUT/report.html
+OUT/report.json says, file by file, what was taken, what was cropped, and what was skipped and why; OUT/report.html
 shows it. Several processes share the files: launch/hosts.py.
 """
 
@@ -16,50 +16,60 @@ import pathlib
 from absl import flags
 
 from data import curation, records
-from launch import cli, encode_job, hosts
-from sora_jax import checkpoint
+from launch.common import processes, program, progress
+from launch.jobs import encode
+from sora_jax import files, workdir as workdirs
 from sora_jax.errors import BadInput
 
-SOURCE = flags.DEFINE_string("source", "", "folder of clips and captions, manifest (.jsonl .csv .parquet), tar shards, TFDS dataset, or NAME[:COUNT] "
-                             "of data/sources")
-OUT = flags.DEFINE_string("out", "", "where the records go")
-WORKDIR = flags.DEFINE_string("workdir", "", "where vae/ and text/ are; empty: the small ones that ship")
-flags.DEFINE_float("max_seconds", 5.0, "longer videos become pieces; 0: never", lower_bound=0)
-flags.DEFINE_float("min_seconds", 0.0, "shorter pieces of videos are dropped", lower_bound=0)
-flags.DEFINE_float("fps", 0.0, "frames a second of all clips; 0: each video's own", lower_bound=0)
-flags.DEFINE_float("max_fps", 0.0, "videos of more frames a second get so many; 0: no limit", lower_bound=0)
-flags.DEFINE_integer("max_pixels", 0, "frames of more pixels are made smaller, in their shape; 0: never", lower_bound=0)
-flags.DEFINE_float("scene_threshold", 10.0, "score from which a frame begins a scene, as of FFmpeg's scdet; 0: no cuts", lower_bound=0)
-flags.DEFINE_boolean("drop_dull", True, "drop pieces that are black or frozen all along")
-VOCAB = flags.DEFINE_integer("captions_vocab", 1000, "entries of a tokenizer trained on the captions", lower_bound=300)
-LIMIT = flags.DEFINE_integer("limit", 0, "take so many files of the source, the first; 0: all", lower_bound=0)
-SPLIT = flags.DEFINE_string("split", "train", "part of a generated source")
-SEED = flags.DEFINE_integer("seed", 0, "seed of a generated source")
-SQUARE = flags.DEFINE_boolean("square", False, "of each clip only the square in its middle, as others do: to compare with (launch.framing)")
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+  flags.DEFINE_string(
+    "source",
+    "",
+    "folder of clips and captions, manifest (.jsonl .csv .parquet), tar shards, TFDS dataset, or NAME[:COUNT] of data/sources",
+  )
+  flags.DEFINE_string("out", "", "where the records go")
+  flags.DEFINE_string("workdir", "", "where vae/ and text/ are; empty: the small ones that ship")
+  flags.DEFINE_float("max_seconds", 5.0, "longer videos become pieces; 0: never", lower_bound=0)
+  flags.DEFINE_float("min_seconds", 0.0, "shorter pieces of videos are dropped", lower_bound=0)
+  flags.DEFINE_float("fps", 0.0, "frames a second of all clips; 0: each video's own", lower_bound=0)
+  flags.DEFINE_float("max_fps", 0.0, "videos of more frames a second get so many; 0: no limit", lower_bound=0)
+  flags.DEFINE_integer("max_pixels", 0, "frames of more pixels are made smaller, in their shape; 0: never", lower_bound=0)
+  flags.DEFINE_float(
+    "scene_threshold", 10.0, "score from which a frame begins a scene, as of FFmpeg's scdet; 0: no cuts", lower_bound=0
+  )
+  flags.DEFINE_boolean("drop_dull", True, "drop pieces that are black or frozen all along")
+  flags.DEFINE_integer("captions_vocab", 1000, "entries of a tokenizer trained on the captions", lower_bound=300)
+  flags.DEFINE_integer("limit", 0, "take so many files of the source, the first; 0: all", lower_bound=0)
+  flags.DEFINE_string("split", "train", "part of a generated source")
+  flags.DEFINE_integer("seed", 0, "seed of a generated source")
 
 
 def main():
-  if not SOURCE.value:
+  if not FLAGS.source:
     raise BadInput("no --source; give a folder of clips, or a generated source such as shapes:4000")
-  if not OUT.value:
+  if not FLAGS.out:
     raise BadInput("no --out; give a directory for the records")
-  hosts.join()
-  out, parts = records.local(OUT.value), pathlib.Path(WORKDIR.value or checkpoint.shipped())
-  rules = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(curation.Rules)}
-  found = encode_job.run(SOURCE.value, out, parts, {**rules, "split": SPLIT.value, "seed": SEED.value, "square": SQUARE.value}, vocab=VOCAB.value,
-                         limit=LIMIT.value)
-  if not found:
-    return cli.STOPPED
-  cli.say(next_step(out))
-  return cli.OK
+  if not processes.join():
+    progress.mute()
+  out, model = records.local(FLAGS.out), pathlib.Path(FLAGS.workdir or workdirs.shipped())
+  rules = (field.name for field in dataclasses.fields(curation.Rules) if field.name != "temporal_stride")  # that of the VAE
+  options = {name: FLAGS[name].value for name in rules}
+  options |= {"split": FLAGS.split, "seed": FLAGS.seed}
+  if not encode.run(FLAGS.source, out, model, options, vocab=FLAGS.captions_vocab, limit=FLAGS.limit):
+    return program.STOPPED
+  progress.say(next_step(out, model))
+  return program.OK
 
 
-def next_step(out):
-  config = pathlib.Path(WORKDIR.value or checkpoint.shipped()) / "config.json"
-  imported = config.exists() and "dit" in checkpoint.read_json(config).get("model", {})
-  page = f"configs/t2v.py:finetune --config.init={WORKDIR.value}" if imported else "configs/t2v.py:tiny"
+def next_step(out, model):
+  config = files.read_json_if_exists(model / "config.json")
+  imported = "dit" in config.get("model", {})
+  page = f"configs/t2v.py:finetune --config.init={FLAGS.workdir}" if imported else "configs/t2v.py:tiny"
   return f"Next: python -m launch.train --config={page} --config.data.path={out} --workdir=W"
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  program.run(main, define_flags)

@@ -12,27 +12,39 @@
 
 from absl import flags
 
-from launch import cli, exporting
+from launch.common import claims, program
+from launch.common.progress import say
+from sora_jax.convert import exporting
 from sora_jax.errors import BadInput
 
-WORKDIR = flags.DEFINE_string("workdir", "", "work directory of launch.train or launch.import_weights")
-OUT = flags.DEFINE_string("out", "", "where the files go; must be empty")
-FORMAT = flags.DEFINE_enum("format", "safetensors", list(exporting.FORMATS), "kind of files")
-DTYPE = flags.DEFINE_enum("dtype", "source", ["source", "bfloat16", "float16", "float32"],
-                          "of the weights; source: as each tensor was where it was imported from, or as it was trained")
-WEIGHTS = flags.DEFINE_enum("weights", "ema", ["ema", "params"], "running mean of the weights, or the last ones")
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+  flags.DEFINE_string("workdir", "", "work directory of launch.train or launch.import_weights")
+  flags.DEFINE_string("out", "", "where the files go; must be empty")
+  flags.DEFINE_enum("format", "safetensors", list(exporting.FORMATS), "kind of files")
+  flags.DEFINE_enum(
+    "dtype",
+    "source",
+    ["source", "bfloat16", "float16", "float32"],
+    "of the weights; source: as each tensor was where it was imported from, or as it was trained",
+  )
+  flags.DEFINE_enum("weights", "ema", ["ema", "params"], "running mean of the weights, or the last ones")
 
 
 def main():
-  if not WORKDIR.value or not OUT.value:
+  if not FLAGS.workdir or not FLAGS.out:
     raise BadInput("give --workdir=W of launch.train or launch.import_weights, and --out=DIR")
-  step = exporting.export(WORKDIR.value, OUT.value, FORMAT.value, DTYPE.value, WEIGHTS.value)
-  if step is None:
-    cli.say(f"{OUT.value} holds this export already; nothing to do")
-  else:
-    cli.say(f"step {step} of {WORKDIR.value} is in {OUT.value}; its README.md says how to load it")
-  return cli.OK
+  export = exporting.plan(FLAGS.workdir, FLAGS.out, FLAGS.format, FLAGS.dtype, FLAGS.weights, say)
+  if export is None:
+    say(f"{FLAGS.out} holds this export already; nothing to do")
+    return program.OK
+  claims.need_disk(export.out.parent, 1.1 * export.num_bytes, "the weights")
+  step = export.run(program.stop_requested)
+  say(f"step {step} of {FLAGS.workdir} is in {FLAGS.out}; its README.md says how to load it")
+  return program.OK
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  program.run(main, define_flags)

@@ -8,7 +8,7 @@ simulators, "Improved framing and composition"). Here on the embedded world, who
 the middle square cuts off what leaves it. Both models begin with the weights that ship, whose clips had native sizes, and go on for as many
 steps of as many tokens; what differs at the end is what the crops taught. (The second command: both begin with nothing; an hour.)
 
-The share of videos whose subject is wholly in view in every frame, by the judge of data/sources/shapes_judge.py, at square sizes, which both
+The share of videos whose subject is wholly in view in every frame, by the judge of data/sources/shapes/judge.py, at square sizes, which both
 were trained on, and at all. Writes OUT/framing.json, and OUT/framing.png: three frames each of videos of the same prompts and seeds, native
 above, squares below, framed red where the subject is cut off. 20 to 30 minutes on two CPU cores; stop it at any time and run it again.
 """
@@ -18,47 +18,70 @@ import pathlib
 
 import numpy as np
 from absl import flags
+from rich.table import Table
 
-from data.sources import shapes, shapes_judge
-from launch import cli, sampling, stages
-from sora_jax import checkpoint, video
+from data.sources import shapes
+from data.sources.shapes import judge
+from launch.common import children, program, progress
+from launch.common.progress import say
+from launch.jobs import sample
+from sora_jax import files, video, workdir
 
-OUT = flags.DEFINE_string("out", "out/framing", "where everything goes")
-CLIPS = flags.DEFINE_integer("clips", 8000, "clips of the embedded world to train on", lower_bound=64)
-STEPS = flags.DEFINE_integer("steps", 400, "steps of each model", lower_bound=1)
-FROM_NOTHING = flags.DEFINE_boolean("from_nothing", False, "draw the weights that both begin with; give more --steps, and another --out")
-PROMPTS = flags.DEFINE_integer("prompts", 96, "videos of each model", lower_bound=1)
-KINDS = {"native": [], "square": ["--square"]}
-TRAINING = (f"--config.init={checkpoint.shipped()}", "--config.optim.learning_rate=2e-3", "--config.ema_decay=0.99")
+FLAGS = flags.FLAGS
+SOURCES = {"native": "shapes", "square": "squares"}      # of clips, in data/sources
+TRAINING = (f"--config.init={workdir.shipped()}", "--config.optim.learning_rate=2e-3", "--config.ema_decay=0.99")
 SHOWN, BAND = 12, 4           # videos in the picture, and in a row of it
 GAP, ENLARGED = 2, 2          # pixels between frames; how many a pixel becomes
 WHOLE, CUT = (46, 160, 67), (207, 34, 46)      # green, red
 HEIGHT = max(height for height, _ in shapes.SIZES)
 
 
+def define_flags():
+  flags.DEFINE_string("out", "out/framing", "where everything goes")
+  flags.DEFINE_integer("clips", 8000, "clips of the embedded world to train on", lower_bound=64)
+  flags.DEFINE_integer("steps", 400, "steps of each model", lower_bound=1)
+  flags.DEFINE_boolean("from_nothing", False, "draw the weights that both begin with; give more --steps, and another --out")
+  flags.DEFINE_integer("prompts", 96, "videos of each model", lower_bound=1)
+
+
 def main():
-  out = pathlib.Path(OUT.value).resolve()
+  out = pathlib.Path(FLAGS.out).resolve()
   out.mkdir(parents=True, exist_ok=True)
-  requests, training = out / "requests.jsonl", () if FROM_NOTHING.value else TRAINING
-  requests.write_text("".join(json.dumps(request) + "\n" for request in prompts(PROMPTS.value)))
-  story = [stage for kind, flag in KINDS.items() for stage in (
-      (f"{kind}: {CLIPS.value} clips become latents", "encode", [f"--source=shapes:{CLIPS.value}", *flag, f"--out={out / kind / 'records'}"]),
-      (f"{kind}: a model is trained", "train", [f"--config={stages.root() / 'configs/t2v.py'}:world", f"--config.steps={STEPS.value}", *training,
-                                                f"--config.data.path={out / kind / 'records'}", f"--workdir={out / kind / 'dit'}"]),
-      (f"{kind}: {PROMPTS.value} videos", "sample", [f"--workdir={out / kind / 'dit'}", f"--requests={requests}", f"--out={out / kind / 'videos'}"]))]
+  requests = out / "requests.jsonl"
+  requests.write_text("".join(json.dumps(request) + "\n" for request in prompts(FLAGS.prompts)))
+  story = [stage for kind in SOURCES for stage in stages(kind, out / kind, requests)]
   for number, stage in enumerate(story, 1):
-    code = stages.run(number, len(story), *stage)
+    code = children.run_stage(number, len(story), *stage)
     if code:
       return code
-  report = {kind: score(out / kind / "videos") for kind in KINDS}
-  checkpoint.write_json(out / "framing.json", {"clips": CLIPS.value, "steps": STEPS.value, "from_nothing": FROM_NOTHING.value, **report})
-  cli.say(f"\n{'subject wholly in view':<24}{'squares':>16}{'all sizes':>16}")
-  for kind, found in report.items():
-    shares = (f"{sum(values)}/{len(values)} {100 * np.mean(values):.0f} %" for values in (found["squares"], found["all"]))
-    cli.say(f"trained on {kind:<13}" + "".join(f"{share:>16}" for share in shares))
-  video.write_png(out / "framing.png", picture([out / kind / "videos" for kind in KINDS]))
-  cli.say(f"look at {out / 'framing.png'}: native above, squares below")
-  return cli.OK
+  report = {kind: score(out / kind / "videos") for kind in SOURCES}
+  files.write_json(out / "framing.json", {"clips": FLAGS.clips, "steps": FLAGS.steps, "from_nothing": FLAGS.from_nothing, **report})
+  show(report)
+  video.write_png(out / "framing.png", picture([out / kind / "videos" for kind in SOURCES]))
+  say(f"look at {out / 'framing.png'}: native above, squares below")
+  return program.OK
+
+
+def stages(kind, out, requests):
+  """(what it does, program, arguments) of each stage of one model, in order."""
+  records, dit, videos = out / "records", out / "dit", out / "videos"
+  config, training = children.root() / "configs/t2v.py", () if FLAGS.from_nothing else TRAINING
+  return [
+      (f"{kind}: {FLAGS.clips} clips become latents", "encode", [f"--source={SOURCES[kind]}:{FLAGS.clips}", f"--out={records}"]),
+      (f"{kind}: a model is trained", "train", [f"--config={config}:world", f"--config.steps={FLAGS.steps}", *training,
+                                                f"--config.data.path={records}", f"--workdir={dit}"]),
+      (f"{kind}: {FLAGS.prompts} videos", "sample", [f"--workdir={dit}", f"--requests={requests}", f"--out={videos}"])]
+
+
+def show(report):
+  """The table, for the terminal."""
+  table = Table(box=None)
+  for name in ("subject wholly in view", "squares", "all sizes"):
+    table.add_column(name, justify="left" if name.startswith("subject") else "right")
+  for kind, scores in report.items():
+    shares = [f"{sum(values)}/{len(values)} {100 * np.mean(values):.0f} %" for values in (scores["squares"], scores["all"])]
+    table.add_row(f"trained on {kind}", *shares)
+  progress.console.print(table)
 
 
 def prompts(count):
@@ -71,25 +94,25 @@ def prompts(count):
 
 def score(directory):
   """A folder of videos -> whether the subject of each is wholly in view: {"squares": [0 or 1], "all": [0 or 1]}."""
-  found = {"squares": [], "all": []}
-  for line in sampling.read_manifest(directory).values():
-    seen = int(shapes_judge.in_view(video.load(directory / line["path"])[0]))
-    found["all"].append(seen)
+  scores = {"squares": [], "all": []}
+  for line in sample.read_manifest(directory).values():
+    seen = int(judge.in_view(video.load(directory / line["path"])[0]))
+    scores["all"].append(seen)
     if line["size"][0] == line["size"][1]:
-      found["squares"].append(seen)
-  return found
+      scores["squares"].append(seen)
+  return scores
 
 
 def picture(directories):
   """First, middle and last frame of the first videos, of all sizes, enlarged; bands of a row for each directory -> uint8 [H, W, 3].
 
   Videos whose subject is not wholly in view are framed in CUT, the others in WHOLE."""
-  shown = {directory: [line["path"] for _, line in sorted(sampling.read_manifest(directory).items())][:SHOWN] for directory in directories}
+  shown = {directory: [line["path"] for _, line in sorted(sample.read_manifest(directory).items())][:SHOWN] for directory in directories}
   rows = []
   for first in range(0, len(shown[directories[0]]), BAND):
     for directory, paths in shown.items():
       clips = [video.load(directory / path)[0] for path in paths[first:first + BAND]]
-      rows.append(np.concatenate([tile(clip, WHOLE if shapes_judge.in_view(clip) else CUT) for clip in clips], 1))
+      rows.append(np.concatenate([tile(clip, WHOLE if judge.in_view(clip) else CUT) for clip in clips], 1))
     rows.append(np.full((4 * GAP, 1, 3), 255, np.uint8))
   width = max(row.shape[1] for row in rows)
   rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows[:-1]]
@@ -107,4 +130,4 @@ def tile(clip, colour):
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  program.run(main, define_flags)

@@ -14,39 +14,71 @@ import pathlib
 
 from absl import flags
 
-from launch import cli, importing
+from launch.common import claims, program
+from launch.common.progress import Bar, say
+from sora_jax.convert import importing
 from sora_jax.errors import BadInput
 
-SOURCE = flags.DEFINE_string("source", "", "folder of a pipeline, or of one of its parts")
-WORKDIR = flags.DEFINE_string("workdir", "", "where the weights go, in our layout")
-DTYPE = flags.DEFINE_enum("dtype", "source", ["source", "bfloat16", "float32"], "of the transformer and the text encoder; source: as they come")
+FLAGS = flags.FLAGS
 
-BASE = flags.DEFINE_string("base", "", "with adapters: work directory of the weights that they adapt")
-EXPERT = flags.DEFINE_enum("expert", "", ["", "high", "low"], "with adapters: which of two experts they adapt")
+
+def define_flags():
+  flags.DEFINE_string("source", "", "folder of a pipeline, or of one of its parts")
+  flags.DEFINE_string("workdir", "", "where the weights go, in our layout")
+  flags.DEFINE_enum(
+    "dtype", "source", ["source", "bfloat16", "float32"], "of the transformer and the text encoder; source: as they come"
+  )
+  flags.DEFINE_string("base", "", "with adapters: work directory of the weights that they adapt")
+  flags.DEFINE_enum("expert", "", ["", "high", "low"], "with adapters: which of two experts they adapt")
 
 
 def main():
-  if not SOURCE.value or not WORKDIR.value:
+  if not FLAGS.source or not FLAGS.workdir:
     raise BadInput("give --source=DIR, the folder of the weights, and --workdir=W")
-  workdir = pathlib.Path(WORKDIR.value)
-  if BASE.value:
-    if DTYPE.value != "source":
-      raise BadInput("--dtype is of whole weights; adapters (--base) are kept as they come: leave it out")
-    adapters = importing.import_lora(SOURCE.value, BASE.value, workdir, EXPERT.value)
-    what = f"done: adapters of rank {adapters.rank}" if adapters else f"{workdir} holds these adapters already; nothing to do"
-    cli.say(f"{what}. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
-  elif EXPERT.value:
-    raise BadInput("--expert is of adapters; give the weights that they adapt with --base=W, or leave it out")
-  elif not importing.import_weights(SOURCE.value, workdir, DTYPE.value):
-    cli.say(f"{workdir} holds these weights already; nothing to do")
-  elif missing := [name for name in ("model", "vae", "text") if not (workdir / name).exists()]:
-    cli.say(f"done; {workdir} has no {', '.join(missing)} yet: import {'it' if len(missing) == 1 else 'them'} into it too before you sample")
-  elif (workdir / "config.json").exists():
-    cli.say(f"done. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+  workdir = pathlib.Path(FLAGS.workdir)
+  if FLAGS.base:
+    import_lora(workdir)
   else:
-    cli.say(f"done: {', '.join(path.parent.name for path in sorted(workdir.glob('*/weights.safetensors')))} in {workdir}")
-  return cli.OK
+    import_pipeline(workdir)
+  return program.OK
+
+
+def import_lora(workdir):
+  if FLAGS.dtype != "source":
+    raise BadInput("--dtype is of whole weights; adapters (--base) are kept as they come: leave it out")
+  plan = importing.plan_lora(FLAGS.source, FLAGS.base, workdir, FLAGS.expert)
+  done = f"{workdir} holds these adapters already; nothing to do"
+  if plan:
+    with claims.lock_workdir(workdir):
+      plan.run()
+    done = f"done: adapters of rank {plan.adapters.rank}"
+  say(f"{done}. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+
+
+def import_pipeline(workdir):
+  if FLAGS.expert:
+    raise BadInput("--expert is of adapters; give the weights that they adapt with --base=W, or leave it out")
+  plan = importing.plan(FLAGS.source, workdir, FLAGS.dtype)
+  if plan is None:
+    say(f"{workdir} holds these weights already; nothing to do")
+    return
+  claims.need_disk(workdir, plan.num_bytes, "the weights")
+  claims.need_memory(plan.memory, "the largest tensor")
+  for note in plan.notes:
+    say(note)
+  say(f"importing {plan}")
+  with claims.lock_workdir(workdir), Bar("tensors", plan.tensors) as bar:
+    plan.run(bar.advance, program.stop_requested)
+  missing = [name for name in ("model", "vae", "text") if not (workdir / name).exists()]
+  if missing:
+    them = "it" if len(missing) == 1 else "them"
+    say(f"done; {workdir} has no {', '.join(missing)} yet: import {them} into it too before you sample")
+  elif (workdir / "config.json").exists():
+    say(f"done. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+  else:
+    written = ", ".join(path.parent.name for path in sorted(workdir.glob("*/weights.safetensors")))
+    say(f"done: {written} in {workdir}")
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  program.run(main, define_flags)

@@ -15,41 +15,48 @@ from absl import flags
 from etils import epath
 
 from data import mixture
-from launch import build, cli, plan_report
+from launch.common import program, settings
+from launch.common.progress import say
+from launch.reports import packing
+from sora_jax import workdir as workdirs
 from sora_jax.errors import BadInput
 
-DATA_ONLY = flags.DEFINE_boolean("data_only", False, "look at the data alone")
-flags.DEFINE_alias("data-only", "data_only")
-OUT = flags.DEFINE_string("out", "", "where data.html, rows.svg and misfits.txt go; empty: text alone")
+FLAGS = flags.FLAGS
+
+
+def define_flags():
+  flags.DEFINE_boolean("data_only", False, "look at the data alone")
+  flags.DEFINE_alias("data-only", "data_only")
+  flags.DEFINE_string("out", "", "where data.html, rows.svg and misfits.txt go; empty: text alone")
+  program.define_config("configs/t2v.py:tiny")
 
 
 def main():
-  if not DATA_ONLY.value:
+  if not FLAGS.data_only:
     raise BadInput("a whole step cannot be looked at yet, only its data; give --data-only")
-  config = cli.get_config()
+  config = program.get_config()
   if not config.data.path:
     raise BadInput("no --config.data.path; give the directory that launch.encode wrote")
-  build.adopt(config)
+  workdirs.adopt(config)
   index = mixture.open_all(config.data.path)
   first = config.data.path.split(",")[0].strip()         # where there are several, all are of its VAE and text encoder
-  model = build.make_model(config, epath.Path(first) / "text", None)
-  build.check_index(index, model, first)
-  plan = build.plan_rows(config, index, model)
-  cli.say(f"planning rows of {plan.shape.length} tokens from the index of {len(index)} clips in {config.data.path}")
-  view = plan_report.View(config, index, plan)
+  model = workdirs.make_model(config, epath.Path(first) / "text", None)
+  settings.check_index(index, model, first)
+  plan = settings.plan_rows(config, index, model)
+  say(f"planning rows of {plan.shape.length} tokens from the index of {len(index)} clips in {config.data.path}")
+  view = packing.View(config, index, plan)
   for line in view.lines():
-    cli.say(line)
-  if OUT.value:
-    view.write(pathlib.Path(OUT.value))
-    build.name_misfits(index, plan, OUT.value)
-    cli.say(f"pictures: {OUT.value}/data.html, {OUT.value}/rows.svg")
+    say(line)
+  if FLAGS.out:
+    view.write(pathlib.Path(FLAGS.out))
+    settings.name_misfits(index, plan, FLAGS.out)
+    say(f"pictures: {FLAGS.out}/data.html, {FLAGS.out}/rows.svg")
     if plan.misfits:
-      cli.say(f"all clips that fit in no row: {OUT.value}/{build.MISFITS}")
+      say(f"all clips that fit in no row: {FLAGS.out}/{settings.MISFITS}")
   given = shlex.join(arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config"))
-  cli.say(f"Next: python -m launch.train {given} --workdir=W")
-  return cli.OK
+  say(f"Next: python -m launch.train {given} --workdir=W")
+  return program.OK
 
 
 if __name__ == "__main__":
-  cli.define_config("configs/t2v.py:tiny")
-  cli.run(main)
+  program.run(main, define_flags)

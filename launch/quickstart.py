@@ -14,33 +14,40 @@ import time
 from absl import flags
 
 from data.sources import shapes
-from launch import cli, log, page, stages
-from sora_jax import checkpoint
+from launch.common import children, claims, log, program
+from launch.common.progress import say
+from launch.reports import page
+from sora_jax import files
 
-OUT = flags.DEFINE_string("out", "out/quickstart", "where everything goes")
-CLIPS = flags.DEFINE_integer("clips", 4096, "clips of the embedded world to train on", lower_bound=64)
-VAE_STEPS = flags.DEFINE_integer("vae_steps", 0, "steps of the VAE; 0: as configs/vae.py says", lower_bound=0)
-STEPS = flags.DEFINE_integer("steps", 0, "steps of the DiT; 0: as configs/t2v.py says", lower_bound=0)
-PROMPTS = flags.DEFINE_integer("prompts", 64, "held-out prompts to sample and judge", lower_bound=1)
+FLAGS = flags.FLAGS
 SHOWN = 16             # videos on the page
 
 GOALS = {"shipped": {"colour": 0.98, "direction": 0.95, "shape": 0.90}, "fresh": {"colour": 0.85}}
 
 
+def define_flags():
+  flags.DEFINE_string("out", "out/quickstart", "where everything goes")
+  flags.DEFINE_integer("clips", 4096, "clips of the embedded world to train on", lower_bound=64)
+  flags.DEFINE_integer("vae_steps", 0, "steps of the VAE; 0: as configs/vae.py says", lower_bound=0)
+  flags.DEFINE_integer("steps", 0, "steps of the DiT; 0: as configs/t2v.py says", lower_bound=0)
+  flags.DEFINE_integer("prompts", 64, "held-out prompts to sample and judge", lower_bound=1)
+
+
 def story(out):
   """(name, what it does, program, arguments) of each stage, in order."""
   vae, records, dit = out / "vae", out / "records", out / "dit"
-  own = lambda name, steps: [f"--config.{name}={steps}"] if steps else []  # noqa: E731
+  vae_steps = [f"--config.steps={FLAGS.vae_steps}"] if FLAGS.vae_steps else []
+  dit_steps = [f"--config.steps={FLAGS.steps}"] if FLAGS.steps else []
   return [
       ("look", "the model that ships makes the same prompts: something to look at, at once", "sample",
        [f"--requests={out / 'requests.jsonl'}", f"--out={out / 'shipped'}"]),
       ("vae", "a VAE learns to turn clips into latents and back", "train_vae",
-       [f"--config={stages.root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *own("steps", VAE_STEPS.value)]),
-      ("encode", f"{CLIPS.value} clips become latents", "encode",
-       [f"--source=shapes:{CLIPS.value}", f"--workdir={vae}", f"--out={records}"]),
+       [f"--config={children.root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *vae_steps]),
+      ("encode", f"{FLAGS.clips} clips become latents", "encode",
+       [f"--source=shapes:{FLAGS.clips}", f"--workdir={vae}", f"--out={records}"]),
       ("dit", "a diffusion transformer learns to make latents from captions", "train",
-       [f"--config={stages.root() / 'configs/t2v.py'}:tiny", f"--config.data.path={records}", f"--workdir={dit}", *own("steps", STEPS.value)]),
-      ("sample", f"{PROMPTS.value} prompts that training never saw become videos", "sample",
+       [f"--config={children.root() / 'configs/t2v.py'}:tiny", f"--config.data.path={records}", f"--workdir={dit}", *dit_steps]),
+      ("sample", f"{FLAGS.prompts} prompts that training never saw become videos", "sample",
        [f"--workdir={dit}", f"--requests={out / 'requests.jsonl'}", f"--out={out / 'fresh'}"]),
       ("evaluate", "VAE, loss by noise level and videos are measured", "evaluate",
        [f"--workdir={dit}", f"--videos={out / 'fresh'}", f"--out={out / 'fresh.json'}"]),
@@ -50,54 +57,49 @@ def story(out):
 
 
 def main():
-  out = pathlib.Path(OUT.value).resolve()
-  cli.need_disk(out, 500e6, "the quickstart")
+  out = pathlib.Path(FLAGS.out).resolve()
+  claims.need_disk(out, 500e6, "the quickstart")
   write_requests(out)
   todo = story(out)
-  cli.say("sora_jax quickstart: 10 to 12 minutes on two CPU cores. It will, one after another:")
+  say("sora_jax quickstart: 10 to 12 minutes on two CPU cores. It will, one after another:")
   for number, (_, what, _, _) in enumerate(todo, 1):
-    cli.say(f"  {number}. {what}")
-  cli.say(f"and write {out / 'index.html'}. Stop it at any time; run again, it goes on.")
+    say(f"  {number}. {what}")
+  say(f"and write {out / 'index.html'}. Stop it at any time; run again, it goes on.")
   times = read_times(out)
-  for number, (name, what, program, arguments) in enumerate(todo, 1):
+  for number, (name, what, program_name, arguments) in enumerate(todo, 1):
     began = time.monotonic()
-    code = stages.run(number, len(todo), what, program, arguments)
+    code = children.run_stage(number, len(todo), what, program_name, arguments)
     if code:
       return code
     times.setdefault(name, time.monotonic() - began)       # a stage that was done before took no time now
-    checkpoint.write_json(out / "times.json", times)
+    files.write_json(out / "times.json", times)
     if name == "look":
       show(out, times, status="This page was written while the rest is being trained; open it again in ten minutes.")
-      cli.say(f"look at {out / 'index.html'} while the rest is trained")
+      say(f"look at {out / 'index.html'} while the rest is trained")
   show(out, times)
-  cli.say("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()) + f"  in all {sum(times.values()) / 60:.1f} min")
-  cli.say(f"open {out / 'index.html'} in a browser")
-  return cli.OK
+  say("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()) + f"  in all {sum(times.values()) / 60:.1f} min")
+  say(f"open {out / 'index.html'} in a browser")
+  return program.OK
 
 
 def write_requests(out):
   """The held-out prompts as a file of requests."""
   path = out / "requests.jsonl"
-  lines = [json.dumps(request) + "\n" for request in shapes.held_out_requests(PROMPTS.value)]
+  lines = [json.dumps(request) + "\n" for request in shapes.held_out_requests(FLAGS.prompts)]
   path.write_text("".join(lines))
 
 
 def read_times(out):
-  path = out / "times.json"
-  return json.loads(path.read_text()) if path.exists() else {}
-
-
-def read_report(path):
-  return json.loads(path.read_text()) if path.exists() else {}
+  return files.read_json_if_exists(out / "times.json")
 
 
 def show(out, times, status=None):
   """Writes OUT/index.html from what is there."""
-  requests = [json.loads(line) for line in open(out / "requests.jsonl")]
+  requests = list(files.read_jsonl(out / "requests.jsonl"))
   models = [{"key": "shipped", "name": "the model that ships", "detail": "configs/t2v.py:world"},
             {"key": "fresh", "name": "trained just now", "detail": "configs/t2v.py:tiny"}]
   models = [model for model in models if (out / model["key"]).exists()]
-  reports = {model["key"]: read_report(out / f"{model['key']}.json") for model in models}
+  reports = {model["key"]: files.read_json_if_exists(out / f"{model['key']}.json") for model in models}
   fresh = reports.get("fresh", {})
   story = {
       "title": "sora_jax: a text-to-video model, trained while you waited",
@@ -197,4 +199,4 @@ def next_commands(out):
 
 
 if __name__ == "__main__":
-  cli.run(main)
+  program.run(main, define_flags)

@@ -17,121 +17,216 @@ import pathlib
 
 import jax
 import numpy as np
+import optax
 from absl import flags
 from etils import epath
+from ml_collections import ConfigDict
 
-from data import curation, mixture, pipeline, plan, records
-from launch import build, cli, encode_job, hosts, loop, sampling
-from sora_jax import checkpoint, train
+from data import curation, loader, mixture, plan, records
+from launch.common import claims, loop, processes, program, progress, settings
+from launch.common.progress import say
+from launch.jobs import encode, sample
+from sora_jax import checkpoint, layout as layouts, parts, train, workdir as workdirs
+from sora_jax.diffusion import flow
 from sora_jax.errors import BadInput
+from sora_jax.models import t2v
+from sora_jax.pipeline import Pipeline
 
-WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and samples go")
+FLAGS = flags.FLAGS
 # What a rerun in the same W may change without becoming another experiment.
-FREE = ("steps", "log_every", "checkpoint_every", "max_bad_steps", "sample.", "data.threads", "data.path", "data.max_damaged", "mesh.",
-        "model.remat", "init")
-NAMED = 5               # clips that fit in no row that are named on the screen; W/misfits.txt names all
+FREE = (
+  "steps",
+  "log_every",
+  "checkpoint_every",
+  "max_bad_steps",
+  "sample.",
+  "data.threads",
+  "data.path",
+  "data.max_damaged",
+  "mesh.",
+  "model.remat",
+  "init",
+)
+NAMED = 5  # clips that fit in no row that are named on the screen; W/misfits.txt names all
+
+
+def define_flags():
+  flags.DEFINE_string("workdir", "", "where checkpoints, logs and samples go")
+  program.define_config("configs/t2v.py:tiny")
+
+
+@dataclasses.dataclass
+class Run:
+  """A training run that `prepare` has checked: nothing of it was compiled or written yet."""
+
+  config: ConfigDict
+  workdir: str
+  data: epath.Path  # the first directory of records, with vae/ and text/
+  index: object  # RecordIndex or Mixture
+  plan: plan.Plan
+  layout: layouts.Layout
+  whole: t2v.Model  # all weights
+  model: t2v.Model  # those that are trained: all of them, one expert, or adapters
+  tx: optax.GradientTransformation
+  sigma: flow.SigmaConfig
 
 
 def main():
-  config, workdir = cli.get_config(), WORKDIR.value
+  config, workdir = program.get_config(), FLAGS.workdir
+  check(config, workdir)
+  if not processes.join():
+    progress.mute()
+  workdirs.adopt(config)
+  if config.data.clips and not encode_clips(config, workdir):
+    return program.STOPPED
+  return train_on(prepare(config, workdir))
+
+
+def check(config, workdir):
+  """BadInput where the flags do not say what to train on, or the loop's own settings cannot be."""
   if not workdir:
     raise BadInput("no --workdir; give a directory for the checkpoints")
   if not config.data.path and not config.data.clips:
-    raise BadInput("no --config.data.path; give the directory that launch.encode wrote (or, of few clips, their folder as --config.data.clips)")
+    raise BadInput(
+      "no --config.data.path; give the directory that launch.encode wrote "
+      "(or, of few clips, their folder as --config.data.clips)"
+    )
   if config.data.path and config.data.clips:
     raise BadInput("--config.data.path and --config.data.clips are both given; give one of them")
   loop.check(config)
   if config.data.max_damaged < 0:
     raise BadInput(f"config.data.max_damaged is {config.data.max_damaged}; it must be 0 or more")
-  hosts.join()
-  build.adopt(config)
-  where, sigma = build.make_layout(config), build.make_sigma(config)
-  if config.data.clips and not encode_clips(config, workdir):
-    return cli.STOPPED
-  index, first = mixture.open_all(config.data.path), epath.Path(config.data.path.split(",")[0].strip())
-  whole = build.make_model(config, first / "text", where)
-  model = build.trained_part(config, whole)
-  check_init(config, model, first)
-  tx = build.make_optimizer(config, train.boxed_weights(model))
+
+
+def prepare(config, workdir):
+  """A config, already filled in by `workdirs.adopt` -> Run. BadInput where something in it does not fit the data or the devices."""
+  layout, sigma = workdirs.make_layout(config), settings.make_sigma(config)
+  index = mixture.open_all(config.data.path)
+  data = epath.Path(config.data.path.split(",")[0].strip())
+  whole = workdirs.make_model(config, data / "text", layout)
+  model = workdirs.trained_part(config, whole)
+  check_init(config, model, data)
+  tx = settings.make_optimizer(config, train.boxed_weights(model))
   rows_plan = make_plan(config, index, model, workdir)
-  build.check_index(index, model, first)
-  ways = where.ways(("data", "fsdp"))
+  settings.check_index(index, model, data)
+  ways = layout.ways(("data", "fsdp"))
   if config.data.rows % ways:
-    raise BadInput(f"config.data.rows is {config.data.rows}; a multiple of {ways}: so many devices (data x fsdp) share the rows of a step")
-  part, parts = train.part_of_rows(where, config.data.rows)
+    raise BadInput(
+      f"config.data.rows is {config.data.rows}; a multiple of {ways}: so many devices (data x fsdp) share the rows of a step"
+    )
   if jax.process_count() > 1 and config.sample.every:
-    raise BadInput("samples during training are drawn by one process alone; set --config.sample.every=0, and sample from W with launch.sample")
+    raise BadInput(
+      "samples during training are drawn by one process alone; set --config.sample.every=0, and sample from W with launch.sample"
+    )
+  if config.model.expert == "high":
+    sigma = dataclasses.replace(sigma, low=config.model.boundary)
+  elif config.model.expert == "low":
+    sigma = dataclasses.replace(sigma, high=config.model.boundary)
+  return Run(config, workdir, data, index, rows_plan, layout, whole, model, tx, sigma)
+
+
+def train_on(run):
+  """Takes W, resumes or begins, and trains -> exit code."""
+  config, workdir, model = run.config, run.workdir, run.model
   if not jax.process_index():
-    prepare_workdir(config, workdir, first)
-    if rows_plan.misfits:
-      build.name_misfits(index, rows_plan, workdir)
-  hosts.wait("W is prepared")
-
-  target = train.abstract_state(model, tx)
+    prepare_workdir(run)
+  processes.wait("W is prepared")
+  target = train.abstract_state(model, run.tx)
   size = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
-  cli.need_disk(workdir, 2.2 * size, "a checkpoint beside the one before it")
-  checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
-  state, cursor, step = resume(checkpoints, target) or begin(config, model, tx, target)
-  if config.model.expert:
-    boundary = config.model.boundary
-    sigma = dataclasses.replace(sigma, **({"low": boundary} if config.model.expert == "high" else {"high": boundary}))
-  parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+  claims.need_disk(workdir, 2.2 * size, "a checkpoint beside the one before it")
+  checkpoints = checkpoint.Checkpoints(workdir, say=say)
+  state, cursor, step = resume(checkpoints, target) or begin(run, target)
+  following = f"Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT"
   if step >= config.steps:
-    cli.say(f"{workdir} is already trained for {step} steps; nothing to do. "
-            f"Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
-    return cli.OK
-  frozen = None
-  if model.lora:
-    key = build.trained_key(config)
-    frozen = {"dit": build.base_weights(config, whole, model.dit.dtype, only=(key,))[key]}      # in what they are computed in
+    say(f"{workdir} is already trained for {step} steps; nothing to do. {following}")
+    return program.OK
+  frozen = frozen_weights(run)
+  parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   name = {"init": f"what {config.init} holds"}.get(config.model.size, config.model.size)
-  cli.say(f"training {name} ({parameters / 1e6:.2f} M parameters) on {len(index)} clips, steps {step + 1} to {config.steps} of "
-          f"{config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}")
+  say(
+    f"training {name} ({parameters / 1e6:.2f} M parameters) on {len(run.index)} clips, steps {step + 1} to {config.steps} of "
+    f"{config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} {jax.devices()[0].platform} devices; "
+    f"{workdir}"
+  )
+  compiled = train.jit_step(model, run.tx, ema_decay=config.ema_decay, sigma=run.sigma)
+  key, slots = jax.random.key(config.seed), config.data.rows * config.data.row_tokens
 
-  stream = pipeline.batches(index, rows_plan, seed=config.seed, cursor=cursor, host=part, hosts=parts,
-                            embedded=model.text is None, caption_dropout=config.data.caption_dropout,
-                            image_to_video=config.data.image_to_video, base_fps=config.data.base_fps or None, cond_channels=model.dit.cond_channels,
-                            max_damaged=config.data.max_damaged, on_damage=cli.warn, threads=config.data.threads)
-  update = functools.partial(jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"), donate_argnums=0,
-                                     out_shardings=(train.shardings(model, tx), None)),
-                             key=jax.random.key(config.seed), frozen=frozen, model=model, tx=tx, ema_decay=config.ema_decay, sigma=sigma)
-  slots = config.data.rows * config.data.row_tokens
-
-  def counted(state, batch):
-    state, metrics = update(state, batch)
+  def update(state, batch):
+    state, metrics = compiled(state, batch, key, frozen)
     return state, metrics | {"slots": slots}
 
-  placed = ((train.place_batch(batch, where, part, parts), after.to_json()) for batch, after in stream)
-  hooks = ((config.sample.every, functools.partial(draw_samples, config, workdir, model, frozen)),) if config.sample.every else ()
-  state, code = loop.run_steps(config, workdir, state, placed, counted, first_step=step, checkpoints=checkpoints, items=items, hooks=hooks)
+  hooks = ()
+  if config.sample.every:
+    hooks = ((config.sample.every, functools.partial(draw_samples, run, frozen)),)
+  state, code = loop.run_steps(
+    config,
+    workdir,
+    state,
+    batches(run, cursor),
+    update,
+    first_step=step,
+    checkpoints=checkpoints,
+    items=items,
+    hooks=hooks,
+  )
   checkpoints.close()
-  if code == cli.OK:
-    cli.say(f"done: {config.steps} steps. Next: python -m launch.sample --workdir={workdir} --prompt=TEXT --out=OUT")
+  if code == program.OK:
+    say(f"done: {config.steps} steps. {following}")
   return code
+
+
+def batches(run, cursor):
+  """Yields (PackedBatch on the devices, the cursor after it as JSON) from `cursor` on."""
+  data, dit = run.config.data, run.model.dit
+  part, parts_count = train.part_of_rows(run.layout, data.rows)
+  stream = loader.batches(
+    run.index,
+    run.plan,
+    seed=run.config.seed,
+    cursor=cursor,
+    host=part,
+    hosts=parts_count,
+    embedded=run.model.text is None,
+    caption_dropout=data.caption_dropout,
+    image_to_video=data.image_to_video,
+    base_fps=data.base_fps or None,
+    cond_channels=dit.cond_channels,
+    max_damaged=data.max_damaged,
+    on_damage=program.warn,
+    threads=data.threads,
+  )
+  for batch, after in stream:
+    yield train.place_batch(batch, run.layout, part, parts_count), after.to_json()
 
 
 def encode_clips(config, workdir):
   """Raw clips into W/records, as launch.encode does with a folder, unless they are there -> was it done? config.data.path is them then."""
-  out, parts = records.local(workdir) / "records", pathlib.Path(config.init or checkpoint.shipped())
-  rules = {**dataclasses.asdict(curation.Rules()), "max_seconds": config.data.max_seconds, "scene_threshold": 10.0, "drop_dull": True}
-  found = encode_job.run(config.data.clips, out, parts, {**rules, "split": "train", "seed": 0, "square": False})
+  out, model = records.local(workdir) / "records", pathlib.Path(config.init or workdirs.shipped())
+  rules = curation.Rules(max_seconds=config.data.max_seconds, scene_threshold=10.0, drop_dull=True)
+  index = encode.run(config.data.clips, out, model, {**dataclasses.asdict(rules), "split": "train", "seed": 0})
   config.data.path = str(out)
-  return found is not None
+  return index is not None
 
 
-def prepare_workdir(config, workdir, data):
+def prepare_workdir(run):
   """Takes W for this run, and puts into it what goes with the model."""
-  cli.lock_workdir(workdir)
-  cli.claim_workdir(workdir, config, FREE)
+  claims.lock_workdir(run.workdir)
+  claims.claim_workdir(run.workdir, run.config, FREE)
   for part in ("vae", "text"):
-    build.copy_part(data / part, epath.Path(workdir) / part, link=part == "text")
-  if config.init:
-    build.copy_source(config.init, workdir)
+    parts.copy_part(run.data / part, epath.Path(run.workdir) / part, link=part == "text")
+  if run.config.init:
+    parts.copy_source(run.config.init, run.workdir)
+  if run.plan.misfits:
+    settings.name_misfits(run.index, run.plan, run.workdir)
 
 
 def items(state):
   """What a checkpoint holds, by name: the weights apart, so that a sampler reads no optimiser."""
-  return {"params": state.params, "ema": state.ema, "opt": {"opt": state.opt, "step": state.step, "bad": state.bad}}
+  return {
+    "params": state.params,
+    "ema": state.ema,
+    "opt": {"opt": state.opt, "step": state.step, "bad": state.bad},
+  }
 
 
 def resume(checkpoints, target):
@@ -139,42 +234,51 @@ def resume(checkpoints, target):
   step = checkpoints.latest()
   if step is None:
     return None
-  found = checkpoints.restore(step, items(target))
-  state = train.State(found["opt"]["step"], found["params"], found["ema"], found["opt"]["opt"], found["opt"]["bad"])
-  cli.say(f"going on from the checkpoint of step {step}")
+  saved = checkpoints.restore(step, items(target))
+  state = train.State(saved["opt"]["step"], saved["params"], saved["ema"], saved["opt"]["opt"], saved["opt"]["bad"])
+  say(f"going on from the checkpoint of step {step}")
   return state, plan.Cursor.from_json(checkpoints.meta(step)["cursor"]), step
 
 
-def begin(config, model, tx, target):
-  """A new state, its weights drawn, or taken from another work directory (config.init)."""
+def begin(run, target):
+  """-> (a new State, no cursor, step 0): its weights drawn, or taken from another work directory (config.init)."""
+  config, model = run.config, run.model
   if not config.init:
-    return train.init_state(model, tx, jax.random.key(config.seed)), None, 0
+    return train.init_state(model, run.tx, jax.random.key(config.seed)), None, 0
   if model.lora:
-    cli.say(f"training adapters of rank {config.lora.rank} to the weights of {config.init}")
-    return train.init_state(model, tx, jax.random.key(config.seed)), None, 0
+    say(f"training adapters of rank {config.lora.rank} to the weights of {config.init}")
+    return train.init_state(model, run.tx, jax.random.key(config.seed)), None, 0
   if config.model.expert:
-    key = f"dit_{config.model.expert}"
-    weights, step = checkpoint.load_weights(config.init, "ema", {key: target.params["dit"]}, only=True, say=cli.say)
+    key = workdirs.trained_key(config)
+    weights, step = workdirs.load_weights(config.init, "ema", {key: target.params["dit"]}, say, only=True)
     weights = {"dit": weights[key]}
   else:
-    weights, step = checkpoint.load_weights(config.init, "ema", target.params, say=cli.say)
-  cli.say(f"starting from the weights of {config.init}, step {step}")
-  return train.state_of(weights, model, tx), None, 0
+    weights, step = workdirs.load_weights(config.init, "ema", target.params, say)
+  say(f"starting from the weights of {config.init}, step {step}")
+  return train.state_of(weights, model, run.tx), None, 0
+
+
+def frozen_weights(run):
+  """The weights that adapters adapt, in what they are computed in; None where all are trained."""
+  if not run.model.lora:
+    return None
+  key = workdirs.trained_key(run.config)
+  return {"dit": workdirs.base_weights(run.config, run.whole, run.model.dit.dtype, only=(key,), say=say)[key]}
 
 
 def make_plan(config, index, model, workdir):
   """The plan of the rows. Says which clips no row can hold, and what to raise; BadInput where that is all of them."""
-  rows = build.plan_rows(config, index, model)
+  rows = settings.plan_rows(config, index, model)
   if rows.misfits:
-    told = f"{len(rows.misfits)} of {len(index)} clips fit in no row" + (" and are left out" if len(rows.misfits) < len(index) else "")
     names = [f"{index.describe(misfit.position)}: {misfit.reason}" for misfit in rows.misfits[:NAMED]]
     remedy = "raise --config.data.row_tokens (or row_text), or encode with a smaller --max_seconds"
+    count = f"{len(rows.misfits)} of {len(index)} clips fit in no row"
     if len(rows.misfits) == len(index):
-      raise BadInput(f"{told}; the first: {names[0]}; {remedy}")
-    cli.say(f"{told}; {remedy}, to have them too. " + "; ".join(names) + ("" if len(rows.misfits) <= NAMED else
-                                                                         f"; ... ({workdir}/{build.MISFITS} names all)"))
+      raise BadInput(f"{count}; the first: {names[0]}; {remedy}")
+    more = f"; ... ({workdir}/{settings.MISFITS} names all)" if len(rows.misfits) > NAMED else ""
+    say(f"{count} and are left out; {remedy}, to have them too. {'; '.join(names)}{more}")
   if rows.trimmed:
-    cli.say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
+    say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
   return rows
 
 
@@ -182,22 +286,25 @@ def check_init(config, model, data):
   """BadInput where config.init is not of the parts that made the records, or tokens are given to weights that know no such."""
   for part in ("vae", "text") if config.init else ():
     there, here = epath.Path(config.init) / part, data / part
-    if there.exists() and build.fingerprint(there) != build.fingerprint(here):
+    if there.exists() and parts.fingerprint(there) != parts.fingerprint(here):
       raise BadInput(f"{part}/ of {config.init} is not that of the records; encode them with --workdir={config.init}")
   if config.model.expert and config.sample.every:
-    raise BadInput("one expert alone makes no videos; set --config.sample.every=0, and sample from the work directory with launch.sample")
+    raise BadInput(
+      "one expert alone makes no videos; set --config.sample.every=0, and sample from the work directory with launch.sample"
+    )
   if model.dit.conditioning != "token_sigma" and config.data.image_to_video:
-    raise BadInput(f"config.data.image_to_video is {config.data.image_to_video}; these weights know no tokens that are given: set it to 0")
+    raise BadInput(
+      f"config.data.image_to_video is {config.data.image_to_video}; these weights know no tokens that are given: set it to 0"
+    )
 
 
-def draw_samples(config, workdir, model, frozen, step, state):
+def draw_samples(run, frozen, step, state):
   """Videos of config.sample.prompts from the EMA weights, in W/samples/STEP/."""
-  bundle = sampling.Bundle.of(workdir, config, model, {**(frozen or {}), **state.ema}, step, f"step {step}")
-  out = os.path.join(workdir, "samples", str(step))
-  requests = [{"id": f"{i:02d}", "prompt": prompt} for i, prompt in enumerate(config.sample.prompts)]
-  sampling.run_job(bundle, requests, out, quiet=True)
+  params = {**(frozen or {}), **state.ema}
+  pipe = Pipeline.of(run.workdir, run.config, run.model, params, step, f"step {step}")
+  requests = [{"id": f"{i:02d}", "prompt": prompt} for i, prompt in enumerate(run.config.sample.prompts)]
+  sample.run(pipe, requests, os.path.join(run.workdir, "samples", str(step)), quiet=True)
 
 
 if __name__ == "__main__":
-  cli.define_config("configs/t2v.py:tiny")
-  cli.run(main)
+  program.run(main, define_flags)

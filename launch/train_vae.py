@@ -12,68 +12,109 @@ import zlib
 import jax
 import ml_collections
 import numpy as np
+import optax
 from absl import flags
 from etils import epath
 
 from data import clips, crops
-from launch import build, cli, encoding, loop
-from sora_jax import checkpoint, metrics, train_vae
-from sora_jax.errors import BadInput
+from launch.common import claims, loop, program, settings
+from launch.common.progress import say
+from sora_jax import checkpoint, codec, layout as layouts, metrics, train_vae, workdir as workdirs
+from sora_jax.errors import BadInput, checked, pick
 from sora_jax.models import vae
 from sora_jax.weights import vgg16
 
-WORKDIR = flags.DEFINE_string("workdir", "", "where checkpoints, logs and the VAE go")
+FLAGS = flags.FLAGS
 FREE = ("steps", "log_every", "checkpoint_every", "eval_every", "max_bad_steps", "data.path", "data.threads", "mesh.", "init")
 HELD_OUT, MOST = 48, (17, 256, 256)        # clips that measure quality, and how much of each: frames, height, width
 SOURCES = ("shapes", "folder")
 
 
+def define_flags():
+  flags.DEFINE_string("workdir", "", "where checkpoints, logs and the VAE go")
+  program.define_config("configs/vae.py:tiny")
+
+
+@dataclasses.dataclass
+class Run:
+  """A training run that `prepare` has checked: nothing of it was compiled or written yet."""
+  config: ml_collections.ConfigDict
+  workdir: str
+  cfg: vae.VAEConfig
+  layout: layouts.Layout
+  losses: train_vae.LossConfig
+  tx: optax.GradientTransformation
+  features: dict | None            # weights of VGG16, for the perceptual term
+  source: object                   # clips to train on
+  held_out: object
+
+
 def main():
-  config, workdir = cli.get_config(), WORKDIR.value
+  return train_on(prepare(program.get_config(), FLAGS.workdir))
+
+
+def prepare(config, workdir):
+  """A config -> Run. BadInput where something in it does not fit the data or the devices."""
   if not workdir:
     raise BadInput("no --workdir; give a directory for the checkpoints")
   if config.decoder_only and not config.init:
     raise BadInput("config.decoder_only is set and config.init is empty; give the directory whose VAE it is about")
-  cfg = build.pick(vae.SIZES, config.model, "config.model")
-  where = build.make_layout(config)
-  cli.checked(lambda: vae.check_size((1, config.data.frames, *config.data.crop, 3), cfg, first=True), "config.data.frames and crop")
-  losses = cli.checked(lambda: train_vae.loss_config(config), "config")
-  tx = build.make_optimizer(config, train_vae.boxed_weights(cfg))
+  cfg = pick(vae.SIZES, config.model, "config.model")
+  layout = workdirs.make_layout(config)
+  checked(lambda: vae.check_size((1, config.data.frames, *config.data.crop, 3), cfg, first=True), "config.data.frames and crop")
+  losses = checked(lambda: train_vae.loss_config(config), "config")
+  tx = settings.make_optimizer(config, train_vae.boxed_weights(cfg))
   loop.check(config)
   features = load_features(config, losses)
-  source, apart = open_sources(config)
-  if config.init and not cli.is_begun(workdir):
+  source, held_out = open_sources(config, cfg)
+  if config.init and not claims.has_model(workdir):
     first_weights(config, cfg)
-  cli.lock_workdir(workdir)
-  cli.claim_workdir(workdir, config, FREE)
-  checkpoints = checkpoint.Checkpoints(workdir, say=cli.say)
-  target = train_vae.abstract_state(cfg, tx, losses, where)
-  state, step = resume(checkpoints, target) or (begin(config, cfg, tx, losses, where, source), 0)
+  return Run(config, workdir, cfg, layout, losses, tx, features, source, held_out)
+
+
+def train_on(run):
+  """Takes W, resumes or begins, trains, and writes W/vae -> exit code."""
+  config, workdir, cfg = run.config, run.workdir, run.cfg
+  claims.lock_workdir(workdir)
+  claims.claim_workdir(workdir, config, FREE)
+  checkpoints = checkpoint.Checkpoints(workdir, say=say)
+  target = train_vae.abstract_state(cfg, run.tx, run.losses, run.layout)
+  state, step = resume(checkpoints, target) or (begin(run), 0)
   if step >= config.steps:
     if not (epath.Path(workdir) / "vae" / "config.json").exists():       # killed between the last step and this
-      finish(state, cfg, config, source, workdir)
-    cli.say(f"{workdir} is already trained for {step} steps; nothing to do. "
-            f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
-    return cli.OK
+      finish(run, state)
+    say(f"{workdir} is already trained for {step} steps; nothing to do. "
+        f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
+    return program.OK
   size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-  cli.say(f"training VAE {config.model} ({size / 1e6:.2f} M parameters, stride {cfg.stride}, {cfg.z_dim} channels), steps {step + 1} to "
-          f"{config.steps}, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}")
+  say(f"training VAE {config.model} ({size / 1e6:.2f} M parameters, stride {cfg.stride}, {cfg.z_dim} channels), steps {step + 1} to "
+      f"{config.steps}, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}")
+  compiled = train_vae.jit_step(cfg, run.tx, run.losses, ema_decay=config.ema_decay, layout=run.layout, decoder_only=config.decoder_only)
+  key = jax.random.key(config.seed)
 
-  stream = crops.Crops(source, seed=config.seed, step=step, clips=config.data.clips, images=config.data.images, frames=config.data.frames,
-                       size=config.data.crop, on_bad=cli.say)
-  settings = {"cfg": cfg, "tx": tx, "losses": losses, "ema_decay": config.ema_decay, "layout": where, "decoder_only": config.decoder_only}
-  update = functools.partial(jax.jit(train_vae.train_step, static_argnames=tuple(settings), donate_argnums=0,
-                                     out_shardings=(train_vae.shardings(cfg, tx, losses, where), None)),
-                             key=jax.random.key(config.seed), features=features, **settings)
-  batches = ((jax.tree.map(lambda x: jax.make_array_from_process_local_data(where.fitted(x.shape, "act_batch"), x), batch), number)
-             for number, batch in enumerate(stream, step + 1))
-  evaluate = functools.partial(held_out_quality, clips_of(apart, cfg, HELD_OUT), cfg)
-  state, code = loop.run_steps(config, workdir, state, batches, update, first_step=step, checkpoints=checkpoints, items=items,
+  def update(state, batch):
+    return compiled(state, batch, key, run.features)
+
+  evaluate = functools.partial(held_out_quality, clips_of(run.held_out, cfg, HELD_OUT), cfg)
+  state, code = loop.run_steps(config, workdir, state, batches(run, step), update, first_step=step, checkpoints=checkpoints, items=items,
                                hooks=((config.eval_every, evaluate),))
   checkpoints.close()
-  if code == cli.OK:
-    finish(state, cfg, config, source, workdir)
+  if code == program.OK:
+    finish(run, state)
   return code
+
+
+def batches(run, step):
+  """Yields (batch on the devices, its number) of the steps after `step`."""
+  data = run.config.data
+  stream = crops.Crops(run.source, seed=run.config.seed, step=step, clips=data.clips, images=data.images, frames=data.frames, size=data.crop,
+                       threads=data.threads, on_bad=say)
+
+  def place(video):
+    return jax.make_array_from_process_local_data(train_vae.batch_sharding(video.shape, run.layout), video)
+
+  for number, batch in enumerate(stream, step + 1):
+    yield jax.tree.map(place, batch), number
 
 
 def load_features(config, losses):
@@ -85,24 +126,24 @@ def load_features(config, losses):
   return vgg16.load(config.perceptual.weights)
 
 
-def open_sources(config):
+def open_sources(config, cfg):
   """-> (what to train on, what is held out). Of a folder every twentieth file is held out, by its name; at least one is trained on."""
-  build.pick(dict.fromkeys(SOURCES), config.data.source, "config.data.source")
+  pick(dict.fromkeys(SOURCES), config.data.source, "config.data.source")
   module = importlib.import_module(f"data.sources.{config.data.source}")
-  settings = {"path": config.data.path, "max_seconds": config.data.max_seconds, "fps": 0.0, "seed": config.seed}
+  options = {"path": config.data.path, "max_seconds": config.data.max_seconds, "seed": config.seed, "temporal_stride": cfg.stride[0]}
   if config.data.source == "shapes":
-    return tuple(module.open_source(ml_collections.ConfigDict(settings | {"count": count, "split": split}))
+    return tuple(module.open_source(ml_collections.ConfigDict(options | {"count": count, "split": split}))
                  for count, split in ((config.data.count, "train"), (HELD_OUT, "held_out")))
   if not config.data.path:
     raise BadInput("no --config.data.path; give the folder of clips")
-  source = module.open_source(ml_collections.ConfigDict(settings))
+  source = module.open_source(ml_collections.ConfigDict(options))
   files = sorted(source.items(), key=lambda item: zlib.crc32(item.file.encode("utf-8", "backslashreplace")))
-  apart = len(files) // 20 or min(1, len(files) - 1)
-  return Some(source, files[apart:]), Some(source, files[:apart])
+  held_out = len(files) // 20 or min(1, len(files) - 1)
+  return Subset(source, files[held_out:]), Subset(source, files[:held_out])
 
 
 @dataclasses.dataclass(frozen=True)
-class Some:
+class Subset:
   """Some of the items of a source."""
   source: object
   chosen: list
@@ -118,27 +159,29 @@ class Some:
     return self.source.read(item)
 
 
-def begin(config, cfg, tx, losses, where, source):
+def begin(run):
   """A new state: of the weights in config.init, or else of random ones."""
-  key = jax.random.key(config.seed)
+  config, key = run.config, jax.random.key(run.config.seed)
   if not config.init:
-    return train_vae.init_state(cfg, tx, losses, key, where, look(source, config) if cfg.linear else None)
-  cli.say(f"starting from the VAE of {config.init}{', whose encoder stays' if config.decoder_only else ''}")
-  return train_vae.init_state(cfg, tx, losses, key, where, params=first_weights(config, cfg))
+    video_BTHWC = some_crops(run) if run.cfg.linear else None
+    return train_vae.init_state(run.cfg, run.tx, run.losses, key, run.layout, video_BTHWC)
+  say(f"starting from the VAE of {config.init}{', whose encoder stays' if config.decoder_only else ''}")
+  return train_vae.init_state(run.cfg, run.tx, run.losses, key, run.layout, params=first_weights(config, run.cfg))
 
 
 def first_weights(config, cfg):
   """Those of the VAE in config.init; BadInput where it is of another size."""
-  found, weights = build.load_vae(epath.Path(config.init) / "vae")
-  if len({dataclasses.replace(one, latents_mean=(), latents_std=()) for one in (found, cfg)}) > 1:
+  there, weights = workdirs.load_vae(epath.Path(config.init) / "vae")
+  if len({dataclasses.replace(one, latents_mean=(), latents_std=()) for one in (there, cfg)}) > 1:
     raise BadInput(f"the VAE in {config.init} is not of size {config.model!r}; give the --config.model that it was trained with")
   return weights
 
 
-def look(source, config):
-  """A few crops, for the linear codec."""
-  seen = crops.Crops(source, seed=config.seed + 1, clips=128, images=0, frames=config.data.frames, size=config.data.crop, on_bad=cli.say)
-  return next(seen)["clips"]
+def some_crops(run):
+  """Crops of clips, for the linear codec to begin with."""
+  data = run.config.data
+  stream = crops.Crops(run.source, seed=run.config.seed + 1, clips=128, images=0, frames=data.frames, size=data.crop, on_bad=say)
+  return next(stream)["clips"]
 
 
 def items(state):
@@ -151,15 +194,17 @@ def resume(checkpoints, target):
   step = checkpoints.latest()
   if step is None:
     return None
-  found = checkpoints.restore(step, items(target))
-  cli.say(f"going on from the checkpoint of step {step}")
-  return train_vae.VAETrainState(params=found["params"], ema=found["ema"], **found["rest"]), step
+  saved = checkpoints.restore(step, items(target))
+  say(f"going on from the checkpoint of step {step}")
+  return train_vae.VAETrainState(params=saved["params"], ema=saved["ema"], **saved["rest"]), step
 
 
 def clips_of(source, cfg, count):
-  """The first `count` clips of a source, uint8 [1 + 4n, H, W, 3]: their middle, at most MOST frames, height and width, in whole strides.
-  One a file; files that cannot be read are passed over."""
-  found = []
+  """The first `count` clips of a source, uint8 [1 + s n, H, W, 3]: their middle, at most MOST frames, height and width, in whole strides.
+
+  One a file; files that cannot be read are left out.
+  """
+  videos = []
   for item in source.items()[:count]:
     try:
       raw = next(iter(source.read(item)))
@@ -167,32 +212,32 @@ def clips_of(source, cfg, count):
     except (clips.BadClip, StopIteration):
       continue
     top, left = (max(0, have - most) // 2 // s * s for have, most, s in zip(video_THWC.shape[1:3], MOST[1:], cfg.stride[1:], strict=True))
-    found.append(video_THWC[:, top:top + MOST[1], left:left + MOST[2]])
-  return found
+    videos.append(video_THWC[:, top:top + MOST[1], left:left + MOST[2]])
+  return videos
 
 
 def held_out_quality(held_out, cfg, step, state):
   """Mean PSNR and SSIM of the EMA weights on held-out clips."""
   del step
   held_out = [clip_THWC for clip_THWC in held_out if min(clip_THWC.shape[1:3]) >= metrics.WINDOW]
-  latents = encoding.encode_clips(cfg, state.ema, held_out)
+  latents = codec.encode_clips(cfg, state.ema, held_out)
   scores = []
-  for clip_THWC, again_THWC in zip(held_out, encoding.decode_clips(cfg, state.ema, latents), strict=True):
-    a, b = (x / 255 for x in (clip_THWC, again_THWC))
+  for clip_THWC, decoded_THWC in zip(held_out, codec.decode_clips(cfg, state.ema, latents), strict=True):
+    a, b = (x / 255 for x in (clip_THWC, decoded_THWC))
     scores.append((min(float(metrics.psnr(a, b)), 100.0), float(metrics.ssim(a, b))))
   return dict(zip(("held_out_psnr", "held_out_ssim"), np.mean(scores, 0).tolist(), strict=True)) if scores else {}
 
 
-def finish(state, cfg, config, source, workdir):
+def finish(run, state):
   """Measures the latents' mean and standard deviation once (those of config.init stay where its encoder does), and writes W/vae."""
+  config, workdir, cfg = run.config, run.workdir, run.cfg
   if config.decoder_only:
-    cfg, _ = build.load_vae(epath.Path(config.init) / "vae")
+    cfg, _ = workdirs.load_vae(epath.Path(config.init) / "vae")
   else:
-    cfg = train_vae.with_statistics(encoding.encode_clips(cfg, state.ema, clips_of(source, cfg, 256)), cfg)
-  checkpoint.save_part(epath.Path(workdir) / "vae", vae.config_to_dict(cfg, config.model), jax.device_get(state.ema))
-  cli.say(f"done: {config.steps} steps; the VAE is in {workdir}/vae. Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
+    cfg = train_vae.with_statistics(codec.encode_clips(cfg, state.ema, clips_of(run.source, cfg, 256)), cfg)
+  workdirs.save_vae(epath.Path(workdir) / "vae", cfg, jax.device_get(state.ema), config.model)
+  say(f"done: {config.steps} steps; the VAE is in {workdir}/vae. Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
 
 
 if __name__ == "__main__":
-  cli.define_config("configs/vae.py:tiny")
-  cli.run(main)
+  program.run(main, define_flags)

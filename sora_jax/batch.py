@@ -64,6 +64,25 @@ class RowShape:
       raise ValueError(f"a row needs at least one token, one clip and one text token, not {self}")
 
 
+def array_specs(rows, shape, width, text_width=None, cond_width=0):
+  """{name: (shape, dtype)} of the arrays of a PackedBatch of so many rows; those that a model does not take are left out.
+
+  shape: RowShape. width: P. text_width: E; None where texts are ids. cond_width: Q.
+  """
+  L, G, S = shape.length, shape.clips, shape.text
+  specs = {
+      "tokens_BLP": ((L, width), np.float32), "coords_BL3": ((L, 3), np.float32), "segment_BL": ((L,), np.int32),
+      "given_BL": ((L,), bool), "prompt_BL": ((L,), np.int32), "prompt_BS": ((S,), np.int32), "uid_BG2": ((G, 2), np.uint32),
+      "epoch_BG": ((G,), np.int32), "fps_BG": ((G,), np.float32), "size_BG3": ((G, 3), np.int32), "source_BG": ((G,), np.int32)}
+  if text_width is None:
+    specs["text_BS"] = ((S,), np.int32)
+  else:
+    specs["text_BSE"] = ((S, text_width), np.float32)
+  if cond_width:
+    specs["cond_BLQ"] = ((L, cond_width), np.float32)
+  return {name: ((rows, *dims), dtype) for name, (dims, dtype) in specs.items()}
+
+
 def pack(rows, shape):
   """Lists of `Clip`, one list a row -> PackedBatch of numpy arrays. An empty list is an empty row.
 
@@ -76,15 +95,12 @@ def pack(rows, shape):
   first, num_rows = clips[0], len(rows)
   width = first.tokens_LP.shape[-1]
   is_ids = first.texts[0].ndim == 1
-  text_tail, text_dtype = first.texts[0].shape[1:], np.int32 if is_ids else np.float32
   L, G, S = shape.length, shape.clips, shape.text
-  zeros = lambda *dims, dtype=np.int32: np.zeros((num_rows, *dims), dtype)  # noqa: E731
-  batch = PackedBatch(
-      tokens_BLP=zeros(L, width, dtype=np.float32), coords_BL3=zeros(L, 3, dtype=np.float32), segment_BL=zeros(L),
-      given_BL=zeros(L, dtype=bool), prompt_BL=zeros(L), prompt_BS=zeros(S), uid_BG2=zeros(G, 2, dtype=np.uint32),
-      epoch_BG=zeros(G), fps_BG=zeros(G, dtype=np.float32), size_BG3=zeros(G, 3), source_BG=zeros(G),
-      cond_BLQ=None if first.cond_LQ is None else zeros(L, first.cond_LQ.shape[-1], dtype=np.float32))
-  text = zeros(S, *text_tail, dtype=text_dtype)
+  specs = array_specs(
+      num_rows, shape, width, text_width=None if is_ids else first.texts[0].shape[1],
+      cond_width=0 if first.cond_LQ is None else first.cond_LQ.shape[-1])
+  batch = PackedBatch(**{name: np.zeros(*spec) for name, spec in specs.items()})
+  text = batch.text_BS if is_ids else batch.text_BSE
   for b, row in enumerate(rows):
     at = text_at = prompts = 0
     for g, clip in enumerate(row):
@@ -110,7 +126,7 @@ def pack(rows, shape):
       batch.epoch_BG[b, g], batch.fps_BG[b, g] = clip.epoch, clip.fps
       batch.size_BG3[b, g], batch.source_BG[b, g] = clip.size, clip.source
       at += n
-  return dataclasses.replace(batch, **{"text_BS" if is_ids else "text_BSE": text})
+  return batch
 
 
 def image_channels(latents_THWC, channels):

@@ -47,6 +47,11 @@ def unpatchify(tokens_NP, thw, patch):
   return cut.reshape(*thw, channels)
 
 
+def time_scale(base_fps, fps):
+  """What t is multiplied by, so that it counts frames of a video of `base_fps`, whatever a clip's own rate; None: 1."""
+  return base_fps / fps if base_fps else 1.0
+
+
 def coords(grid_tyx, time_scale=1.0):
   """(nt, ny, nx) -> [N, 3] float32: t, y, x of each token in the patch grid, in token order; t is multiplied by `time_scale`."""
   nt, ny, nx = grid_tyx

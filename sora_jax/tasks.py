@@ -1,7 +1,7 @@
 """Tasks: each is one function from a request to a canvas, which says what is given, where, and under which prompt.
 
-A canvas is a latent video of 1 + 4 n frames (n >= 0; a latent frame after the first stands for `stride` frames), partly given. The
-sampler fills the rest; the same packing as in training puts canvases into rows. To add a task: one entry in TASKS.
+A canvas is a latent video, partly given. The sampler fills the rest; the same packing as in training puts canvases into
+rows. To add a task: one entry in TASKS. To add a field of a request: one entry in FIELDS.
 """
 
 import dataclasses
@@ -9,17 +9,43 @@ import math
 
 import numpy as np
 
-from sora_jax.errors import BadInput
+from sora_jax import masks
+from sora_jax.errors import BadInput, pick
 
-MAX_PROMPT = 4000          # characters; a longer one is surely a mistake
-LIMITS = {"frames": (1, 100_000), "fps": (0.01, 1000), "steps": (1, 1000), "seed": (0, 2 ** 32 - 1), "shift": (0.01, 1000),
-          "guidance": (-1000, 1000), "guidance_low": (-1000, 1000), "guidance_rescale": (0, 1), "seconds": (0, 3600)}
-MAX_SIDE = 16_384          # pixels
+MAX_PROMPT = 4000  # characters; a longer one is surely a mistake
+MAX_SIDE = 16_384  # pixels
+MAX_ID = 240  # bytes: an id names a file
 
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """A field of a request. `default` counts where neither the request nor the model's config gives a value."""
+
+  type: type
+  help: str
+  default: object = None
+  limits: tuple | None = None  # of a number: least, most
+
+
+# The parser, the flags of launch.sample and the table in the README are made from this one.
 FIELDS = {
-    "id": str, "task": str, "prompt": str, "size": list, "frames": int, "seconds": float, "fps": float, "seed": int, "steps": int,
-    "sampler": str, "shift": float, "guidance": float, "guidance_low": float, "guidance_interval": list, "guidance_rescale": float,
-    "negative_prompt": str, "image": str,
+  "id": Field(str, "name of the output file; the number of the line where a file of requests gives none"),
+  "task": Field(str, "what to make, a name of TASKS", "text_to_video"),
+  "prompt": Field(str, "what to show, in words; the only field that is needed"),
+  "negative_prompt": Field(str, "what guidance leads away from", ""),
+  "image": Field(str, "path of the first frame, for image_to_video"),
+  "size": Field(list, "height, width in pixels"),
+  "frames": Field(int, "how many frames", limits=(1, 100_000)),
+  "seconds": Field(float, "length, instead of frames", limits=(0, 3600)),
+  "fps": Field(float, "frames a second", limits=(0.01, 1000)),
+  "seed": Field(int, "another seed gives another video", 0, (0, 2**32 - 1)),
+  "steps": Field(int, "steps of the sampler", limits=(1, 1000)),
+  "sampler": Field(str, "a name of SAMPLERS"),
+  "shift": Field(float, "how far noise levels are moved towards noise", limits=(0.01, 1000)),
+  "guidance": Field(float, "scale of classifier-free guidance; 1 is none", limits=(-1000, 1000)),
+  "guidance_low": Field(float, "the same for the expert of low noise, in models of two experts", limits=(-1000, 1000)),
+  "guidance_interval": Field(list, "noise levels between which guidance acts, from 0 to 1", (0.0, 1.0)),
+  "guidance_rescale": Field(float, "share of the guided velocity brought back to the unguided scale", 0.0, (0, 1)),
 }
 LATER = ("last_image", "video", "video_b", "mask", "given", "strength", "shots")
 
@@ -27,6 +53,7 @@ LATER = ("last_image", "video", "video_b", "mask", "given", "strength", "shots")
 @dataclasses.dataclass(frozen=True)
 class Request:
   """One request, complete: every field has its value. Pixels [height, width], frames, frames a second."""
+
   id: str
   task: str
   prompt: str
@@ -38,7 +65,7 @@ class Request:
   sampler: str
   shift: float
   guidance: float
-  guidance_low: float | None       # of the expert of low noise, where a model has two; None: as guidance
+  guidance_low: float | None  # None: as guidance
   guidance_interval: tuple
   guidance_rescale: float
   negative_prompt: str
@@ -48,36 +75,29 @@ class Request:
 @dataclasses.dataclass
 class Canvas:
   """What the sampler fills. Latents are normalised; `frames` and `size` are what to cut from the decoded video."""
-  latents_THWC: np.ndarray         # float32; values count only where given
-  given_THW: np.ndarray            # bool: latents that are kept
-  prompt_T: np.ndarray             # int: which of `texts` a latent frame reads, from 1
+
+  latents_THWC: np.ndarray  # float32; values count only where given
+  given_THW: np.ndarray  # bool: latents that are kept
+  prompt_T: np.ndarray  # int: which of `texts` a latent frame reads, from 1
   texts: list
   frames: int
   size: tuple
   start_sigma: float = 1.0
-  cond_THWC: np.ndarray | None = None      # channels joined to the latents, for a model that takes conditions so (Wan I2V)
+  cond_THWC: np.ndarray | None = None  # channels joined to the latents, for a model that takes conditions so (Wan I2V)
 
 
 def parse_request(fields, defaults, samplers):
-  """A dict of a request's fields and the model's defaults -> Request. BadInput says which field is wrong, and what is allowed."""
+  """A dict of a request's fields and the model's defaults -> Request.
+
+  BadInput says which field is wrong, and what is allowed. samplers: names that `sampler` may have.
+  """
   for name, value in fields.items():
-    if name in LATER:
-      raise BadInput(f"{name} is for a task that this version does not have yet; its tasks are {', '.join(TASKS)}")
-    if name not in FIELDS:
-      raise BadInput(f"unknown field {name!r}; a request has {', '.join(FIELDS)}")
-    wanted = FIELDS[name]
-    fits = isinstance(value, (int, float) if wanted is float else wanted) and not isinstance(value, bool)
-    if not fits:
-      raise BadInput(f"{name} is {value!r}; it must be a {wanted.__name__}")
-    if isinstance(value, str) and (value != value.encode("utf-8", "ignore").decode() or "\0" in value):
-      raise BadInput(f"{name} is {value!r}, which holds something that is no character")
-  full = {"task": "text_to_video", "negative_prompt": "", "image": None, "guidance_low": None, "guidance_interval": [0.0, 1.0],
-          "guidance_rescale": 0.0, "seed": 0, **defaults, **fields}
+    _check_type(name, value)
+  full = {name: field.default for name, field in FIELDS.items()} | dict(defaults) | dict(fields)
   if full["task"] not in TASKS:
     raise BadInput(f"task is {full['task']!r}; this version has {', '.join(TASKS)}")
-  if full["sampler"] not in samplers:
-    raise BadInput(f"sampler is {full['sampler']!r}; there are {', '.join(samplers)}")
-  if not full["prompt"].strip():
+  pick(dict.fromkeys(samplers), full["sampler"], "sampler")
+  if not (full["prompt"] or "").strip():
     raise BadInput("the prompt is empty; say in words what the video should show")
   for name in ("prompt", "negative_prompt"):
     if len(full[name]) > MAX_PROMPT:
@@ -92,29 +112,48 @@ def parse_request(fields, defaults, samplers):
     full["frames"] = max(1, round(fields["seconds"] * full["fps"]))
     _check_limits(full)
   interval = full["guidance_interval"]
-  if len(interval) != 2 or not all(isinstance(end, (int, float)) for end in interval) or not 0 <= interval[0] <= interval[1] <= 1:
+  numbers = len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval)
+  if not numbers or not 0 <= interval[0] <= interval[1] <= 1:
     raise BadInput(f"guidance_interval is {interval!r}; it must be [from, to], noise levels between 0 and 1")
   if full["task"] == "image_to_video" and not full["image"]:
     raise BadInput("image_to_video needs an image: give the path of one in the field image")
-  if not full.get("id"):
+  if not full["id"]:
     raise BadInput("the request has no id; give it a short name for its output file")
-  if "/" in full["id"] or full["id"].startswith(".") or len(full["id"].encode()) > 240:
-    raise BadInput(f"id is {full['id']!r}; it names a file, so it must not hold a / nor begin with a dot, and has at most 240 bytes")
-  values = {f.name: full[f.name] for f in dataclasses.fields(Request)}
+  if "/" in full["id"] or full["id"].startswith(".") or len(full["id"].encode()) > MAX_ID:
+    raise BadInput(
+      f"id is {full['id']!r}; it names a file, so it must not hold a / nor begin with a dot, and has at most {MAX_ID} bytes"
+    )
+  values = {field.name: full[field.name] for field in dataclasses.fields(Request)}
   return Request(**values | {"size": tuple(size), "guidance_interval": tuple(interval), "fps": float(full["fps"])})
+
+
+def _check_type(name, value):
+  """BadInput where there is no such field, or its value is of another type or no text."""
+  if name in LATER:
+    raise BadInput(f"{name} is for a task that this version does not have yet; its tasks are {', '.join(TASKS)}")
+  if name not in FIELDS:
+    raise BadInput(f"unknown field {name!r}; a request has {', '.join(FIELDS)}")
+  wanted = FIELDS[name].type
+  kinds = {float: (int, float), list: (list, tuple)}.get(wanted, wanted)
+  if not isinstance(value, kinds) or isinstance(value, bool):
+    raise BadInput(f"{name} is {value!r}; it must be a {wanted.__name__}")
+  if isinstance(value, str) and (value != value.encode("utf-8", "ignore").decode() or "\0" in value):
+    raise BadInput(f"{name} is {value!r}, which holds something that is no character")
 
 
 def _check_limits(fields):
   """BadInput names the first number that is out of its range, or not a number."""
-  for name, (least, most) in LIMITS.items():
-    if fields.get(name) is not None and not least <= fields[name] <= most:
-      raise BadInput(f"{name} is {fields[name]}; it must be from {least} to {most}")
+  for name, field in FIELDS.items():
+    if field.limits and fields[name] is not None:
+      least, most = field.limits
+      if not least <= fields[name] <= most:
+        raise BadInput(f"{name} is {fields[name]}; it must be from {least} to {most}")
 
 
 def latent_size(frames, size, stride, patch):
   """Latent (T, H, W) that covers `frames` frames of `size` pixels: rounded up to whole strides and patches.
 
-  stride: (4, s, s) of the VAE. BadInput below one stride.
+  stride: (t, y, x) of the VAE. BadInput below one stride.
   """
   if min(size) < min(stride[1:]):
     raise BadInput(f"size is {list(size)}; at least {list(stride[1:])} pixels are needed, one stride of the VAE: ask for more")
@@ -124,9 +163,10 @@ def latent_size(frames, size, stride, patch):
 
 
 def _empty(request, stride, patch, channels):
+  """A canvas of which nothing is given."""
   thw = latent_size(request.frames, request.size, stride, patch)
-  return Canvas(np.zeros((*thw, channels), np.float32), np.zeros(thw, bool), np.ones(thw[0], int), [request.prompt],
-                request.frames, request.size)
+  latents_THWC, given_THW = np.zeros((*thw, channels), np.float32), np.zeros(thw, bool)
+  return Canvas(latents_THWC, given_THW, np.ones(thw[0], int), [request.prompt], request.frames, request.size)
 
 
 def text_to_video(request, *, stride, patch, channels, encode):
@@ -140,7 +180,7 @@ def image_to_video(request, *, stride, patch, channels, encode):
   canvas = _empty(request, stride, patch, channels)
   pixels = tuple(n * s for n, s in zip(canvas.latents_THWC.shape[1:3], stride[1:], strict=True))
   canvas.latents_THWC[:1] = encode(request.image, request.size, pixels)
-  canvas.given_THW[0] = True
+  canvas.given_THW[masks.from_ranges([(0, 0)], len(canvas.given_THW), stride[0])] = True
   return canvas
 
 

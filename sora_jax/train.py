@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sora_jax import layout as layouts, optim
+from sora_jax import batch as batches, layout as layouts, optim
 from sora_jax.diffusion import flow
 
 PRIMES = (2654435761, 2246822519, 3266489917)        # xxHash's, one an axis: what stands elsewhere counts differently
@@ -108,6 +108,15 @@ def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma):
   return State(state.step + 1, params, ema, opt, state.bad + bad), metrics
 
 
+def jit_step(model, tx, *, ema_decay, sigma):
+  """The compiled update, (State, PackedBatch, key, frozen=None) -> (State, metrics), see `train_step`. It donates the State.
+
+  What launch.train runs and what a check beforehand compiles: `jit_step(...).lower(abstract_state(...), batch_shapes(...), key)`.
+  """
+  step = functools.partial(train_step, model=model, tx=tx, ema_decay=ema_decay, sigma=sigma)
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings(model, tx), None))
+
+
 def loss_at_sigma(params, batch, key, value, *, model):
   """Held-out loss with every clip at one noise level: (sum over tokens, tokens that count)."""
   keys_BG = flow.clip_keys(key, batch.uid_BG2, batch.epoch_BG)
@@ -138,16 +147,37 @@ def part_of_rows(layout, rows):
   return (first // count, rows // count) if rows % count == first % count == 0 else (0, 1)
 
 
+BATCH_AXES = {"BL": ("act_batch", "act_length"), "BS": ("act_batch", "act_text"), "BG": ("act_batch", None)}
+
+
+def batch_sharding(name, shape, layout):
+  """Where an array of a PackedBatch lives: rows are cut over the mesh's data and fsdp axes, tokens over its context axis."""
+  letters = name.rsplit("_", 1)[1]
+  return layout.fitted(shape, *BATCH_AXES[letters[:2]])
+
+
+def batch_shapes(model, rows, shape):
+  """PackedBatch of ShapeDtypeStructs, with shardings: what `place_batch` makes of `rows` rows of a RowShape for this model."""
+  cfg = model.dit
+  specs = batches.array_specs(rows, shape, cfg.values_in, None if model.text else cfg.text_width, cfg.values_cond)
+
+  def struct(name, dims, dtype):
+    sharding = None if model.layout is None else batch_sharding(name, dims, model.layout)
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
+
+  return batches.PackedBatch(**{name: struct(name, *spec) for name, spec in specs.items()})
+
+
 def place_batch(batch, layout, part=0, parts=1):
-  """The part-th of `parts` of a step's rows -> global arrays, rows cut over the mesh's data and fsdp axes, tokens over its context axis."""
-  axes = {"BL": ("act_batch", "act_length"), "BS": ("act_batch", "act_text"), "BG": ("act_batch", None)}
+  """The part-th of `parts` of a step's rows -> global arrays, placed by `batch_sharding`."""
   def place(name, value):
     if value is None:
       return None
-    letters, local = name.rsplit("_", 1)[1], len(value)
+    local = len(value)
     shape = (local * parts, *value.shape[1:])
+
     def piece(index):
       start, stop, _ = index[0].indices(shape[0])
       return value[(slice(start - part * local, stop - part * local), *index[1:])]
-    return jax.make_array_from_callback(shape, layout.fitted(shape, *axes[letters[:2]]), piece)
+    return jax.make_array_from_callback(shape, batch_sharding(name, shape, layout), piece)
   return dataclasses.replace(batch, **{f.name: place(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)})

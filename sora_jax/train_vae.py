@@ -103,13 +103,13 @@ def gaussian_kl(mean, logvar):
 
 def reconstruct(params, batch, key, cfg, layout=None):
   """{name: video [B, T, H, W, 3]} -> ({name: reconstruction from a sample of the posterior, not clipped}, KL in nats)."""
-  model, found, kl = vae.VAE(cfg, layout), {}, 0.0
+  model, reconstructions, kl = vae.VAE(cfg, layout), {}, 0.0
   for name, video in sorted(batch.items()):
     mean, logvar = model.apply({"params": params}, video, method="encode")
-    noise = jax.random.normal(jax.random.fold_in(key, len(found)), mean.shape, mean.dtype)
-    found[name] = model.apply({"params": params}, mean + jnp.exp(logvar / 2) * noise, method="decode")
+    noise = jax.random.normal(jax.random.fold_in(key, len(reconstructions)), mean.shape, mean.dtype)
+    reconstructions[name] = model.apply({"params": params}, mean + jnp.exp(logvar / 2) * noise, method="decode")
     kl += gaussian_kl(mean, logvar)
-  return found, kl
+  return reconstructions, kl
 
 
 def mean_over(function, *batches):
@@ -135,25 +135,25 @@ def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, 
     params = params | {name: jax.lax.stop_gradient(params[name]) for name in kept}
     return reconstruct(params, batch, jax.random.fold_in(key, state.step), cfg, layout)
 
-  (made, kl), pull = jax.vjp(forward, state.params)
+  (reconstruction, kl), vjp = jax.vjp(forward, state.params)
 
-  def likeness(made):
-    l1 = mean_over(lambda a, b: jnp.mean(jnp.abs(a - b)), made, batch)
-    loss, terms = l1 + losses.square_weight * mean_over(lambda a, b: jnp.mean(jnp.square(a - b)), made, batch), {"l1": l1}
+  def distance(reconstruction):
+    l1 = mean_over(lambda a, b: jnp.mean(jnp.abs(a - b)), reconstruction, batch)
+    loss, terms = l1 + losses.square_weight * mean_over(lambda a, b: jnp.mean(jnp.square(a - b)), reconstruction, batch), {"l1": l1}
     if losses.ssim_weight:
-      terms["ssim"] = mean_over(lambda a, b: jnp.mean(image_quality.ssim_map(a / 2 + 0.5, b / 2 + 0.5)), made, batch)
+      terms["ssim"] = mean_over(lambda a, b: jnp.mean(image_quality.ssim_map(a / 2 + 0.5, b / 2 + 0.5)), reconstruction, batch)
       loss += losses.ssim_weight * (1 - terms["ssim"])
     if losses.perceptual_weight:
-      terms["perceptual"] = mean_over(lambda a, b: critics.perceptual_distance(features, a, b), made, batch)
+      terms["perceptual"] = mean_over(lambda a, b: critics.perceptual_distance(features, a, b), reconstruction, batch)
       loss += losses.perceptual_weight * terms["perceptual"]
     return loss, terms
 
-  (loss, metrics), slope = jax.value_and_grad(likeness, has_aux=True)(made)
+  (loss, metrics), grad = jax.value_and_grad(distance, has_aux=True)(reconstruction)
   critic, critic_opt, finite = state.critic, state.critic_opt, True
   if losses.adversarial_weight:
-    slope, critic, critic_opt, judged = adversarial(state, made, batch, slope, pull, losses, layout)
+    grad, critic, critic_opt, judged = adversarial(state, reconstruction, batch, grad, vjp, losses, layout)
     finite, metrics = jnp.isfinite(judged["critic_loss"]), metrics | judged
-  grads, = pull((slope, jnp.asarray(losses.kl_weight / values, kl.dtype)))
+  grads, = vjp((grad, jnp.asarray(losses.kl_weight / values, kl.dtype)))
   loss += losses.kl_weight * kl / values
   grad_norm = optax.tree.norm(grads)
   finite &= jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -165,36 +165,65 @@ def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, 
   old = (state.params, state.ema, state.opt, state.critic, state.critic_opt)
   params, ema, opt, critic, critic_opt = optim.keep_if_finite(finite, (params, ema, opt, critic, critic_opt), old)
   bad = 1 - finite.astype(jnp.int32)
-  error = mean_over(lambda a, b: jnp.mean((jnp.clip(a, -1, 1) - b) ** 2), made, batch)
+  error = mean_over(lambda a, b: jnp.mean((jnp.clip(a, -1, 1) - b) ** 2), reconstruction, batch)
   metrics |= {"loss": loss, "kl": kl / values, "psnr": -10 * jnp.log10(error / 4), "grad_norm": grad_norm, "bad": bad}
   return VAETrainState(state.step + 1, params, ema, opt, state.bad + bad, critic, critic_opt), metrics
 
 
-def adversarial(state, made, batch, slope, pull, losses, layout):
-  """The critic's part of a step -> (slope of the loss at the reconstructions with its share, critic, its optimiser, metrics).
+def jit_step(cfg, tx, losses, *, ema_decay, layout=None, decoder_only=False):
+  """The compiled update, (VAETrainState, batch, key, features=None) -> (VAETrainState, metrics), see `train_step`. It donates the state."""
+  settings = {"cfg": cfg, "tx": tx, "losses": losses, "ema_decay": ema_decay, "layout": layout, "decoder_only": decoder_only}
+
+  def step(state, batch, key, features=None):
+    return train_step(state, batch, key, features=features, **settings)
+
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings(cfg, tx, losses, layout), None))
+
+
+def batch_shapes(clips, images, frames, size, layout=None):
+  """A batch of ShapeDtypeStructs: so many clips of `frames` frames and images of one, each of `size` (height, width), in [-1, 1]."""
+  shapes = {"clips": (clips, frames, *size, 3), "images": (images, 1, *size, 3)}
+  return {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(shape, layout)) for name, shape in shapes.items()}
+
+
+def batch_sharding(shape, layout):
+  """Where an array of a batch lives: rows are cut over the mesh's data and fsdp axes."""
+  return None if layout is None else layout.fitted(shape, "act_batch")
+
+
+def adversarial(state, reconstruction, batch, grad, vjp, losses, layout):
+  """The critic's part of a step -> (gradient at the reconstructions with its share, critic, its optimiser, metrics).
 
   Before `adversarial_start` nothing of it runs.
   """
-  judge = lambda critic, video: critics.Discriminator(layout).apply({"params": critic}, video)  # noqa: E731
-  at_last = lambda slope: optax.tree.norm(pull((slope, jnp.zeros(())))[0]["decoder"]["conv_out"]["kernel"])  # noqa: E731
+
+  def norm_at_last_layer(grad):
+    return optax.tree.norm(vjp((grad, jnp.zeros(())))[0]["decoder"]["conv_out"]["kernel"])
+
+  def judge(critic, video):
+    return critics.Discriminator(layout).apply({"params": critic}, video)
 
   def hinge(critic):
     real = mean_over(lambda video: jnp.mean(jax.nn.relu(1 - judge(critic, video))), batch)
-    fake = mean_over(lambda video: jnp.mean(jax.nn.relu(1 + judge(critic, video))), made)
+    fake = mean_over(lambda video: jnp.mean(jax.nn.relu(1 + judge(critic, video))), reconstruction)
     return (real + fake) / 2
 
+  def fool(reconstruction):
+    return -mean_over(lambda video: jnp.mean(judge(state.critic, video)), reconstruction)
+
   def take_part():
-    fooling, against = jax.value_and_grad(lambda made: -mean_over(lambda video: jnp.mean(judge(state.critic, video)), made))(made)
-    share = losses.adversarial_weight * jnp.clip(at_last(slope) / (at_last(against) + 1e-4), 0, 1e4)
+    adversarial_loss, adversarial_grad = jax.value_and_grad(fool)(reconstruction)
+    ratio = norm_at_last_layer(grad) / (norm_at_last_layer(adversarial_grad) + 1e-4)
+    share = losses.adversarial_weight * jnp.clip(ratio, 0, 1e4)
     critic_loss, grads = jax.value_and_grad(hinge)(state.critic)
     updates, critic_opt = CRITIC.update(grads, state.critic_opt, state.critic)
-    joint = jax.tree.map(lambda a, b: a + share * b, slope, against)
+    joint = jax.tree.map(lambda a, b: a + share * b, grad, adversarial_grad)
     return joint, optax.apply_updates(state.critic, updates), critic_opt, {
-        "critic_loss": critic_loss, "adversarial": fooling, "adversarial_share": share}
+        "critic_loss": critic_loss, "adversarial": adversarial_loss, "adversarial_share": share}
 
   def stand_by():
     zero = jnp.zeros(())
-    return slope, state.critic, state.critic_opt, {"critic_loss": zero, "adversarial": zero, "adversarial_share": zero}
+    return grad, state.critic, state.critic_opt, {"critic_loss": zero, "adversarial": zero, "adversarial_share": zero}
 
   return jax.lax.cond(state.step >= losses.adversarial_start, take_part, stand_by)
 

@@ -31,8 +31,14 @@ def work(encode=None, **fields):
   return sample.prepare(request, canvas, tokenize, (1, 1, 1))
 
 
+def share_rows(works, row_tokens):
+  """As a job does, from sizes alone."""
+  text_tokens = [max(sum(map(len, one.clip.texts)), len(one.negative)) for one in works]
+  return sample.share_rows([len(one.clip.tokens_LP) for one in works], text_tokens, row_tokens)
+
+
 def run(works, sampler="unipc", row_tokens=64, **how):
-  rows, shape = sample.share_rows(works, row_tokens)
+  rows, shape = share_rows(works, row_tokens)
   found = sample.denoise(MODEL, weights(), [[works[i] for i in row] for row in rows], shape, sampler, **how)
   if found is None:
     return None
@@ -44,7 +50,7 @@ def test_alone_equals_packed():
   """Of different size, steps, guidance and prompt, five requests packed give what each gives alone; another seed does not."""
   works = [work(seed=1), work(seed=2, size=[48, 32], guidance=1.0), work(seed=3, frames=9, steps=6), work(seed=4, frames=1, prompt="two"),
            work(seed=5, guidance_interval=[0.2, 0.7], guidance_rescale=0.5, negative_prompt="a square")]
-  rows, shape = sample.share_rows(works, 96)
+  rows, shape = share_rows(works, 96)
   assert len(rows) == 1
   together = dict(zip(rows[0], sample.denoise(MODEL, weights(), [[works[i] for i in rows[0]]], shape, "unipc")[0], strict=True))
   alone = lambda one: sample.denoise(MODEL, weights(), [[one]], shape, "unipc")[0][0]     # in a row as long: the same program  # noqa: E731
@@ -74,9 +80,9 @@ def test_a_given_image_stays_and_is_seen():
 
 def test_rows_are_shared_and_large_canvases_fit():
   """Eight requests of 8 tokens share one row of 64; one of more tokens than a row gets a longer one."""
-  rows, shape = sample.share_rows([work(seed=i) for i in range(8)], 64)
+  rows, shape = share_rows([work(seed=i) for i in range(8)], 64)
   assert len(rows) == 1 and shape.length == 64 and shape.clips == 8
-  rows, shape = sample.share_rows([work(size=[160, 160])], 64)
+  rows, shape = share_rows([work(size=[160, 160])], 64)
   assert shape.length == 256 and rows == [[0]]
 
 
@@ -90,7 +96,7 @@ def test_noise_is_of_the_seed_alone():
   """Two requests with the same seed start from the same noise, whatever their prompts: the first tokens differ by the text only."""
   params = jax.tree.map(np.zeros_like, weights())       # a model that always says 0: what comes out is the noise
   works = [work(seed=7), work(seed=7, prompt="something else", frames=9)]
-  rows, shape = sample.share_rows(works, 64)
+  rows, shape = share_rows(works, 64)
   tokens = sample.denoise(MODEL, params, [[works[i] for i in row] for row in rows], shape, "euler")[0]
   first = {i: t for i, t in zip(rows[0], tokens, strict=True)}
   np.testing.assert_array_equal(first[0], first[1][:8])

@@ -132,7 +132,7 @@ def test_perceptual_distance(tmp_path):
 def test_the_perceptual_term_is_in_the_loss():
   """It pulls on the weights through the real step, and asks for its features."""
   losses = dataclasses.replace(PLAIN, perceptual_weight=1.0)
-  weights = vgg16.to_ours(vgg_tensors())
+  weights = vgg16.from_diffusers(vgg_tensors())
   state, step = setting(losses)
   with pytest.raises(ValueError, match="features"):
     step(state, batch())

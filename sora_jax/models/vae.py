@@ -318,12 +318,13 @@ def denormalise(latents_BTHWC, cfg):
 
 def config_to_dict(cfg, size=None):
   """What stands in `W/vae/config.json`."""
-  return {"format_version": 1, "size": size, **dataclasses.asdict(cfg)}
+  return {"format_version": 1, "kind": "wan", "size": size, **dataclasses.asdict(cfg)}
 
 
 def config_from_dict(fields):
   """The inverse of `config_to_dict`; ValueError for a later format or fields that are not known."""
-  fields = {name: value for name, value in fields.items() if name not in ("size", "made_from", "weights_crc32")}      # where it is from
+  about = ("kind", "size", "made_from", "weights_crc32")      # not of its shape
+  fields = {name: value for name, value in fields.items() if name not in about}
   if fields.pop("format_version", 1) != 1:
     raise ValueError("vae/config.json: format_version is not 1; it was written by a later version of this program")
   known = {field.name for field in dataclasses.fields(VAEConfig)}

@@ -33,13 +33,13 @@ def rows(cfg, adapters):
   return found
 
 
-def to_theirs(params, cfg, adapters):
+def to_diffusers(params, cfg, adapters):
   """Adapters of a DiT -> iterator of (their name, float32 array). alpha / rank is in B, so that it needs no saying."""
-  for name, value in table.to_theirs(params, rows(cfg, adapters)):
+  for name, value in table.to_diffusers(params, rows(cfg, adapters)):
     yield f"transformer.{name}", value * np.float32(adapters.scale) if name.endswith("lora_B.weight") else value
 
 
-def to_ours(tensors, cfg, metadata=None):
+def from_diffusers(tensors, cfg, metadata=None):
   """Mapping of their names to arrays (and the metadata of their file) -> (LoRAConfig, adapters of a DiT of shape cfg).
 
   BadInput names a layer that we do not adapt, ranks that differ, or a shape that does not fit.
@@ -61,7 +61,7 @@ def to_ours(tensors, cfg, metadata=None):
     raise BadInput("LoRA: alphas differ in one file, or are not one number for each layer; all adapters must have one alpha")
   try:
     adapters = LoRAConfig(rank, float(np.frombuffer(values.pop())[0]) if values else _alpha(metadata, rank), tuple(layers))
-    return adapters, table.to_ours({name: tensors[there] for name, there in plain.items()}, rows(cfg, adapters))
+    return adapters, table.from_diffusers({name: tensors[there] for name, there in plain.items()}, rows(cfg, adapters))
   except (ValueError, TypeError) as error:
     raise BadInput(f"LoRA: {error}") from None
   except BadInput as error:

@@ -41,12 +41,12 @@ class Row:
       params = params[key]
     return params
 
-  def to_ours(self, tensor):
+  def from_diffusers(self, tensor):
     """One tensor of theirs -> our array, or one layer of it."""
     return rearrange(tensor if self.parts is None else tensor[:, self.parts], self.theirs, self.ours, self.sizes)
 
-  def to_theirs(self, array):
-    """The inverse of `to_ours`; of a part, that part."""
+  def to_diffusers(self, array):
+    """The inverse of `from_diffusers`; of a part, that part."""
     return rearrange(array, self.ours, self.theirs, self.sizes)
 
 
@@ -97,10 +97,10 @@ def stream(tensors, rows):
   """Mapping name -> array in their layout -> iterator of (row, our array or a layer of it), in the order of rows, one tensor in memory at a time."""
   for row in rows:
     for name in row.names:
-      yield row, row.to_ours(np.asarray(tensors[name]))
+      yield row, row.from_diffusers(np.asarray(tensors[name]))
 
 
-def to_ours(tensors, rows, dtype=np.float32):
+def from_diffusers(tensors, rows, dtype=np.float32):
   """Mapping name -> array in their layout -> nested dict of ours. Raises BadInput that names what is missing, left over or of another shape."""
   check(tensors, rows)
   params = {}
@@ -116,13 +116,13 @@ def to_ours(tensors, rows, dtype=np.float32):
   return params
 
 
-def to_theirs(params, rows):
+def to_diffusers(params, rows):
   """Nested dict of ours -> iterator of (name, numpy array) in their layout, one at a time."""
   held = []
   for at, row in enumerate(rows):
     value = row.of(params)
     for i, name in enumerate(row.names):
-      one = row.to_theirs(np.asarray(value[i] if "{}" in row.name else value))
+      one = row.to_diffusers(np.asarray(value[i] if "{}" in row.name else value))
       if row.parts is not None:
         held.append(one)
         if at + 1 < len(rows) and rows[at + 1].name == row.name:

@@ -37,17 +37,17 @@ def names(tensors):
   return {name: name for name in tensors if name not in EMBEDDINGS} | ({EMBEDDINGS[0]: embedding} if embedding else {})
 
 
-def to_ours(tensors, cfg, dtype=np.float32):
+def from_diffusers(tensors, cfg, dtype=np.float32):
   """Mapping of their names to arrays -> params of a TextEncoder. Raises BadInput that names what does not fit."""
-  return table.to_ours(files.Renamed(tensors, names(tensors)), rows(cfg), dtype)
+  return table.from_diffusers(files.Renamed(tensors, names(tensors)), rows(cfg), dtype)
 
 
-def to_theirs(params, cfg):
+def to_diffusers(params, cfg):
   """Params of a TextEncoder -> iterator of (their name, numpy array)."""
-  return table.to_theirs(params, rows(cfg))
+  return table.to_diffusers(params, rows(cfg))
 
 
-def config_to_ours(theirs):
+def config_from_diffusers(theirs):
   """Their config.json -> TextConfig. Raises BadInput for another kind of T5."""
   for name, allowed in (("model_type", "umt5"), ("feed_forward_proj", "gated-gelu")):
     if theirs.get(name) != allowed:
@@ -83,7 +83,7 @@ def config_of(tensors):
   )
 
 
-def config_to_theirs(cfg):
+def config_to_diffusers(cfg):
   """TextConfig -> their config.json."""
   return {
     "architectures": ["UMT5EncoderModel"],

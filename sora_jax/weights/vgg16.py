@@ -15,10 +15,10 @@ from sora_jax.weights import files
 
 def load(path):
   """The file -> weights of `critics.vgg_features`. Raises BadInput where it cannot be read, or something in it does not fit."""
-  return to_ours(files.Tensors(path))
+  return from_diffusers(files.Tensors(path))
 
 
-def to_ours(tensors, dtype=np.float32):
+def from_diffusers(tensors, dtype=np.float32):
   """Mapping of their names to arrays -> weights of `critics.vgg_features`. Raises BadInput that names what does not fit."""
   weights, inner = {}, 3
   for stage, width in zip(VGG_STAGES, VGG_WIDTHS, strict=True):

@@ -89,17 +89,17 @@ def rows(cfg):
   return found
 
 
-def to_ours(tensors, cfg, dtype=np.float32):
+def from_diffusers(tensors, cfg, dtype=np.float32):
   """Mapping of their names to arrays -> params of a DiT. Raises BadInput that names what does not fit."""
-  return table.to_ours(tensors, rows(cfg), dtype)
+  return table.from_diffusers(tensors, rows(cfg), dtype)
 
 
-def to_theirs(params, cfg):
+def to_diffusers(params, cfg):
   """Params of a DiT -> iterator of (their name, numpy array)."""
-  return table.to_theirs(params, rows(cfg))
+  return table.to_diffusers(params, rows(cfg))
 
 
-def config_to_ours(theirs, expand_timesteps=False):
+def config_from_diffusers(theirs, expand_timesteps=False):
   """Their config.json -> DiTConfig. `expand_timesteps` stands in model_index.json: true for TI2V-5B, which knows a sigma for each token.
 
   Raises BadInput for a Wan 2.1 image-to-video model (it reads CLIP features of the image, which we do not compute).
@@ -130,7 +130,7 @@ def config_to_ours(theirs, expand_timesteps=False):
   )
 
 
-def config_to_theirs(cfg):
+def config_to_diffusers(cfg):
   """DiTConfig -> their config.json. BadInput where their class has no such model."""
   if cfg.predicts != "velocity" or cfg.rope_theta != 10_000:
     raise BadInput(

@@ -131,7 +131,7 @@ def open_original(source, folders):
     config = files.read_config(folder)
     tensors = files.Tensors(folder, "diffusion_pytorch_model*")
     names = wan_original.rename(tensors, "dit")
-    cfg = _checked(folder, "WanModel", lambda config=config, names=names: wan_dit.config_to_ours(
+    cfg = _checked(folder, "WanModel", lambda config=config, names=names: wan_dit.config_from_diffusers(
       wan_original.config_to_diffusers(config, names.values()), config.get("model_type") == "ti2v"))
     parts.append(_part("dit", folder, cfg, files.Renamed(tensors, names), tensors))
   _name_experts(source, parts)
@@ -184,7 +184,7 @@ def open_part(folder, expand_timesteps=False):
     raise BadInput(f"weights: {folder} is a {kind}, which is not known; known are {', '.join(PARTS)}, and {', '.join(PIPELINES)}")
   key = PARTS[kind]
   extra = (expand_timesteps,) if key == "dit" else ()
-  cfg = _checked(folder, kind, lambda: MODULES[key].config_to_ours(config, *extra))
+  cfg = _checked(folder, kind, lambda: MODULES[key].config_from_diffusers(config, *extra))
   tensors = files.Tensors(folder)
   return _part(key, folder, cfg, files.Renamed(tensors, umt5.names(tensors)) if key == "text" else tensors, tensors)
 
@@ -218,7 +218,7 @@ def read_json(path):
     raise BadInput(f"weights: {path} cannot be read ({error}); download it again") from None
 
 
-def part_to_theirs(key, cfg, params, stored, to_dtype):
+def part_to_diffusers(key, cfg, params, stored, to_dtype):
   """Params of one part -> (its config.json, {their name: (shape, dtype)}, iterator of (their name, array)).
 
   stored: {name: dtype} where it was imported, which names an embedding as it was named there; to_dtype: dtype -> dtype that is wanted.
@@ -231,8 +231,8 @@ def part_to_theirs(key, cfg, params, stored, to_dtype):
     names[umt5.EMBEDDINGS[0]] = [name for name in umt5.EMBEDDINGS if name in stored]
   shapes = table.their_shapes(rows)
   specs = {theirs: (shapes[name], to_dtype((stored or {}).get(theirs, leaves[name]))) for name in shapes for theirs in names[name]}
-  pieces = ((theirs, array) for name, array in table.to_theirs(params, rows) for theirs in names[name])
-  return module.config_to_theirs(cfg), specs, pieces
+  pieces = ((theirs, array) for name, array in table.to_diffusers(params, rows) for theirs in names[name])
+  return module.config_to_diffusers(cfg), specs, pieces
 
 
 def _new_index(path, model, settings, workdir):

@@ -62,17 +62,17 @@ def rows(cfg):
   return found
 
 
-def to_ours(tensors, cfg, dtype=np.float32):
+def from_diffusers(tensors, cfg, dtype=np.float32):
   """Mapping of their names to arrays -> params of a VAE. Raises BadInput that names what does not fit."""
-  return table.to_ours(tensors, rows(cfg), dtype)
+  return table.from_diffusers(tensors, rows(cfg), dtype)
 
 
-def to_theirs(params, cfg):
+def to_diffusers(params, cfg):
   """Params of a VAE -> iterator of (their name, numpy array)."""
-  return table.to_theirs(params, rows(cfg))
+  return table.to_diffusers(params, rows(cfg))
 
 
-def config_to_ours(theirs):
+def config_from_diffusers(theirs):
   """Their config.json -> VAEConfig. What it leaves out has their defaults, which are Wan 2.1's. Raises BadInput for a kind not known."""
   if theirs.get("attn_scales"):
     raise BadInput(f"weights: attn_scales={theirs['attn_scales']!r}; attention between levels is in no public Wan VAE; it must be []")
@@ -98,7 +98,7 @@ def config_of(tensors):
   return dataclasses.replace(size, base_dim=base, decoder_base_dim=None if wide == base else wide)
 
 
-def config_to_theirs(cfg):
+def config_to_diffusers(cfg):
   """VAEConfig -> their config.json. BadInput for a VAE that has parts which theirs has not."""
   if cfg.linear or not all(cfg.spatial_downsample):
     raise BadInput("this VAE is of our own kind (a linear codec, or levels that keep the size); AutoencoderKLWan has no such parts")

@@ -18,11 +18,11 @@ def images(count):
        seconds=st.sampled_from([0, 0.1, 0.5, 0.68, 1, 2, 1000]))
 def test_pieces_are_consecutive_and_lose_nothing_but_the_end(count, fps, seconds):
   """Put together again, the pieces are the video, but for at most 4 frames at its end, which are counted."""
-  found = list(pieces(images(count), fps, seconds))
+  found = list(pieces(images(count), fps, seconds, 4))
   assert (count == 0) == (not found)
   at = 0
   for clip, start, left_out in found:
-    assert len(clip) == whole_frames(len(clip))
+    assert len(clip) == whole_frames(len(clip), 4)
     assert not seconds or len(clip) <= max(1, seconds * fps + 1e-3)
     assert start == pytest.approx(at / fps)
     np.testing.assert_array_equal(clip[:, 0, 0, 0], np.arange(at, at + len(clip)) % 256)
@@ -38,7 +38,7 @@ def test_pieces_are_consecutive_and_lose_nothing_but_the_end(count, fps, seconds
 def test_17_frames():
   """0.68 s at 25 frames a second, and at 29.97, are 17 frames: floats are forgiven."""
   for fps in (25, 30000 / 1001):
-    assert [len(clip) for clip, _, _ in pieces(images(40), fps, 0.68)] == [17, 17, 5]
+    assert [len(clip) for clip, _, _ in pieces(images(40), fps, 0.68, 4)] == [17, 17, 5]
 
 
 def test_one_piece_is_held_at_a_time():
@@ -50,7 +50,7 @@ def test_one_piece_is_held_at_a_time():
       drawn += 1
       yield image
 
-  found = pieces(counted(), 8, 2)
+  found = pieces(counted(), 8, 2, 4)
   for n in range(1, 6):
     assert len(next(found)[0]) == 13
     assert drawn == 13 * n + 5, "a piece and five frames"
@@ -64,7 +64,7 @@ def test_damage_spares_what_was_whole_before_it():
   for count, whole in ((0, 0), (12, 0), (13, 1), (25, 1), (26, 2), (30, 2)):
     taken = []
     with pytest.raises(BadClip):
-      for clip, _, _ in pieces(damaged(count), 8, 2):
+      for clip, _, _ in pieces(damaged(count), 8, 2, 4):
         taken.append(len(clip))
     assert taken == [13] * whole, count
 
@@ -78,7 +78,7 @@ def test_crop_takes_the_middle():
 
 
 def test_pieces_of_a_later_scene_begin_later():
-  assert [(len(clip), round(start * 25)) for clip, start, _ in pieces(images(40), 25, 0.68, first=100)] == [(17, 100), (17, 117), (5, 134)]
+  assert [(len(clip), round(start * 25)) for clip, start, _ in pieces(images(40), 25, 0.68, 4, first=100)] == [(17, 100), (17, 117), (5, 134)]
 
 
 @pytest.mark.parametrize(("raw", "caption", "wrong"), [

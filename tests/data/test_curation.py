@@ -36,7 +36,7 @@ def joined(tmp_path_factory):
 
 
 def read(path, **rules):
-  return list(curation.read(path, Item("x", "caption"), Rules(**rules)))
+  return list(curation.read(path, Item("x", "caption"), Rules(temporal_stride=4, **rules)))
 
 
 def cuts_of(images, threshold=10.0):

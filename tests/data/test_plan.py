@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from data import plan as plan_module, reference
+from data import plan as plan_module
 from data.plan import Cursor, Joined, Plan, deal, mix64, shuffle
 from data.records import INDEX_DTYPE
+from launch.packing import reference
 from sora_jax.batch import RowShape
 from sora_jax.errors import BadInput
 

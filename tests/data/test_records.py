@@ -254,8 +254,3 @@ def test_not_a_record():
       records.from_blob(blob)
 
 
-def test_json_is_what_was_given_and_has_a_line_an_entry(tmp_path):
-  value = {"a": 1, "b": {"x.mp4": {"size": [1, 2], "deep": {"er": None}}, 'q"é\n猫': [{}, {"s": 1}]}, "empty": {}, "list": [1]}
-  records.write_json(tmp_path / "a.json", value)
-  text = (tmp_path / "a.json").read_text("utf-8")
-  assert json.loads(text) == value and len(text.splitlines()) == 9

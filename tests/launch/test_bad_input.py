@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from configs import t2v as page
-from launch import build, sampling
-from sora_jax import checkpoint, layout, video
+from launch.jobs import sample
+from sora_jax import files, layout, parts, video
 from sora_jax.models import dit, t2v, text, vae
 
 
@@ -21,12 +21,12 @@ def model(tmp_path_factory):
   workdir, config = tmp_path_factory.mktemp("model"), page.get_config("tiny")
   config.sample.steps, config.sample.rows, config.sample.row_tokens = 2, 1, 16
   cfg = vae.SIZES["tiny"]
-  checkpoint.save_part(workdir / "vae", vae.config_to_dict(cfg, "tiny"), vae.init(jax.random.key(0), cfg))
+  parts.save_part(workdir / "vae", vae.config_to_dict(cfg, "tiny"), vae.init(jax.random.key(0), cfg))
   (workdir / "text").mkdir()
   text.train_tokenizer(["a red ball moves left", "a blue square"], workdir / "text" / "tokenizer.model")
-  parts = t2v.Model(dit.SIZES["tiny"], dataclasses.replace(text.SIZES["tiny"], vocab=text.Tokenizer(workdir / "text/tokenizer.model").vocab))
-  checkpoint.save_part(workdir / "model", {"step": 7}, layout.unbox(jax.jit(parts.init)(jax.random.key(0))))
-  checkpoint.write_json(workdir / "config.json", {"format_version": 1, "program": "launch.train", **json.loads(config.to_json_best_effort())})
+  whole = t2v.Model(dit.SIZES["tiny"], dataclasses.replace(text.SIZES["tiny"], vocab=text.Tokenizer(workdir / "text/tokenizer.model").vocab))
+  parts.save_part(workdir / "model", {"step": 7}, layout.unbox(jax.jit(whole.init)(jax.random.key(0))))
+  files.write_json(workdir / "config.json", {"format_version": 1, "program": "launch.train", **json.loads(config.to_json_best_effort())})
   return workdir
 
 
@@ -45,7 +45,7 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
   done = run_program(*arguments, cwd=tmp_path)
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
   assert "10 of 12 requests could not be done" in done.stderr and "line 2 of r.jsonl is not valid JSON" in done.stderr
-  manifest = sampling.read_manifest(tmp_path / "made")
+  manifest = sample.read_manifest(tmp_path / "made")
   for name, says in {"blank": "prompt is empty", "long": "10000 characters", "small": "one stride", "where": "nowhere.png", "odd": "colour",
                      "endless": "fps is nan", "half": "no character", "good (again)": "two requests"}.items():
     assert manifest[name]["status"] == "failed" and says in manifest[name]["error"] and f"request {name}: " in done.stdout
@@ -88,7 +88,7 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
 ], ids=lambda value: "-".join(value)[:60] if isinstance(value, tuple) else "")
 def test_one_line(model, run_program, tmp_path, arguments, says):
   """Told before anything compiles, and nothing is written."""
-  root = build.__file__.rsplit("/launch/", 1)[0]
+  root = sample.__file__.rsplit("/launch/", 1)[0]
   done = run_program(*(a.format(model=model, root=root) for a in arguments), cwd=tmp_path)
   assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
   assert not [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -99,8 +99,8 @@ def test_another_model_makes_another_video(model, run_program, tmp_path):
   arguments = ("sample", "--prompt=a red ball", "--size=16,16", "--frames=1", "--out=made")
   other = tmp_path / "other"
   shutil.copytree(model, other)
-  fields, weights = checkpoint.load_part(other / "model")
-  checkpoint.save_part(other / "model", fields, jax.tree.map(lambda leaf: leaf * 1.1, weights))
+  fields, weights = parts.load_part(other / "model")
+  parts.save_part(other / "model", fields, jax.tree.map(lambda leaf: leaf * 1.1, weights))
   made = [run_program(*arguments, f"--workdir={place}", cwd=tmp_path).stdout for place in (model, other)]
   assert [("1 made" in said, "1 were there already" in said) for said in made] == [(True, False)] * 2
 

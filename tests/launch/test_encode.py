@@ -22,8 +22,8 @@ from ml_collections import ConfigDict
 from data import records
 from data.clips import Dropped, Item, RawClip
 from data.sources import folder
-from launch import build, encoding
-from sora_jax import checkpoint, layout, video
+from launch.jobs import encode_unit
+from sora_jax import codec, embedder, layout, parts, video, workdir as workdirs
 from sora_jax.errors import BadInput
 from sora_jax.models import text, vae
 
@@ -40,8 +40,8 @@ class Averages:
     self.batches = []
 
   def latents(self, videos):
-    (shape,) = {encoding.shape_on_canvas(v, STRIDE) for v in videos}
-    assert len(videos) <= encoding.batch_of(shape)
+    (shape,) = {codec.shape_on_canvas(v, STRIDE) for v in videos}
+    assert len(videos) <= codec.batch_size(shape)
     self.batches.append(len(videos))
     found = []
     for clip in videos:
@@ -53,10 +53,10 @@ class Averages:
     return found
 
   def texts(self, captions):
-    return [(np.array([*map(ord, caption[:encoding.MAX_TEXT - 1]), 1], np.int32), None) for caption in captions]
+    return [(np.array([*map(ord, caption[:encode_unit.MAX_TEXT - 1]), 1], np.int32), None) for caption in captions]
 
   def is_long(self, caption):
-    return len(caption) >= encoding.MAX_TEXT
+    return len(caption) >= encode_unit.MAX_TEXT
 
 
 def encode(source, out, stop=lambda: False, encoder=None):
@@ -64,9 +64,9 @@ def encode(source, out, stop=lambda: False, encoder=None):
   encoder = encoder or Averages()
   with records.RecordWriter(out) as writer:
     items = source.items()
-    todo = [item for item in items if not encoding.is_done(item, writer, out)]
-    done = encoding.encode(source, todo, encoder, writer, stop)
-    report = encoding.write_report(out / "report.json", source, "SPEC", items, writer)
+    todo = [item for item in items if not encode_unit.is_done(item, writer, out)]
+    done = encode_unit.encode(source, todo, encoder, writer, stop)
+    report = encode_unit.write_report(out / "report.json", source, "SPEC", items, writer)
     index = None
     if done:
       (null, _), = encoder.texts([""])
@@ -76,7 +76,7 @@ def encode(source, out, stop=lambda: False, encoder=None):
 
 
 def open_folder(path, max_seconds=0.68):
-  return folder.open_source(ConfigDict({"path": str(path), "max_seconds": max_seconds, "fps": 0.0}))
+  return folder.open_source(ConfigDict({"path": str(path), "max_seconds": max_seconds, "temporal_stride": STRIDE[0]}))
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +171,8 @@ def test_stopped_anywhere_it_ends_the_same(library, tmp_path, monkeypatch):
   for name in ("turned.mp4", "uncaptioned.mp4", "carphone_pristine.mp4", "garbage.mp4"):
     shutil.copy(library / name, small / name)
   _, report, whole = encode(open_folder(small, 0.25), tmp_path / "whole")
-  add, added, runs = encoding.Unit.add, [], 0
-  monkeypatch.setattr(encoding.Unit, "add", lambda unit, clip, *rest: (added.append(clip.start), add(unit, clip, *rest)))
+  add, added, runs = encode_unit.Unit.add, [], 0
+  monkeypatch.setattr(encode_unit.Unit, "add", lambda unit, clip, *rest: (added.append(clip.start), add(unit, clip, *rest)))
   while True:
     encoder = Averages()
     added.clear()
@@ -218,9 +218,9 @@ def test_few_compilations_serve_many_sizes(tmp_path):
   """Clips and images of three sizes on one canvas take two compilations, and conditions two; latents are those of the native size."""
   cfg = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,), patch_size=4)
   params = vae.init(jax.random.key(0), cfg)
-  checkpoint.save_part(tmp_path / "vae", vae.config_to_dict(cfg), params)
-  build.copy_part(checkpoint.shipped() / "text", tmp_path / "text")
-  encoder, rng = encoding.Encoder(tmp_path), np.random.default_rng(0)
+  parts.save_part(tmp_path / "vae", vae.config_to_dict(cfg), params)
+  parts.copy_part(workdirs.shipped() / "text", tmp_path / "text")
+  encoder, rng = encode_unit.Encoder(tmp_path), np.random.default_rng(0)
   clips = [rng.integers(0, 256, (9, h, w, 3), dtype=np.uint8) for h, w in ((24, 40), (32, 48), (32, 40))]
   before = vae.encode_chunk._cache_size()
   found = encoder.latents(clips)
@@ -238,7 +238,7 @@ def test_few_compilations_serve_many_sizes(tmp_path):
 def test_a_unit_is_saved_when_it_is_full(tmp_path, monkeypatch):
   """What a kill can cost is bounded; and where units end changes nothing."""
   _, _, whole = encode(Generated(50), tmp_path / "one")
-  monkeypatch.setattr(encoding, "UNIT_CLIPS", 20)
+  monkeypatch.setattr(encode_unit, "UNIT_CLIPS", 20)
   _, _, index = encode(Generated(50), tmp_path / "three")
   assert [shard["records"] for shard in index.header["shards"]] == [20, 20, 10]
   same_records(index, whole)
@@ -290,7 +290,7 @@ def test_what_is_dropped_is_named(tmp_path):
       {"start": 5.0, "seconds": 1.0, "why": "black"}]
   assert report["passed_over"] == {"0000": "black: 3.00 s; too short: 0.50 s"}
   with records.RecordWriter(tmp_path) as writer:
-    assert all(encoding.is_done(item, writer, tmp_path) for item in Dull(2).items()), "it is not looked at again"
+    assert all(encode_unit.is_done(item, writer, tmp_path) for item in Dull(2).items()), "it is not looked at again"
 
 
 def test_long_captions_are_cut_and_noted(tmp_path):
@@ -310,10 +310,10 @@ TINY = vae.VAEConfig(base_dim=8, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, 
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+def model(tmp_path_factory):
   """A work directory with a VAE that was never trained."""
   workdir = tmp_path_factory.mktemp("workdir")
-  checkpoint.save_part(workdir / "vae", vae.config_to_dict(TINY), vae.init(jax.random.key(0), TINY))
+  parts.save_part(workdir / "vae", vae.config_to_dict(TINY), vae.init(jax.random.key(0), TINY))
   return workdir
 
 
@@ -331,19 +331,19 @@ def clips(tmp_path_factory):
   return root
 
 
-def test_the_program(run_program, parts, clips, tmp_path):
+def test_the_program(run_program, model, clips, tmp_path):
   """Exit code 0, and the records hold normalised latents of the clips; a second run does nothing."""
-  arguments = ("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={parts}", "--max_seconds=2.2")
+  arguments = ("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={model}", "--max_seconds=2.2")
   first = run_program(*arguments)
   assert first.returncode == 0, first.stderr
   assert "Next: python -m launch.train" in first.stdout and "encoding" in first.stdout
   index = records.RecordIndex.open(tmp_path / "out")
   assert len(index) == 5 + 3
-  assert index.header["vae_fingerprint"] == build.fingerprint(tmp_path / "out" / "vae") == build.fingerprint(parts / "vae")
+  assert index.header["vae_fingerprint"] == parts.fingerprint(tmp_path / "out" / "vae") == parts.fingerprint(model / "vae")
   assert index.header["latent_channels"] == 4 and index.header["vae_stride"] == [4, 16, 16]
   tokenizer = text.Tokenizer(tmp_path / "out" / "text" / "tokenizer.model")
   assert index.null_text[0].tolist() == tokenizer.null
-  cfg, params = TINY, checkpoint.load_part(parts / "vae")[1]
+  cfg, params = TINY, parts.load_part(model / "vae")[1]
   for i in range(len(index)):
     record = records.read(index, i)
     if record.file == "2.mp4":
@@ -365,40 +365,40 @@ def test_texts_of_a_frozen_encoder(tmp_path):
   cfg = text.TextConfig(vocab=40, width=16, depth=2, heads=2, head_size=8, mlp=32)
   model = text.TextEncoder(cfg)
   params = layout.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int), jnp.ones((1, 8), int))["params"])
-  checkpoint.save_part(tmp_path, dataclasses.asdict(cfg), params)
+  parts.save_part(tmp_path, dataclasses.asdict(cfg), params)
   texts = [np.random.default_rng(i).integers(3, 40, 1 + 5 * i).astype(np.int32) for i in range(11)]
-  found = encoding.Embedder(tmp_path)(texts)
+  found = embedder.Embedder(tmp_path)(texts)
   assert [len(e) for e in found] == [len(i) for i in texts]
   alone = model.apply({"params": params}, texts[4][None], np.ones((1, 21), int))[0]
   np.testing.assert_allclose(found[4], alone, atol=1e-5)
 
 
-def start(parts, source, out):
-  command = [sys.executable, "-u", "-m", "launch.encode", f"--source={source}", f"--out={out}", f"--workdir={parts}"]
+def start(model, source, out):
+  command = [sys.executable, "-u", "-m", "launch.encode", f"--source={source}", f"--out={out}", f"--workdir={model}"]
   environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
   return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_sigterm_saves_and_says_so(parts, clips, tmp_path, run_program):
-  process = start(parts, clips, tmp_path / "out")
+def test_sigterm_saves_and_says_so(model, clips, tmp_path, run_program):
+  process = start(model, clips, tmp_path / "out")
   assert "encoding 6 of 6" in process.stdout.readline()
   process.send_signal(signal.SIGTERM)
   rest, errors = process.communicate(timeout=300)
   assert process.returncode == 75 and "run the same command again" in rest, (rest, errors)
-  assert run_program("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={parts}").returncode == 0
-  assert run_program("encode", f"--source={clips}", f"--out={tmp_path / 'whole'}", f"--workdir={parts}").returncode == 0
+  assert run_program("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={model}").returncode == 0
+  assert run_program("encode", f"--source={clips}", f"--out={tmp_path / 'whole'}", f"--workdir={model}").returncode == 0
   same_records(records.RecordIndex.open(tmp_path / "out"), records.RecordIndex.open(tmp_path / "whole"))
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("after", [0.0, 1.0, 2.0, 3.0, 5.0])
-def test_kill_9_at_any_moment(parts, clips, tmp_path, run_program, after):
-  process = start(parts, clips, tmp_path / "out")
+def test_kill_9_at_any_moment(model, clips, tmp_path, run_program, after):
+  process = start(model, clips, tmp_path / "out")
   process.stdout.readline()
   time.sleep(after)
   process.kill()
   process.communicate()
-  assert run_program("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={parts}").returncode == 0
+  assert run_program("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={model}").returncode == 0
   index = records.RecordIndex.open(tmp_path / "out")
   assert len(index) == 6 and all(records.read(index, i) for i in range(6))
 
@@ -408,12 +408,12 @@ def test_kill_9_at_any_moment(parts, clips, tmp_path, run_program, after):
     (("--source=SRC", "--out=OUT", "--workdir=EMPTY"), "vae"), (("--source=SRC", "--out=OUT", "--max_second=3"), "max_second"),
     (("--source=BAD", "--out=OUT", "--workdir=W"), "none of its 1 files could be taken, such as a.mp4"),
 ])
-def test_bad_input(run_program, parts, clips, tmp_path, flags, told):
+def test_bad_input(run_program, model, clips, tmp_path, flags, told):
   """Exit code 2, one line that says what to do, no traceback."""
   (tmp_path / "empty").mkdir()
   (tmp_path / "bad").mkdir()
   (tmp_path / "bad" / "a.mp4").write_bytes(b"x" * 1000)
-  places = {"OUT": tmp_path / "out", "SRC": clips, "EMPTY": tmp_path / "empty", "W": parts, "BAD": tmp_path / "bad"}
+  places = {"OUT": tmp_path / "out", "SRC": clips, "EMPTY": tmp_path / "empty", "W": model, "BAD": tmp_path / "bad"}
   arguments = [flag.partition("=")[0] + "=" + str(places.get(flag.partition("=")[2], flag.partition("=")[2])) for flag in flags]
   result = run_program("encode", *arguments)
   assert result.returncode == 2, result.stderr

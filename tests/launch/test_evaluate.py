@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.sources import shapes
-from sora_jax import checkpoint, metrics, video
+from sora_jax import metrics, parts, video
 from sora_jax.models import vae
 
 PROMPTS = {"a": "a red ball moves left", "b": "a blue square moves up", "c": "an orange triangle moves right",
@@ -71,7 +71,7 @@ def test_a_vae_is_measured(tmp_path, run_program):
   cfg = vae.SIZES["tiny"]
   params = vae.init(jax.random.key(0), cfg)
   workdir, source = tmp_path / "w", tmp_path / "clips"
-  checkpoint.save_part(workdir / "vae", vae.config_to_dict(cfg, "tiny"), jax.device_get(params))
+  parts.save_part(workdir / "vae", vae.config_to_dict(cfg, "tiny"), jax.device_get(params))
   source.mkdir()
   pixels = shapes.render(shapes.parse("a red ball"), (48, 48), 1, 0)[0]
   for name in "ab":
@@ -85,6 +85,6 @@ def test_a_vae_is_measured(tmp_path, run_program):
   again = np.asarray(vae.decode(params, vae.encode(params, clip, cfg)[0], cfg))
   wanted = metrics.psnr((clip + 1) / 2, (again + 1) / 2), metrics.ssim((clip[0] + 1) / 2, (again[0] + 1) / 2)
   assert (report["vae"]["psnr"], report["vae"]["ssim"]) == pytest.approx(wanted, abs=0.02) and report["vae"]["clips"] == 2
-  assert "broken.png is passed over" in done.stdout and "loss_by_sigma" not in report
+  assert "broken.png is skipped" in done.stdout and "loss_by_sigma" not in report
   shown = report["reconstructions"]
   assert shown and all((tmp_path / entry[name]).exists() for entry in shown for name in ("original", "reconstruction"))

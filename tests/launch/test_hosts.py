@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data import records
-from launch import hosts
+from launch.common import children
 from tests import conftest
 
 TRAIN = ("--config=configs/t2v.py:tiny", "--config.log_every=1", "--config.checkpoint_every=2", "--config.data.rows=8",
@@ -105,16 +105,16 @@ class Child:
 
 @pytest.mark.parametrize("codes, worst", [((0, 0), 0), ((0, 75), 75), ((75, 2), 2), ((0, None, 1), 1), ((None, -9), 1)])
 def test_the_worst_exit_code_counts(codes, worst):
-  children = [Child(code) for code in codes]
-  assert hosts.watch(children, hosts.Lines()) == worst
-  assert all(child.asked for child, code in zip(children, codes, strict=True) if code is None)
+  processes = [Child(code) for code in codes]
+  assert children.watch(processes, children.Lines()) == worst
+  assert all(child.asked for child, code in zip(processes, codes, strict=True) if code is None)
 
 
 def test_lines_are_told_once_and_those_of_the_survivors_not_at_all(capsys):
-  lines = hosts.Lines()
+  lines = children.Lines()
   for number, text in enumerate((["all\n", "first\n"], ["all\n", "lost the first\n"])):
     lines.follow(number, text)
-  lines.tell(failed=0, wait=0.0)
+  lines.show(failed=0, wait=0.0)
   assert capsys.readouterr().err == "all\nfirst\n"
 
 

@@ -12,10 +12,11 @@ import pytest
 from configs import t2v
 from data import records
 from data.plan import Joined, Plan
-from launch import build, plan_report as packings
-from sora_jax import checkpoint
+from launch.common import settings
+from launch.reports import packing as packings
+from sora_jax import files, workdir as workdirs
 from sora_jax.batch import RowShape
-from tests.launch.test_page import Reader
+from tests.launch.reports.test_page import Reader
 
 STRIDE = (4, 8, 8)
 
@@ -38,7 +39,7 @@ def directory(tmp_path_factory):
   """Records of the VAE and the tokenizer that ship, whose shards hold nothing any more: only the index can be read."""
   out = tmp_path_factory.mktemp("records")
   for part in ("vae", "text"):
-    shutil.copytree(checkpoint.shipped() / part, out / part)
+    shutil.copytree(workdirs.shipped() / part, out / part)
   with records.RecordWriter(out) as writer:
     for i, row in enumerate(make_rows(300)):
       latents = np.zeros((*(int(row[name]) for name in "thw"), 48), np.float32)
@@ -79,7 +80,7 @@ def test_training_refuses(directory, run_program, tmp_path, flags, header, says)
   if header:
     shutil.copytree(directory, tmp_path / "records")
     directory = tmp_path / "records"
-    checkpoint.write_json(directory / "index.json", json.loads((directory / "index.json").read_text()) | header)
+    files.write_json(directory / "index.json", json.loads((directory / "index.json").read_text()) | header)
   done = run_program("train", *arguments(directory)[1:], *flags, f"--workdir={tmp_path / 'w'}")
   assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
   assert not (tmp_path / "w").exists()
@@ -89,7 +90,7 @@ def test_what_it_advises_helps(directory, tmp_path):
   """Clips that fit no row are named, each on a line of a file; with the rows that are advised, all fit."""
   index = records.RecordIndex.open(directory)
   plan = make_plan(index.rows, 40, text=25)
-  build.name_misfits(index, plan, tmp_path)
+  settings.name_misfits(index, plan, tmp_path)
   named = [line.split("\t") for line in (tmp_path / "misfits.txt").read_text().splitlines()]
   assert [(re.match(r"record (\d+): (\d+).mp4 at 0 s ", name)[2], why) for name, why in named] == [
       (f"{misfit.position:04d}", misfit.reason) for misfit in plan.misfits]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data import records
-from sora_jax import checkpoint
+from sora_jax import parts
 from tests import conftest
 
 pytestmark = pytest.mark.faults
@@ -102,11 +102,11 @@ def test_story(run_program, tmp_path):
 
   shutil.rmtree(tmp_path / "kills" / "vae" / "vae")                                  # as if killed between the last step and the end
   run("train_vae", *VAE, f"--workdir={tmp_path / 'kills' / 'vae'}")
-  assert checkpoint.fingerprint(tmp_path / "kills" / "vae" / "vae") == checkpoint.fingerprint(tmp_path / "peace" / "vae" / "vae")
+  assert parts.checksum(tmp_path / "kills" / "vae" / "vae") == parts.checksum(tmp_path / "peace" / "vae" / "vae")
 
   finer = (*VAE, "--config.decoder_only=True", "--config.ssim_weight=0.5", f"--config.init={tmp_path / 'peace' / 'vae'}")
   run("train_vae", *finer, f"--workdir={tmp_path / 'finer'}")
-  before, after = (checkpoint.load_part(tmp_path / name / "vae") for name in ("peace/vae", "finer"))
+  before, after = (parts.load_part(tmp_path / name / "vae") for name in ("peace/vae", "finer"))
   assert before[0] == after[0] and not np.array_equal(before[1]["decoder"]["conv_out"]["kernel"], after[1]["decoder"]["conv_out"]["kernel"])
   shutil.copytree(tmp_path / "finer" / "vae", tmp_path / "kills" / "dit" / "vae", dirs_exist_ok=True)      # its records are still good
 

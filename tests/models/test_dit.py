@@ -195,19 +195,19 @@ def test_a_config_that_cannot_be_built_says_so(wrong):
 def test_wan_weights_give_wan_answers(name):
   """Weights and answers of diffusers' own class (0.42.1; golden/make.py): odd clips, one with a time for each token, conditions."""
   tensors, theirs, golden = files.Tensors(GOLDEN / name), files.read_config(GOLDEN / name), np.load(GOLDEN / name / "golden.npz")
-  cfg = wan_dit.config_to_ours(theirs)
-  params = wan_dit.to_ours(tensors, cfg)
+  cfg = wan_dit.config_from_diffusers(theirs)
+  params = wan_dit.from_diffusers(tensors, cfg)
   count = len(golden) // 4
   clips = [(golden[f"x{i}"].transpose(1, 2, 3, 0), golden[f"time{i}"], golden[f"text{i}"]) for i in range(count)]
   assert count >= 2
   for i, velocity in enumerate(dit_velocities(cfg, params, clips)):
     np.testing.assert_allclose(velocity.transpose(3, 0, 1, 2), golden[f"y{i}"], atol=1e-5 * np.abs(golden[f"y{i}"]).max())
 
-  back = dict(wan_dit.to_theirs(params, cfg))
+  back = dict(wan_dit.to_diffusers(params, cfg))
   assert back.keys() == tensors.keys()
   for key, value in back.items():
     np.testing.assert_array_equal(value, tensors[key])
-  assert {**wan_dit.config_to_theirs(cfg), "_diffusers_version": theirs["_diffusers_version"]} == theirs
+  assert {**wan_dit.config_to_diffusers(cfg), "_diffusers_version": theirs["_diffusers_version"]} == theirs
 
 
 def test_a_model_that_predicts_data_gives_its_velocity(params):
@@ -221,4 +221,4 @@ def test_a_model_that_predicts_data_gives_its_velocity(params):
   with pytest.raises(ValueError, match="predicts='noise'; known: velocity, data"):
     dataclasses.replace(CFG, predicts="noise")
   with pytest.raises(BadInput, match="predicts='data'"):
-    wan_dit.config_to_theirs(cfg)
+    wan_dit.config_to_diffusers(cfg)

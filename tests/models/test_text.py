@@ -94,29 +94,29 @@ def test_sizes():
 
 def test_umt5_weights_give_umt5_answers():
   """Weights and output of transformers' own class (5.23.0; golden/make.py): prompts of 7, 1 and 140 tokens in one row, in another order."""
-  cfg = umt5.config_to_ours(files.read_config(GOLDEN))
+  cfg = umt5.config_from_diffusers(files.read_config(GOLDEN))
   tensors, golden = files.Tensors(GOLDEN), np.load(GOLDEN / "golden.npz")
-  weights = umt5.to_ours(tensors, cfg)
+  weights = umt5.from_diffusers(tensors, cfg)
   row = np.concatenate([golden[f"ids{i}"] for i in (2, 0, 1)])[None].astype(np.int32)
   prompt = np.repeat([3, 1, 2], [len(golden[f"ids{i}"]) for i in (2, 0, 1)])[None].astype(np.int32)
   ours = np.asarray(jax.jit(lambda w: text.TextEncoder(cfg).apply({"params": w}, row, prompt))(weights))
   for i in range(3):
     np.testing.assert_allclose(ours[prompt == i + 1], golden[f"h{i}"], atol=1e-5 * np.abs(golden[f"h{i}"]).max())
 
-  back = dict(umt5.to_theirs(weights, cfg))
+  back = dict(umt5.to_diffusers(weights, cfg))
   assert set(tensors) <= {*back, *umt5.EMBEDDINGS}
   for name, value in back.items():
     np.testing.assert_array_equal(value, tensors[name if name in tensors else umt5.EMBEDDINGS[1]])
   theirs = files.read_config(GOLDEN)
-  assert {k: theirs.get(k) for k in umt5.config_to_theirs(cfg)} == umt5.config_to_theirs(cfg)
+  assert {k: theirs.get(k) for k in umt5.config_to_diffusers(cfg)} == umt5.config_to_diffusers(cfg)
 
 
 def test_weights_that_do_not_fit_are_named():
-  cfg, tensors = umt5.config_to_ours(files.read_config(GOLDEN)), dict(files.Tensors(GOLDEN))
+  cfg, tensors = umt5.config_from_diffusers(files.read_config(GOLDEN)), dict(files.Tensors(GOLDEN))
   with pytest.raises(BadInput, match="encoder.final_layer_norm.weight"):
-    umt5.to_ours({k: v for k, v in tensors.items() if k != "encoder.final_layer_norm.weight"}, cfg)
+    umt5.from_diffusers({k: v for k, v in tensors.items() if k != "encoder.final_layer_norm.weight"}, cfg)
   with pytest.raises(BadInput, match="bogus"):
-    umt5.to_ours(tensors | {"bogus": np.zeros(1)}, cfg)
+    umt5.from_diffusers(tensors | {"bogus": np.zeros(1)}, cfg)
   name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
   with pytest.raises(BadInput, match=f"{name}.*shape"):
-    umt5.to_ours(tensors | {name: np.zeros((2, 2))}, cfg)
+    umt5.from_diffusers(tensors | {name: np.zeros((2, 2))}, cfg)

@@ -172,27 +172,27 @@ def test_golden(name):
   folder = GOLDEN / name
   tensors, theirs = files.Tensors(folder), files.read_config(folder)
   golden = {key: np.moveaxis(value, 0, -1)[None] for key, value in np.load(folder / "golden.npz").items()}
-  cfg = wan_vae.config_to_ours(theirs)
-  params = wan_vae.to_ours(tensors, cfg)
+  cfg = wan_vae.config_from_diffusers(theirs)
+  params = wan_vae.from_diffusers(tensors, cfg)
   for i in range(2):
     latents = golden[f"latents{i}"]
     mean, _ = vae.encode(params, golden[f"video{i}"], cfg)
     np.testing.assert_allclose(mean, latents, atol=1e-5 * np.abs(latents).max())
     np.testing.assert_allclose(vae.decode(params, latents, cfg), golden[f"again{i}"], atol=1e-5)
-  back = dict(wan_vae.to_theirs(params, cfg))
+  back = dict(wan_vae.to_diffusers(params, cfg))
   assert back.keys() == set(tensors) and all(np.array_equal(back[key], tensors[key]) for key in back)
-  assert {key: value for key, value in wan_vae.config_to_theirs(cfg).items() if theirs.get(key) != value} == {}
+  assert {key: value for key, value in wan_vae.config_to_diffusers(cfg).items() if theirs.get(key) != value} == {}
 
 
 def test_foreign_weights_that_do_not_fit_are_named():
-  cfg = wan_vae.config_to_ours(files.read_config(GOLDEN / "vae"))
+  cfg = wan_vae.config_from_diffusers(files.read_config(GOLDEN / "vae"))
   tensors = dict(files.Tensors(GOLDEN / "vae"))
   with pytest.raises(ValueError, match="encoder.conv_in.bias"):
-    wan_vae.to_ours({name: value for name, value in tensors.items() if name != "encoder.conv_in.bias"}, cfg)
+    wan_vae.from_diffusers({name: value for name, value in tensors.items() if name != "encoder.conv_in.bias"}, cfg)
   with pytest.raises(ValueError, match="encoder.conv_in.bias has shape"):
-    wan_vae.to_ours(tensors | {"encoder.conv_in.bias": np.zeros(3)}, cfg)
+    wan_vae.from_diffusers(tensors | {"encoder.conv_in.bias": np.zeros(3)}, cfg)
   with pytest.raises(ValueError, match="attn_scales"):
-    wan_vae.config_to_ours({"attn_scales": [0.5]})
+    wan_vae.config_from_diffusers({"attn_scales": [0.5]})
 
 
 def test_config_goes_through_json():

@@ -36,7 +36,7 @@ def test_every_weight(name, part, ours):
 def test_the_config_of_a_dit(name):
   """config.json of the releases -> our sizes."""
   theirs = wan_original.config_to_diffusers({"_class_name": "WanModel", "text_len": 512} | ORIGINAL[name]["size"], shapes(name))
-  ours, size = wan_dit.config_to_ours(theirs, expand_timesteps=name == "wan-5b"), dit.SIZES[name]
+  ours, size = wan_dit.config_from_diffusers(theirs, expand_timesteps=name == "wan-5b"), dit.SIZES[name]
   for field in ("depth", "heads", "head_size", "mlp", "channels", "patch", "text_width", "cond_channels", "conditioning", "text_pad", "cross_norm"):
     assert getattr(ours, field) == getattr(size, field), field
 
@@ -45,7 +45,7 @@ def test_what_is_no_such_model_is_named():
   with pytest.raises(BadInput, match="model_type='s2v'"):
     wan_original.config_to_diffusers({"_class_name": "WanModel", "model_type": "s2v"})
   with pytest.raises(BadInput, match="image_dim=1280"):      # Wan 2.1's image-to-video, told by its weights
-    wan_dit.config_to_ours(wan_original.config_to_diffusers({"model_type": "i2v", "in_dim": 36}, ["img_emb.proj.0.weight"]))
+    wan_dit.config_from_diffusers(wan_original.config_to_diffusers({"model_type": "i2v", "in_dim": 36}, ["img_emb.proj.0.weight"]))
   with pytest.raises(BadInput, match="no original name"):
     wan_original.rename(shapes("wan2.2"), "vae", vae.SIZES["wan2.1"])
   with pytest.raises(BadInput, match="no original name"):

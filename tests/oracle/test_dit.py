@@ -62,11 +62,11 @@ def peer(changes, folder=None):
     for weight in model.parameters():
       weight.add_(0.1 * torch.randn_like(weight))
   if folder is None:
-    cfg = wan_dit.config_to_ours(dict(model.config))
-    return model, cfg, wan_dit.to_ours({name: value.numpy() for name, value in model.state_dict().items()}, cfg)
+    cfg = wan_dit.config_from_diffusers(dict(model.config))
+    return model, cfg, wan_dit.from_diffusers({name: value.numpy() for name, value in model.state_dict().items()}, cfg)
   model.save_pretrained(folder, max_shard_size="20KB")
-  cfg = wan_dit.config_to_ours(files.read_config(folder))
-  return model, cfg, wan_dit.to_ours(files.Tensors(folder), cfg)
+  cfg = wan_dit.config_from_diffusers(files.read_config(folder))
+  return model, cfg, wan_dit.from_diffusers(files.Tensors(folder), cfg)
 
 
 def theirs(model, latents_THWC, timestep, text_SE):
@@ -106,8 +106,8 @@ def test_a_time_for_each_token_matters():
 def test_our_weights_load_in_diffusers(tmp_path):
   """Read from the shards of a folder, written and loaded by name: the same tensors, and a config that diffusers builds from."""
   model, cfg, params = peer({"in_channels": 15}, tmp_path)
-  twin = WanTransformer3DModel.from_config(json.loads(json.dumps(wan_dit.config_to_theirs(cfg))))
-  state = {name: torch.from_numpy(value) for name, value in wan_dit.to_theirs(params, cfg)}
+  twin = WanTransformer3DModel.from_config(json.loads(json.dumps(wan_dit.config_to_diffusers(cfg))))
+  state = {name: torch.from_numpy(value) for name, value in wan_dit.to_diffusers(params, cfg)}
   twin.load_state_dict(state, strict=True)
   for name, value in model.state_dict().items():
     assert torch.equal(value, twin.state_dict()[name]), name
@@ -117,5 +117,5 @@ def test_our_weights_load_in_diffusers(tmp_path):
 def test_public_sizes_have_their_number_of_weights(size):
   cfg = dit.SIZES[size]
   with torch.device("meta"):
-    model = WanTransformer3DModel.from_config(wan_dit.config_to_theirs(cfg))
+    model = WanTransformer3DModel.from_config(wan_dit.config_to_diffusers(cfg))
   assert sum(weight.numel() for weight in model.parameters()) == dit.count_params(cfg)

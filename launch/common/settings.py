@@ -1,0 +1,68 @@
+"""Pages of configs/ -> what training takes: optimiser, noise levels, the plan of the rows. Fails before anything compiles."""
+
+import os
+
+from etils import epath
+
+from data import plan
+from sora_jax import optim, parts
+from sora_jax.batch import RowShape
+from sora_jax.diffusion import flow
+from sora_jax.errors import BadInput, checked
+
+MISFITS = "misfits.txt"  # in a work directory: clips of its data that fit in no row
+
+
+def make_optimizer(config, boxed):
+  """config.optim and the weights with their axes -> optax transformation, over config.steps."""
+  return checked(lambda: optim.optimizer(optim.OptimConfig(steps=config.steps, **config.optim), boxed), "config.optim")
+
+
+def make_sigma(config):
+  """config.sigma -> SigmaConfig."""
+  return checked(lambda: flow.SigmaConfig(**config.sigma), "config.sigma")
+
+
+def plan_rows(config, index, model):
+  """The plan of the rows, whether or not all clips fit."""
+  data = config.data
+  shape = checked(lambda: RowShape(data.row_tokens, data.row_clips, data.row_text), "config.data")
+  null_ids, null_embedding = index.null_text
+  if model.text is None and null_embedding is None:
+    raise BadInput(
+      "the records hold no text embeddings, and config.model.text names no encoder to train; name one, or encode with a "
+      "--workdir that has a frozen text encoder"
+    )
+  return plan.Plan(
+    index.rows,
+    rows_per_step=data.rows,
+    shape=shape,
+    patch=model.dit.patch,
+    seed=config.seed,
+    null_text_tokens=len(null_ids) if model.text is not None else len(null_embedding),
+    text_pad=model.dit.text_pad or None,
+    weights=tuple(data.weights) or None,
+  )
+
+
+def name_misfits(index, rows, directory):
+  """Writes DIR/misfits.txt, a line for each clip that fits in no row: its name, a tab, and why."""
+  with (epath.Path(directory) / MISFITS).open("wb") as f:
+    for misfit in rows.misfits:
+      f.write(f"{index.describe(misfit.position)}\t{misfit.reason}\n".encode("utf-8", "backslashreplace"))
+
+
+def check_index(index, model, directory):
+  """Records must be of the VAE beside them, with as many channels as the model takes."""
+  channels, wanted = index.header["latent_channels"], model.dit.channels
+  if channels != wanted:
+    raise BadInput(
+      f"the records have {channels} latent channels, the model takes {wanted}; encode with the VAE that it is for, or "
+      "change --config.model.size"
+    )
+  beside = parts.fingerprint(os.path.join(directory, "vae"))
+  if index.header.get("vae_fingerprint") not in (None, beside):
+    raise BadInput(
+      f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {directory}/vae ({beside}); "
+      "encode again"
+    )

@@ -1,0 +1,136 @@
+"""The sampling job: requests in; mp4 files (png for one frame) and manifest.jsonl out. What is there already is kept.
+
+Used by launch.sample, launch.evaluate, and for samples during training.
+"""
+
+import dataclasses
+import json
+import os
+import time
+import zlib
+
+from launch.common import program, progress
+from sora_jax import files, video
+from sora_jax.errors import BadInput
+
+MANIFEST = "manifest.jsonl"
+
+
+def read_requests(path):
+  """A file of one JSON object a line -> (list of dicts with ids, list of (line number, what is wrong)).
+
+  A request without an id gets the number of its line.
+  """
+  if not os.path.exists(path):
+    raise BadInput(f"--requests={path} does not exist; give a file of one JSON object a line")
+  requests, broken = [], []
+  with open(path, encoding="utf-8", errors="replace") as f:
+    for number, line in enumerate(f, 1):
+      if not line.strip():
+        continue
+      try:
+        fields = json.loads(line)
+        if not isinstance(fields, dict):
+          raise ValueError("not an object in braces")
+        requests.append({"id": f"{number:05d}", **fields})
+      except ValueError as error:
+        broken.append((number, f"not valid JSON: {error}"))
+  return requests, broken
+
+
+def read_manifest(out):
+  """OUT/manifest.jsonl -> {id: its last line}. A line cut short by a kill counts nothing: its request is done again."""
+  return {line["id"]: line for line in files.read_jsonl(os.path.join(out, MANIFEST)) if "id" in line}
+
+
+def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
+  """Makes what is missing of `requests` (dicts) in `out` -> counts {"ok", "kept", "failed", "stopped"}.
+
+  A request that cannot be done gets a manifest line with its error; the others are done.
+  """
+  os.makedirs(out, exist_ok=True)
+  manifest, counts = read_manifest(out), {"ok": 0, "kept": 0, "failed": 0, "stopped": 0}
+  todo, names = [], set()
+  for fields in requests:
+    name = str(fields.get("id", ""))
+    try:
+      if name in names:
+        name += " (again)"
+        raise BadInput(f"two requests have the id {fields['id']!r}; each needs its own")
+      names.add(name)
+      request = pipe.parse(fields)
+      if _is_made(pipe, request, manifest.get(name, {}), out):
+        counts["kept"] += 1
+      else:
+        todo.append(request)
+    except BadInput as error:
+      counts["failed"] += 1
+      note_failure(out, name, str(error), fields)
+      progress.say(f"request {name}: {error}")
+  done = 0
+  steps = sum(request.steps for request in todo)
+  with progress.Bar("sampling", steps or 1, every=1e9 if quiet else 15.0) as bar:
+    for result in pipe.run(todo, stop=stop, progress=lambda done, total: bar.update(done)):
+      done += 1
+      if result.error:
+        counts["failed"] += 1
+        note_failure(out, result.request.id, result.error, dataclasses.asdict(result.request))
+        progress.say(f"request {result.request.id}: {result.error}")
+      else:
+        write(pipe, result, out)
+        counts["ok"] += 1
+  counts["stopped"] = len(todo) - done
+  return counts
+
+
+def _is_made(pipe, request, line, out):
+  """Does the manifest say that this very request was made by this very model, and is the file there?"""
+  return line.get("request") == digest(pipe, request) and os.path.exists(os.path.join(out, line["path"]))
+
+
+def write(pipe, result, out):
+  """Decodes a result, writes its file and its manifest line."""
+  began, request = time.monotonic(), result.request
+  image = request.frames == 1
+  name = request.id + (".png" if image else ".mp4")
+  if image:
+    video.write_png(os.path.join(out, name), next(result.frames))
+    size = result.size
+  else:
+    size = video.write_mp4(os.path.join(out, name), result.frames, request.fps)
+  line = {
+    "id": request.id,
+    "status": "ok",
+    "path": name,
+    "seed": request.seed,
+    "size": list(size),
+    "frames": request.frames,
+    "fps": request.fps,
+    "seconds_taken": round(result.seconds + time.monotonic() - began, 3),
+    "error": None,
+    "prompt": request.prompt,
+    "task": request.task,
+    "steps": request.steps,
+    "sampler": request.sampler,
+    "guidance": request.guidance,
+    "step": pipe.step,
+    "request": digest(pipe, request),
+  }
+  files.append_jsonl(os.path.join(out, MANIFEST), line)
+
+
+def digest(pipe, request):
+  """A checksum of all that must be the same for a file to count as made: model, request, and the image that it names."""
+  crc = zlib.crc32(json.dumps(dataclasses.asdict(request), sort_keys=True).encode(), zlib.crc32(pipe.identity.encode()))
+  if request.image and os.path.isfile(request.image):
+    for piece in files.pieces_of(request.image):
+      crc = zlib.crc32(piece, crc)
+  return f"{crc:08x}"
+
+
+def note_failure(out, name, error, fields):
+  """A line of the manifest for a request (or a line of the file) that cannot be done."""
+  given = {field: fields.get(field) for field in ("seed", "size", "frames", "fps")}
+  prompt = str(fields.get("prompt", ""))[:200].encode("utf-8", "backslashreplace").decode()
+  line = {"id": name, "status": "failed", "path": None, **given, "seconds_taken": None, "error": error, "prompt": prompt}
+  files.append_jsonl(os.path.join(out, MANIFEST), line)

@@ -1,0 +1,207 @@
+"""Curves and bars as inline SVG: no library, no script. Colours are CSS variables of the page, --series-KEY.
+
+A chart is `width` x 250 units and scales with its container. Its marks carry their values in a <title>, shown on hover.
+"""
+
+import html
+import math
+
+HEIGHT = 250
+LEFT, RIGHT, TOP, BOTTOM = 44, 12, 16, 36
+POINTS = 240           # a longer curve is drawn as means over this many stretches
+NOISY = 48             # from so many points on, a curve is drawn smoothed, over its faint self
+
+
+def number(value) -> str:
+  """A short decimal: 3 to 4 digits that matter, thousands set apart."""
+  if value is None or not math.isfinite(value):
+    return "–"
+  size = abs(value)
+  if size >= 10_000:
+    return f"{value:,.0f}".replace(",", "\u202f")
+  if size >= 100 or value == int(value):
+    return f"{value:.0f}"
+  if size >= 10:
+    return f"{value:.1f}"
+  return f"{value:.2f}" if size >= 0.1 or size == 0 else f"{value:.2g}"
+
+
+def round_number(value) -> str:
+  """A round value on an axis."""
+  return f"{value:g}" if 1e-4 <= abs(value) < 10_000 or value == 0 else number(value)
+
+
+def ticks(low, high, count=4) -> list:
+  """Round values in [low, high], about `count` of them, at steps of 1, 2 or 5 times a power of ten."""
+  if not high > low:
+    return [low]
+  rough = (high - low) / count
+  power = 10.0 ** math.floor(math.log10(rough))
+  step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * (1 - 1e-9))
+  first = math.ceil(low / step - 1e-9)
+  return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low, high) -> list:
+  """1, 2 and 5 times the powers of ten in [low, high], or plain ticks where those are fewer than two."""
+  powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+  found = [step * 10.0 ** power for power in powers for step in (1, 2, 5) if low <= step * 10.0 ** power <= high]
+  if len(found) > 6:
+    found = [10.0 ** power for power in powers if low <= 10.0 ** power <= high]
+  return found if len(found) > 1 else ticks(low, high)
+
+
+def smooth(ys, window) -> list:
+  """Mean over the `window` points around each; near the start, where curves are steep, as many on both sides."""
+  sums, out = [0.0], []
+  for y in ys:
+    sums.append(sums[-1] + y)
+  for i in range(len(ys)):
+    first, after = i - min(window // 2, i), min(i + min(window // 2, i) + 1, len(ys))
+    out.append((sums[after] - sums[first]) / (after - first))
+  return out
+
+
+def thin(points, limit=POINTS) -> list:
+  """[(x, y)] -> at most `limit` of them, each the mean of a stretch; points that are not finite are left out."""
+  points = [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
+  size = -(-len(points) // limit) or 1
+  stretches = [points[i:i + size] for i in range(0, len(points), size)]
+  return [(sum(x for x, _ in s) / len(s), sum(y for _, y in s) / len(s)) for s in stretches]
+
+
+def line_chart(curve, width) -> str:
+  """One <svg> of a curve of the story (launch/reports/page.py). Without a finite point: a sentence that says so."""
+  series = [(s, thin(zip(s["x"], s["y"]))) for s in curve["series"]]
+  series = [(s, points) for s, points in series if points]
+  if not series:
+    return '<p class="none">Nothing was measured.</p>'
+  drawn = [(s, points, smooth([y for _, y in points], len(points) // 12) if len(points) >= NOISY else None)
+           for s, points in series]
+  xs = [x for _, points, _ in drawn for x, _ in points]
+  solid = [y for _, points, soft in drawn for y in (soft or [y for _, y in points])]
+  loud = sorted(y for _, points, soft in drawn if soft for _, y in points)
+  solid += loud[len(loud) // 50:len(loud) - len(loud) // 50]           # the odd spike may leave the frame
+  goal = curve.get("goal")
+  log = curve.get("log") and min(solid) > 0
+  frame = _Frame(width, (min(xs), max(xs)), _span(solid + ([goal] if goal is not None else []), log), log)
+
+  marks = [frame.grid(), frame.axis(curve.get("x", "step"))]
+  if goal is not None:
+    y = frame.y(goal)
+    marks.append(f'<line class="goal" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                 f'<text class="goal" x="{LEFT + 6}" y="{y - 6:.1f}">goal {number(goal)}</text>')
+  for s, points, soft in drawn:
+    colour = f"var(--series-{s['key']})"
+    path = _path(frame, points)
+    if soft:
+      marks.append(f'<path class="faint" d="{path}" stroke="{colour}"/>')
+      points = [(x, y) for (x, _), y in zip(points, soft)]
+      path = _path(frame, points)
+    marks.append(f'<path class="line" d="{path}" stroke="{colour}"/>')
+    every = -(-len(points) // 40)
+    for x, y in points[::every] if len(points) > 1 else points:
+      say = html.escape(f"{s['name']}, {curve.get('x', 'step')} {number(x)}: {number(y)}")
+      seen = "dot" if len(points) <= 24 else "hit"
+      marks.append(f'<circle class="{seen}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5" fill="{colour}">'
+                   f'<title>{say}</title></circle>')
+    x, y = points[-1]
+    above = frame.y(y) - TOP > 22
+    marks.append(f'<text class="last" x="{frame.x(x):.1f}" y="{frame.y(y) + (-9 if above else 18):.1f}" '
+                 f'text-anchor="end">{number(y)}</text>')
+  return _svg(curve["title"], width, marks, [s["name"] for s, _ in series])
+
+
+def bar_chart(bars, width) -> str:
+  """One <svg> of groups of bars, one bar a series in each group."""
+  values = [y for s in bars["series"] for y in s["y"] if y is not None and math.isfinite(y)]
+  if not values:
+    return '<p class="none">Nothing was measured.</p>'
+  frame = _Frame(width, (0, len(bars["labels"])), (0, max(values) * 1.12 or 1), False)
+  thick = min((frame.x(1) - frame.x(0)) * 0.72 / len(bars["series"]), 34)
+  marks = [frame.grid()]
+  for i, label in enumerate(bars["labels"]):
+    middle = frame.x(i + 0.5)
+    marks.append(f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
+                 f'{html.escape(str(label))}</text>')
+    for j, s in enumerate(bars["series"]):
+      y = s["y"][i]
+      if y is None or not math.isfinite(y):
+        continue
+      left, top = middle + (j - len(bars["series"]) / 2) * thick, frame.y(y)
+      say = html.escape(f"{s['name']}, {bars.get('x', '')} {label}: {number(y)}")
+      tall = max(frame.y(0) - top, 0.5)
+      marks.append(f'<rect x="{left + 1:.1f}" y="{top:.1f}" width="{thick - 2:.1f}" height="{tall:.1f}" rx="2" '
+                   f'fill="var(--series-{s["key"]})"><title>{say}</title></rect>')
+  marks.append(frame.name(bars.get("x", "")))
+  return _svg(bars["title"], width, marks, [s["name"] for s in bars["series"]])
+
+
+class _Frame:
+  """Data coordinates -> units of the SVG."""
+
+  def __init__(self, width, across, up, log):
+    self.width, (self.left, self.right), (self.low, self.high), self.log = width, across, up, log
+    if self.right <= self.left:
+      self.right = self.left + 1
+
+  def x(self, value):
+    return LEFT + (self.width - LEFT - RIGHT) * (value - self.left) / (self.right - self.left)
+
+  def y(self, value):
+    """A little outside of the frame at most: the faint curve's spikes are cut there."""
+    scale = math.log if self.log else float
+    part = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low)) if value > 0 or not self.log else 0.0
+    return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(part, -0.04), 1.04)
+
+  def grid(self):
+    marks = []
+    for value in (log_ticks if self.log else ticks)(self.low, self.high):
+      y = self.y(value)
+      marks.append(f'<line class="grid" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                   f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{round_number(value)}</text>')
+    return "".join(marks)
+
+  def axis(self, name):
+    y = HEIGHT - BOTTOM + 16
+    marks = [f'<text class="tick" x="{self.x(v):.1f}" y="{y}" text-anchor="middle">{round_number(v)}</text>'
+             for v in ticks(self.left, self.right, 5)]
+    return "".join(marks) + self.name(name)
+
+  def name(self, text):
+    return f'<text class="axis" x="{self.width - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{html.escape(text)}</text>'
+
+
+def _span(values, log):
+  """The range of the y axis: the values and a little air; a logarithmic one by ratio."""
+  low, high = min(values), max(values)
+  if log:
+    return low / 1.1, high * 1.1
+  air = (high - low) * 0.08 or abs(high) * 0.08 or 1.0
+  return (0.0 if 0 <= low < 0.25 * high else low - air), high + air
+
+
+def _path(frame, points):
+  return "M" + "L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in points)
+
+
+def _svg(title, width, marks, names):
+  label = html.escape(f"{title}: {', '.join(names)}", quote=True)
+  return f'<svg viewBox="0 0 {width} {HEIGHT}" role="img" aria-label="{label}">{"".join(marks)}</svg>'
+
+
+def histogram(title, labels, counts, width) -> str:
+  """One <svg> of classes and how many are in each, as bars across, so that names of classes may be long."""
+  total, step, letter = sum(counts), 24, 7            # units: between two bars, and of a letter of 12
+  if not total:
+    return '<p class="none">There are none.</p>'
+  told = [f"{count:,} · {100 * count / total:.{0 if 10 * count >= total or not count else 1}f} %" for count in counts]
+  left, right = 10 + letter * max(map(len, labels)), 10 + letter * max(map(len, told))
+  marks = []
+  for i, (label, count, say) in enumerate(zip(labels, counts, told)):
+    length = max((width - left - right) * count / max(counts), 1) if count else 0
+    marks.append(f'<text class="tick" x="{left - 8}" y="{step * i + 16}" text-anchor="end">{html.escape(label)}</text>'
+                 f'<rect x="{left}" y="{step * i + 4}" width="{length:.1f}" height="16" rx="2" fill="var(--series-0)"/>'
+                 f'<text class="tick" x="{left + length + 8:.1f}" y="{step * i + 16}">{say}</text>')
+  aria = html.escape(f"{title}: " + ", ".join(f"{label}: {say}" for label, say in zip(labels, told)), quote=True)
+  return f'<svg viewBox="0 0 {width} {step * len(labels) + 4}" role="img" aria-label="{aria}">{"".join(marks)}</svg>'
