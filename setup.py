@@ -30,7 +30,7 @@ CORE = [
     "sentencepiece>=0.2.1",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.9",        # as_data_source over ArrayRecord; TensorFlow itself is never imported
-    "wcwidth>=0.3",                      # graphemes
+    "tokenizers>=0.23,<0.24",            # prompts into ids as transformers does; never downloads
 ]
 
 EXTRAS = {

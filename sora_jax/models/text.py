@@ -156,7 +156,8 @@ def clean(prompt):
 class Tokenizer:
   """A sentencepiece model: prompt <-> ids. `vocab` is its number of ids. Raises BadInput where the file is none.
 
-  Unigram models are read as T5's family does (unigram.py), with the special tokens of tokenizer_config.json where it lies beside.
+  Unigram models are read as T5's family does (unigram.py), with the special tokens of tokenizer_config.json
+  where it lies beside.
   """
 
   def __init__(self, path):
@@ -165,11 +166,14 @@ class Tokenizer:
       data = path.read_bytes()
       self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
     except (OSError, RuntimeError) as error:
-      raise BadInput(f"tokenizer: {path} is no sentencepiece model ({error}); give a spiece.model or tokenizer.model") from error
-    self._encode, proto = self._model.encode, ModelProto.FromString(data)
-    if unigram.is_unigram(proto):
+      wanted = "give a spiece.model or tokenizer.model"
+      raise BadInput(f"tokenizer: {path} is no sentencepiece model ({error}); {wanted}") from error
+    self._encode = self._model.encode
+    proto = ModelProto.FromString(data)
+    if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
       config = path.with_name("tokenizer_config.json")
-      if config.exists() and not any(piece.piece == "<extra_id_0>" for piece in proto.pieces):      # else it is complete
+      complete = any(piece.piece == "<extra_id_0>" for piece in proto.pieces)
+      if config.exists() and not complete:
         unigram.add_tokens(proto, json.loads(config.read_text()))
       self._encode = unigram.Unigram(proto).encode
     self.vocab = len(proto.pieces)
