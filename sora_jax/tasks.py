@@ -30,7 +30,7 @@ class Field:
 # The parser, the flags of launch.sample and the table in the README are made from this one.
 FIELDS = {
   "id": Field(str, "name of the output file; the number of the line where a file of requests gives none"),
-  "task": Field(str, "what to make, a name of TASKS", "text_to_video"),
+  "task": Field(str, "what to make: a task", "text_to_video"),
   "prompt": Field(str, "what to show, in words; the only field that is needed"),
   "negative_prompt": Field(str, "what guidance leads away from", ""),
   "image": Field(str, "path of the first frame, for image_to_video"),
@@ -40,7 +40,7 @@ FIELDS = {
   "fps": Field(float, "frames a second", limits=(0.01, 1000)),
   "seed": Field(int, "another seed gives another video", 0, (0, 2**32 - 1)),
   "steps": Field(int, "steps of the sampler", limits=(1, 1000)),
-  "sampler": Field(str, "a name of SAMPLERS"),
+  "sampler": Field(str, "method of solving the ODE"),
   "shift": Field(float, "how far noise levels are moved towards noise", limits=(0.01, 1000)),
   "guidance": Field(float, "scale of classifier-free guidance; 1 is none", limits=(-1000, 1000)),
   "guidance_low": Field(float, "the same for the expert of low noise, in models of two experts", limits=(-1000, 1000)),
