@@ -81,20 +81,23 @@ class Pipeline:
   base_fps: float | None
   step: int  # of training
   identity: str  # changes with anything that decides what a request becomes
+  keep_text_encoder: bool = False  # in memory between calls, where it is frozen
 
   @classmethod
-  def open(cls, workdir, weights="ema", say: Callable = lambda line: None):
+  def open(cls, workdir, weights="ema", say: Callable = lambda line: None, keep_text_encoder=False):
     """From a work directory of launch.train or launch.import_weights, or an export of it.
 
     weights: "ema", the running mean, or "params", the last ones. say: takes lines for the user, as of damaged checkpoints.
-    BadInput where `workdir` holds no such model.
+    keep_text_encoder: a frozen text encoder stays in memory while videos are denoised, so that the next call need not load
+    it again; it may be larger than the transformer. BadInput where `workdir` holds no such model.
     """
     config = workdirs.read_config(workdir)
     layout = workdirs.sampling_layout(config)
     model = workdirs.make_model(config, epath.Path(workdir) / "text", layout)
     half = "dit" in config.model and model.dit.dtype == "bfloat16"  # imported weights stay in what they are computed in
     params, step = workdirs.load_model_weights(workdir, config, model, weights, "bfloat16" if half else None, say)
-    return cls.of(workdir, config, model, params, step, workdirs.identity(workdir, weights))
+    pipe = cls.of(workdir, config, model, params, step, workdirs.identity(workdir, weights))
+    return dataclasses.replace(pipe, keep_text_encoder=keep_text_encoder)
 
   @classmethod
   def shipped(cls):
@@ -224,8 +227,8 @@ class Pipeline:
   def _with_texts(self, groups):
     """Yields (some groups, function from a prompt to its ids or embedding).
 
-    A frozen encoder embeds the prompts of as many groups as PROMPT_BYTES allow, and its weights are freed before they are
-    denoised.
+    A frozen encoder embeds the prompts of as many groups as PROMPT_BYTES allow; its weights are freed before they are
+    denoised, unless they are to be kept.
     """
     if self.embedder is None:
       yield groups, self.ids
@@ -235,7 +238,8 @@ class Pipeline:
       requests = [one.request for rows, _ in wave for row in rows for one in row]
       prompts = sorted({prompt for request in requests for prompt in _prompts(request)})
       texts = dict(zip(prompts, self.embed(prompts), strict=True))
-      self.embedder.free()
+      if not self.keep_text_encoder:
+        self.embedder.free()
       yield wave, texts.__getitem__
 
   def _wave(self, groups):

@@ -43,16 +43,22 @@ def abstract_state(model, tx):
 
 def state_of(params, model, tx):
   """A State that begins with these weights, which it takes (they are donated)."""
-  build = lambda params: State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.zeros((), jnp.int32))  # noqa: E731
-  return jax.jit(build, out_shardings=shardings(model, tx), donate_argnums=0)(params)
+  make = functools.partial(_first_state, tx=tx)
+  return jax.jit(make, out_shardings=shardings(model, tx), donate_argnums=0)(params)
 
 
 def init_state(model, tx, key):
   """A new State; every weight is made where it lives."""
-  def build(key):
-    params = layouts.unbox(model.init(key))
-    return State(jnp.zeros((), jnp.int32), params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.zeros((), jnp.int32))
-  return jax.jit(build, out_shardings=shardings(model, tx))(key)
+  def make(key):
+    return _first_state(layouts.unbox(model.init(key)), tx)
+
+  return jax.jit(make, out_shardings=shardings(model, tx))(key)
+
+
+def _first_state(params, tx):
+  """The State before the first update: the running mean begins with the weights."""
+  zero = jnp.zeros((), jnp.int32)
+  return State(zero, params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.copy(zero))
 
 
 def shardings(model, tx):

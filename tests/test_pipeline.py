@@ -111,8 +111,10 @@ def test_prompts_are_embedded_together(pipe, monkeypatch):
   for result in pipe.run(requests):
     assert embedder._params is None and not result.error
   assert calls == [5]
+  kept = dataclasses.replace(pipe, keep_text_encoder=True)
+  assert len(list(kept.run(requests[:1]))) == 1 and embedder._params is not None
   monkeypatch.setattr(pipelines, "PROMPT_BYTES", 1)  # as if they were large: row by row
-  assert len(list(pipe.run(requests))) == 12 and len(calls) > 2
+  assert len(list(pipe.run(requests))) == 12 and len(calls) > 3 and embedder._params is None
 
 
 def test_ten_thousand_requests_in_constant_memory(pipe):

@@ -179,7 +179,7 @@ def text(shape, folder):
 def job(shape, folder):
   """Prompt to frames, by the way of launch.sample. Leaves the noise that it begins with for the other side."""
   importing.plan(os.path.join(folder, "pipeline"), os.path.join(folder, "w")).run()
-  pipe = Pipeline.open(os.path.join(folder, "w"))
+  pipe = Pipeline.open(os.path.join(folder, "w"), keep_text_encoder=True)
   fields = {name: shape[name] for name in ("frames", "size", "steps")} | {"id": "a", "prompt": worker.PROMPT, "negative_prompt": worker.NEGATIVE}
   request = pipe.parse(fields | {"guidance": worker.GUIDANCE})
 
