@@ -4,6 +4,9 @@ Models name the axes of their arrays ("embed", "act_length"); only this file kno
   data     rows of the batch, weights whole            fsdp    rows of the batch, weights cut (ZeRO-3)
   context  the tokens of a row                         tensor  heads and mlp width (Megatron)
 A `Layout` is passed by hand, so it is part of every jit cache key; no context managers, no globals.
+
+An axis that its devices do not divide stays whole. For activations that is silent: a short row is as it is. For weights
+`uncut_weights` lists them, and a large weight is an error, as every device would hold all of it.
 """
 
 import dataclasses
@@ -12,6 +15,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sora_jax.errors import BadInput
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -24,6 +29,8 @@ RULES = (
     ("act_batch", ("data", "fsdp")), ("act_length", "context"), ("act_text", None), ("act_embed", None),
     ("act_heads", "tensor"), ("act_head_dim", None), ("act_mlp", "tensor"),
 )
+
+LARGE = 64_000_000      # bytes; a weight above it must be cut along every axis that the rules cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,20 +56,34 @@ class Layout:
     return jax.lax.with_sharding_constraint(x, self.fitted(x.shape, *axes))
 
   def fitted(self, shape, *axes):
-    """NamedSharding of an array of this shape: as `sharding`, but an axis that its devices do not divide stays whole, and so does one
-    whose devices already cut an axis before it."""
+    """NamedSharding of an array of this shape: as `sharding`, but an axis that its devices do not divide stays whole, and
+    so does one whose devices already cut an axis before it. `uncut` tells which."""
     placed, used = [], set()
     for size, cut in zip(shape, (*self.spec(*axes), *[None] * (len(shape) - len(axes))), strict=True):
-      names = {cut} if isinstance(cut, str) else set(cut or ())
+      names = set(names_in(cut))
       fits = names and not names & used and size % self.ways(cut) == 0
       placed.append(cut if fits else None)
       used |= names if fits else set()
     return NamedSharding(self.mesh, PartitionSpec(*placed))
 
+  def uncut(self, shape, *axes):
+    """Axes of an array of this shape that stay whole because their devices do not divide them.
+
+    Returns [(axis, its size, "tensor=8"), ...]. An axis whose devices cut another axis of the array is not among them.
+    """
+    wanted, placed = self.spec(*axes), self.fitted(shape, *axes).spec
+    used = {name for cut in placed for name in names_in(cut)}
+    return [(axis, size, " x ".join(f"{name}={self.mesh.shape[name]}" for name in names_in(cut)))
+            for axis, size, cut in zip(axes, shape, wanted) if cut and not used & set(names_in(cut))]
+
   def ways(self, mesh_axes):
     """How many parts an axis is cut into that lies on these mesh axes (a name or a tuple of names)."""
-    names = (mesh_axes,) if isinstance(mesh_axes, str) else mesh_axes
-    return int(np.prod([self.mesh.shape[name] for name in names]))
+    return int(np.prod([self.mesh.shape[name] for name in names_in(mesh_axes)]))
+
+
+def names_in(mesh_axes):
+  """An entry of a PartitionSpec (None, a name, a tuple of names) -> tuple of names."""
+  return () if mesh_axes is None else (mesh_axes,) if isinstance(mesh_axes, str) else tuple(mesh_axes)
 
 
 def make_mesh(data=None, fsdp=1, context=1, tensor=1, devices=None):
@@ -92,18 +113,50 @@ def unbox(variables):
   return nn.meta.unbox(variables)
 
 
-def shardings(boxed, layout):
-  """Tree of boxed weights (arrays or shapes, as `init` or `eval_shape(init)` return them) -> tree of NamedSharding."""
+def is_box(leaf):
+  """Is this a weight with its logical axes, as `param` makes it?"""
+  return isinstance(leaf, nn.LogicallyPartitioned)
+
+
+def uncut_weights(boxed, layout, dtype=None):
+  """Tree of boxed weights -> list of lines to show, one for each axis that stays whole as its devices do not divide it.
+
+  BadInput where such a weight has more than `LARGE` bytes (in `dtype`, or its own).
+  """
+  found = {}
+  for path, leaf in jax.tree.leaves_with_path(boxed, is_leaf=is_box):
+    if not is_box(leaf):
+      continue
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    num_bytes = leaf.value.size * np.dtype(dtype or leaf.value.dtype).itemsize
+    for axis, size, devices in layout.uncut(leaf.value.shape, *leaf.names):
+      if num_bytes > LARGE:
+        raise BadInput(f"{name}: axis {axis} of {size} is not a multiple of {devices}, and the weight has "
+                       f"{num_bytes / 1e6:.0f} MB; choose another mesh")
+      found.setdefault(f"axis {axis} of {size} is not a multiple of {devices} and stays whole", []).append(name)
+  others = {line: f" and {len(names) - 1} more" if names[1:] else "" for line, names in found.items()}
+  return [f"{names[0]}{others[line]}: {line}" for line, names in found.items()]
+
+
+def shardings(boxed, layout, dtype=None):
+  """Tree of boxed weights (arrays or shapes, as `init` or `eval_shape(init)` return them) -> tree of NamedSharding.
+
+  BadInput where a large weight does not fit the mesh (`uncut_weights`, in `dtype` or their own).
+  """
+  uncut_weights(boxed, layout, dtype)
   def place(leaf):
-    if isinstance(leaf, nn.LogicallyPartitioned):
-      return layout.fitted(leaf.value.shape, *leaf.names)
-    return layout.fitted(leaf.shape)
-  return jax.tree.map(place, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    return layout.fitted(leaf.value.shape, *leaf.names) if is_box(leaf) else layout.fitted(leaf.shape)
+  return jax.tree.map(place, boxed, is_leaf=is_box)
 
 
 def targets(boxed, layout=None, dtype=None):
-  """Tree of boxed weights -> ShapeDtypeStructs to restore into: where they live (without a layout: not said), in `dtype` instead of theirs."""
+  """Tree of boxed weights -> ShapeDtypeStructs to restore into, in `dtype` or their own; with shardings if there is a layout.
+
+  BadInput as in `shardings`.
+  """
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), unbox(boxed))
   if layout is None:
     return shapes
-  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings(boxed, layout))
+  def placed(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  return jax.tree.map(placed, shapes, shardings(boxed, layout, dtype))

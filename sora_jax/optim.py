@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -27,14 +26,17 @@ class OptimConfig:
   final: float = 0.05              # the rate at its end, as a share of `learning_rate`
   weight_decay: float = 0.01
   clip: float = 1.0                # global norm of the gradient
-  b1: float = 0.9
+  b1: float = 0.9                  # AdamW's, also where Muon leaves weights to it
   b2: float = 0.99
 
   def __post_init__(self):
     if self.name not in NAMES:
       raise ValueError(f"the optimiser is {self.name!r}; it must be one of {', '.join(NAMES)}")
     if self.learning_rate <= 0 or self.steps < 1 or self.warmup < 0 or self.clip <= 0 or not 0 <= self.final <= 1:
-      raise ValueError(f"the optimiser needs learning_rate > 0, steps >= 1, warmup >= 0, clip > 0, 0 <= final <= 1; not {self}")
+      raise ValueError("the optimiser needs learning_rate > 0, steps >= 1, warmup >= 0, clip > 0, 0 <= final <= 1; "
+                       f"not {self}")
+    if not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
+      raise ValueError(f"the optimiser needs 0 <= b1 < 1 and 0 <= b2 < 1; not b1={self.b1}, b2={self.b2}")
 
 
 def schedule(cfg):
@@ -45,7 +47,7 @@ def schedule(cfg):
 
 def optimizer(cfg, boxed):
   """OptimConfig and the weights with their logical axes (as `init` or `eval_shape(init)` gives them) -> optax transformation."""
-  roles = jax.tree.map(matrix_roles, boxed, is_leaf=is_box)
+  roles = jax.tree.map(matrix_roles, boxed, is_leaf=layouts.is_box)
   matrices = jax.tree.map(lambda role: role is not None, roles, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
   if cfg.name == "muon":
     update = muon(schedule(cfg), weight_decay=cfg.weight_decay, consistent_rms=0.2, adam_b1=cfg.b1, adam_b2=cfg.b2,
@@ -53,11 +55,6 @@ def optimizer(cfg, boxed):
   else:
     update = optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=matrices)
   return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
-
-
-def is_box(leaf):
-  """Is this a weight with its logical axes (layout.param)?"""
-  return isinstance(leaf, nn.LogicallyPartitioned)
 
 
 def matrix_roles(box):
@@ -91,7 +88,10 @@ def abstract(tx, boxed, layout=None):
   opt = jax.eval_shape(tx.init, params)
   if layout is None:
     return params, opt
-  place = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+
+  def place(leaf, sharding):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
   where = layouts.shardings(boxed, layout)
   homes = {names_of(path): sharding for path, sharding in jax.tree.leaves_with_path(where)}
 
