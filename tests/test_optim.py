@@ -1,0 +1,76 @@
+"""The optimiser: an update on a mesh is that of one device, weight decay is on matrices alone, bad settings are errors."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sora_jax import layout, optim
+
+SHAPES = {
+    "query": ((2, 16, 4, 8), ("layers", "embed", "heads", "head_dim")),
+    "mlp": ((2, 16, 64), ("layers", "embed", "mlp")),
+    "kernel": ((3, 3, 3, 8, 16), (None, None, None, "conv_in", "conv_out")),
+    "bias": ((2, 16), ("layers", "embed")),
+}
+BOXED = {name: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
+         for name, (shape, axes) in SHAPES.items()}
+
+
+def arrays(seed):
+  rng = np.random.default_rng(seed)
+  return {name: rng.normal(size=shape).astype(np.float32) for name, (shape, _) in SHAPES.items()}
+
+
+def second_update(name, where=None, weight_decay=0.1):
+  """Weights and state of the optimiser after two updates."""
+  tx = optim.optimizer(optim.OptimConfig(name=name, warmup=0, weight_decay=weight_decay), BOXED)
+  params, opt = arrays(0), tx.init(arrays(0))
+  places = None
+  if where is not None:
+    targets = optim.abstract(tx, BOXED, where)
+    places = jax.tree.map(lambda leaf: leaf.sharding, targets)
+    params, opt = jax.device_put((params, opt), places)
+
+  def update(params, opt, grads):
+    updates, opt = tx.update(grads, opt, params)
+    return jax.tree.map(jnp.add, params, updates), opt
+  step = jax.jit(update, out_shardings=places)
+  for seed in (1, 2):
+    params, opt = step(params, opt, arrays(seed))
+  return params, opt
+
+
+def apart(tree, reference):
+  """The largest difference of a leaf, as a share of its maximum."""
+  pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
+  return max(np.abs(np.asarray(a) - b).max() / np.abs(b).max() for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", optim.NAMES)
+def test_an_update_on_a_mesh_is_that_of_one_device(name):
+  """Weights and state lie cut on 8 devices, the state as its weights; both are what one device computes."""
+  params, opt = second_update(name, layout.Layout(layout.make_mesh(data=2, fsdp=2, tensor=2)))
+  wanted = second_update(name)
+  assert apart((params, opt), wanted) < 1e-5
+  assert params["query"].addressable_shards[0].data.shape == (2, 8, 2, 8)
+  moments = [leaf for leaf in jax.tree.leaves(opt) if leaf.shape == SHAPES["query"][0]]
+  assert moments and all(leaf.addressable_shards[0].data.shape == (2, 8, 2, 8) for leaf in moments)
+  scaled = params | {"mlp": params["mlp"] * 1.0001}          # the comparison can fail
+  assert apart((scaled, opt), wanted) > 1e-5
+
+
+@pytest.mark.parametrize("name", optim.NAMES)
+def test_weight_decay_is_on_matrices_alone(name):
+  """Ten times the decay moves every matrix and no bias."""
+  (little, _), (much, _) = (second_update(name, weight_decay=decay) for decay in (0.1, 1.0))
+  np.testing.assert_array_equal(little["bias"], much["bias"])
+  for matrix in ("query", "mlp", "kernel"):
+    assert np.abs(little[matrix] - much[matrix]).max() > 1e-4
+
+
+@pytest.mark.parametrize("wrong", [{"name": "sgd"}, {"learning_rate": 0}, {"final": 2}, {"b1": 1.0}, {"b2": -0.1}])
+def test_a_setting_out_of_range_says_so(wrong):
+  with pytest.raises(ValueError, match="the optimiser"):
+    optim.OptimConfig(**wrong)
