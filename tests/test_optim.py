@@ -1,4 +1,4 @@
-"""The optimiser: an update on a mesh is that of one device, weight decay is on matrices alone, bad settings are errors."""
+"""The optimiser: an update on a mesh is that of one device; weight decay is on matrices alone."""
 
 import flax.linen as nn
 import jax
@@ -70,7 +70,8 @@ def test_weight_decay_is_on_matrices_alone(name):
     assert np.abs(little[matrix] - much[matrix]).max() > 1e-4
 
 
-@pytest.mark.parametrize("wrong", [{"name": "sgd"}, {"learning_rate": 0}, {"final": 2}, {"b1": 1.0}, {"b2": -0.1}])
+@pytest.mark.parametrize(
+    "wrong", [{"name": "sgd"}, {"learning_rate": 0}, {"final": 2}, {"b1": 1.0}, {"b2": -0.1}])
 def test_a_setting_out_of_range_says_so(wrong):
   with pytest.raises(ValueError, match="the optimiser"):
     optim.OptimConfig(**wrong)
