@@ -16,80 +16,74 @@ Steps are updates; a row is `row_tokens` tokens, a step is `rows` rows of all ho
 import ml_collections
 
 
-def get_config(variant="tiny"):
-  """The page of a variant."""
-  variants = {"tiny": tiny, "world": world, "base": base, "finetune": finetune}
-  if variant not in variants:
-    raise ValueError(f"configs/t2v.py has no variant {variant!r}; it has {', '.join(variants)}")
-  return variants[variant]()
-
-
-def tiny():
-  """The page that the others differ from."""
+def neutral():
+  """What all variants share: every key, with a value that is right or harmless at any size. Not a variant."""
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.init = ""                     # another work directory to start the weights from
-  config.steps = 240
+  config.steps = 1000
   config.log_every = 10
-  config.checkpoint_every = 100
-  config.max_bad_steps = 1             # stop after so many updates that are not finite
-  config.ema_decay = 0.99
+  config.checkpoint_every = 500
+  config.max_bad_steps = 10            # stop after so many updates that are not finite
+  config.ema_decay = 0.999
 
   config.model = ml_collections.ConfigDict()
-  config.model.size = "tiny"           # a key of sora_jax.models.dit.SIZES; "init": that of config.init
+  config.model.size = "S"              # a key of sora_jax.models.dit.SIZES; "init": that of config.init
   config.model.expert = ""             # which of two experts in config.init to train: high or low (noise)
-  config.model.remat = "none"
+  config.model.remat = "full"          # a key of sora_jax.models.dit.REMAT: what the backward pass finds
   config.model.dtype = "float32"
-  config.model.text = "tiny"           # a key of sora_jax.models.text.SIZES, trained with the DiT; "" when records hold embeddings
+  config.model.text = ""               # a key of sora_jax.models.text.SIZES; "": embeddings of the records
 
   config.lora = ml_collections.ConfigDict()
-  config.lora.rank = 0                 # > 0: train adapters of this rank; the weights of config.init stay as they are
+  config.lora.rank = 0                 # > 0: train adapters of this rank to the weights of config.init
   config.lora.alpha = 32.0             # an adapter's product is scaled by alpha / rank
-  config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")      # layers by their names in diffusers, or the ends of these
+  config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")      # layers: ends of their names in diffusers
 
   config.data = ml_collections.ConfigDict()
   config.data.path = ""                # what launch.encode wrote; several, mixed, with a comma between them
-  config.data.weights = ()             # of several: shares of the clips that are drawn; (): each clip once an epoch
-  config.data.clips = ""               # instead of path: a folder of raw clips, few enough to be encoded before the first step
+  config.data.weights = ()             # of several: shares of the clips drawn; (): each clip once an epoch
+  config.data.clips = ""               # instead of path: a folder of raw clips, encoded before the first step
   config.data.max_seconds = 5.0        # of these: longer videos become pieces
-  config.data.rows = 10
-  config.data.row_tokens = 320
-  config.data.row_clips = 12
-  config.data.row_text = 80
+  config.data.rows = 8
+  config.data.row_tokens = 4096
+  config.data.row_clips = 16
+  config.data.row_text = 1024
   config.data.caption_dropout = 0.1
   config.data.image_to_video = 0.15    # share of clips whose first frame is given
-  config.data.base_fps = 0.0           # > 0: time coordinates count frames of a video of this rate, whatever the clip's own
+  config.data.base_fps = 0.0           # > 0: time coordinates count frames at this rate, whatever the clip's
   config.data.max_damaged = 10
-  config.data.threads = 2
+  config.data.threads = 8
 
-  config.optim = ml_collections.ConfigDict()
-  config.optim.name = "muon"
-  config.optim.learning_rate = 4e-3
-  config.optim.warmup = 20
+  config.optim = ml_collections.ConfigDict()       # the fields of sora_jax.optim.OptimConfig
+  config.optim.name = "adamw"
+  config.optim.learning_rate = 1e-4
+  config.optim.warmup = 100
   config.optim.final = 0.05
   config.optim.weight_decay = 0.01
   config.optim.clip = 1.0
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.99
 
   config.sigma = ml_collections.ConfigDict()
   config.sigma.mean = 0.0
   config.sigma.std = 1.0
-  config.sigma.base_shift = 3.0        # latents of the linear codec are like pixels: shape and place are decided at sigma 0.8 to 0.95
-  config.sigma.base_tokens = 64
+  config.sigma.base_shift = 3.0
+  config.sigma.base_tokens = 4096
   config.sigma.shift_power = 0.5
   config.sigma.uniform = 0.1
 
   config.sample = ml_collections.ConfigDict()      # what launch.sample does where a request does not say
   config.sample.every = 0                          # 0: draw no samples during training
-  config.sample.prompts = ("a red ball moves left", "a blue square moves up")
-  config.sample.size = (64, 64)
+  config.sample.prompts = ()                       # of those samples
+  config.sample.size = (480, 832)
   config.sample.frames = 17
-  config.sample.fps = 8.0
-  config.sample.steps = 20
+  config.sample.fps = 16.0
+  config.sample.steps = 40
   config.sample.sampler = "unipc"
-  config.sample.shift = 4.0
-  config.sample.guidance = 3.0
-  config.sample.row_tokens = 320                   # a row of a sampling job
-  config.sample.rows = 8                           # rows denoised together
+  config.sample.shift = 3.0
+  config.sample.guidance = 5.0
+  config.sample.row_tokens = 4096                  # a row of a sampling job
+  config.sample.rows = 1                           # rows denoised together
 
   config.mesh = ml_collections.ConfigDict()        # data takes what the others leave
   config.mesh.fsdp = 1
@@ -98,8 +92,39 @@ def tiny():
   return config
 
 
+def tiny():
+  """Minutes on two CPU cores."""
+  config = neutral()
+  config.steps = 240
+  config.checkpoint_every = 100
+  config.max_bad_steps = 1
+  config.ema_decay = 0.99
+  config.model.size = "tiny"
+  config.model.remat = "none"
+  config.model.text = "tiny"
+  config.data.rows = 10
+  config.data.row_tokens = 320
+  config.data.row_clips = 12
+  config.data.row_text = 80
+  config.data.threads = 2
+  config.optim.name = "muon"
+  config.optim.learning_rate = 4e-3
+  config.optim.warmup = 20
+  config.sigma.base_shift = 3.0        # latents are like pixels: sigma 0.8 to 0.95 decides shapes
+  config.sigma.base_tokens = 64
+  config.sample.prompts = ("a red ball moves left", "a blue square moves up")
+  config.sample.size = (64, 64)
+  config.sample.fps = 8.0
+  config.sample.steps = 20
+  config.sample.shift = 4.0
+  config.sample.guidance = 3.0
+  config.sample.row_tokens = 320
+  config.sample.rows = 8
+  return config
+
+
 def world():
-  """The small model that ships."""
+  """The small model that ships: as `tiny`, for longer."""
   config = tiny()
   config.steps = 4500
   config.checkpoint_every = 200
@@ -110,10 +135,8 @@ def world():
 
 def base():
   """Size B on records of a 4x16x16 VAE with 48 channels and text embeddings."""
-  config = tiny()
+  config = neutral()
   config.model.size = "B"
-  config.model.text = ""
-  config.model.remat = "full"
   config.model.dtype = "bfloat16"
   config.steps = 200_000
   config.log_every = 50
@@ -123,19 +146,10 @@ def base():
   config.data.row_tokens = 40_960
   config.data.row_clips = 64
   config.data.row_text = 8192
-  config.optim.name = "adamw"
   config.optim.learning_rate = 2e-4
   config.optim.warmup = 2000
-  config.sigma.base_tokens = 4096
-  config.sigma.base_shift = 3.0
-  config.sample.size = (480, 832)
   config.sample.frames = 49
-  config.sample.fps = 16.0
-  config.sample.steps = 40
-  config.sample.shift = 3.0
-  config.sample.guidance = 5.0
   config.sample.row_tokens = 40_960
-  config.sample.rows = 1
   config.mesh.fsdp = 4
   return config
 
@@ -152,10 +166,21 @@ def finetune():
   config.data.image_to_video = 0.0     # for weights that take given tokens at sigma 0 (Wan 2.2 TI2V-5B) alone
   config.optim.learning_rate = 1e-5    # adapters bear ten times as much
   config.optim.warmup = 50
-  config.sigma.base_shift = ml_collections.config_dict.placeholder(float)      # None: the shift that config.init is sampled with
+  config.sigma.base_shift = ml_collections.config_dict.placeholder(float)      # None: config.init's
   config.sigma.shift_power = 0.0
   config.mesh.fsdp = 1                 # devices that weights and optimiser are cut over
-  config.sample.prompts = ()
-  for name, kind in (("size", tuple), ("frames", int), ("fps", float), ("steps", int), ("sampler", str), ("shift", float), ("guidance", float)):
+  theirs = {"size": tuple, "frames": int, "fps": float, "steps": int, "sampler": str, "shift": float,
+            "guidance": float}
+  for name, kind in theirs.items():
     config.sample[name] = ml_collections.config_dict.placeholder(kind)
   return config
+
+
+VARIANTS = {"tiny": tiny, "world": world, "base": base, "finetune": finetune}
+
+
+def get_config(variant="tiny"):
+  """The page of a variant."""
+  if variant not in VARIANTS:
+    raise ValueError(f"configs/t2v.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
+  return VARIANTS[variant]()

@@ -14,29 +14,21 @@ A step is `data.clips` crops of `data.frames` frames and `data.images` crops of 
 import ml_collections
 
 
-def get_config(variant="tiny"):
-  """The page of a variant."""
-  variants = {"tiny": tiny, "world": world, "base": base}
-  if variant not in variants:
-    raise ValueError(f"configs/vae.py has no variant {variant!r}; it has {', '.join(variants)}")
-  return variants[variant]()
-
-
-def tiny():
-  """The page that the others differ from."""
+def neutral():
+  """What all variants share: every key, with a value that is right or harmless at any size. Not a variant."""
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.init = ""                     # another directory whose VAE to start from
-  config.decoder_only = False          # leave what latents depend on as it is: records and transformers of config.init stay good
-  config.model = "tiny"                # a key of sora_jax.models.vae.SIZES
-  config.steps = 400
+  config.decoder_only = False          # keep what latents depend on: records of config.init stay good
+  config.model = "wan2.1"              # a key of sora_jax.models.vae.SIZES
+  config.steps = 1000
   config.log_every = 20
-  config.eval_every = 400              # PSNR and SSIM on held-out clips
-  config.checkpoint_every = 150
-  config.max_bad_steps = 1             # stop after so many updates that are not finite
-  config.ema_decay = 0.99
+  config.eval_every = 500              # PSNR and SSIM on held-out clips
+  config.checkpoint_every = 500
+  config.max_bad_steps = 10            # stop after so many updates that are not finite
+  config.ema_decay = 0.999
 
-  config.kl_weight = 1e-4              # per pixel value; see sora_jax/train_vae.py
+  config.kl_weight = 1e-6              # per pixel value; see sora_jax/train_vae.py
   config.square_weight = 4.0           # of the squared error, beside L1
   config.ssim_weight = 0.0             # of 1 - SSIM; 0: without
   config.adversarial = ml_collections.ConfigDict()
@@ -47,23 +39,25 @@ def tiny():
   config.perceptual.weights = ""       # a safetensors file of VGG16: sora_jax/weights/vgg16.py
 
   config.data = ml_collections.ConfigDict()
-  config.data.source = "shapes"        # data/sources/NAME.py
+  config.data.source = "folder"        # data/sources/NAME.py
   config.data.path = ""                # the folder of clips, for source "folder"
-  config.data.count = 4000             # clips of the embedded world
+  config.data.count = 4000             # clips of the embedded world, for source "shapes"
   config.data.max_seconds = 2.0        # a folder's videos are read in pieces of so many seconds
-  config.data.crop = (48, 48)          # height, width in pixels
+  config.data.crop = (256, 256)        # height, width in pixels
   config.data.frames = 17              # as many as will be encoded at once, or later frames come out worse
-  config.data.clips = 2
-  config.data.images = 4
-  config.data.threads = 2
+  config.data.clips = 8
+  config.data.images = 8
+  config.data.threads = 8
 
-  config.optim = ml_collections.ConfigDict()
+  config.optim = ml_collections.ConfigDict()       # the fields of sora_jax.optim.OptimConfig
   config.optim.name = "adamw"
-  config.optim.learning_rate = 2e-3
-  config.optim.warmup = 30
+  config.optim.learning_rate = 1e-4
+  config.optim.warmup = 100
   config.optim.final = 0.05
   config.optim.weight_decay = 0.0
   config.optim.clip = 1.0
+  config.optim.b1 = 0.9
+  config.optim.b2 = 0.99
 
   config.mesh = ml_collections.ConfigDict()        # data takes what the others leave
   config.mesh.fsdp = 1
@@ -72,8 +66,28 @@ def tiny():
   return config
 
 
+def tiny():
+  """Minutes on two CPU cores, on the embedded world."""
+  config = neutral()
+  config.model = "tiny"
+  config.steps = 400
+  config.eval_every = 400
+  config.checkpoint_every = 150
+  config.max_bad_steps = 1
+  config.ema_decay = 0.99
+  config.kl_weight = 1e-4
+  config.data.source = "shapes"
+  config.data.crop = (48, 48)
+  config.data.clips = 2
+  config.data.images = 4
+  config.data.threads = 2
+  config.optim.learning_rate = 2e-3
+  config.optim.warmup = 30
+  return config
+
+
 def world():
-  """The VAE of the small model that ships."""
+  """The VAE of the small model that ships: as `tiny`, for longer."""
   config = tiny()
   config.steps = 3600
   config.eval_every = 900
@@ -88,25 +102,29 @@ def world():
 
 def base():
   """The residual kind at its real size, on a folder of clips: what configs/t2v.py:base takes."""
-  config = tiny()
+  config = neutral()
   config.model = "wan2.2"
   config.steps = 300_000
   config.log_every = 50
   config.eval_every = 5000
   config.checkpoint_every = 1000
   config.ema_decay = 0.9999
-  config.kl_weight = 1e-6
   config.adversarial.weight = 0.5
   config.adversarial.start = 50_000
   config.perceptual.weight = 1.0
-  config.data.source = "folder"
-  config.data.crop = (256, 256)
-  config.data.frames = 17
   config.data.clips = 64
   config.data.images = 64
   config.data.threads = 16
-  config.optim.name = "adamw"
-  config.optim.learning_rate = 1e-4
   config.optim.warmup = 2000
   config.mesh.fsdp = 4
   return config
+
+
+VARIANTS = {"tiny": tiny, "world": world, "base": base}
+
+
+def get_config(variant="tiny"):
+  """The page of a variant."""
+  if variant not in VARIANTS:
+    raise ValueError(f"configs/vae.py has no variant {variant!r}; it has {', '.join(VARIANTS)}")
+  return VARIANTS[variant]()
