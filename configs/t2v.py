@@ -28,6 +28,7 @@ def neutral():
   config.ema_decay = 0.999
 
   config.model = ml_collections.ConfigDict()
+  config.model.kind = "wan"            # a key of sora_jax.workdir.MODELS
   config.model.size = "S"              # a key of sora_jax.models.dit.SIZES; "init": that of config.init
   config.model.expert = ""             # which of two experts in config.init to train: high or low (noise)
   config.model.remat = "full"          # a key of sora_jax.models.dit.REMAT: what the backward pass finds
@@ -110,7 +111,7 @@ def tiny():
   config.optim.name = "muon"
   config.optim.learning_rate = 4e-3
   config.optim.warmup = 20
-  config.sigma.base_shift = 3.0        # latents are like pixels: sigma 0.8 to 0.95 decides shapes
+  # sigma.base_shift: latents of the linear codec are like pixels, shape and place are decided at sigma 0.8 to 0.95
   config.sigma.base_tokens = 64
   config.sample.prompts = ("a red ball moves left", "a blue square moves up")
   config.sample.size = (64, 64)

@@ -94,6 +94,10 @@ def check(config, workdir):
   if config.data.path and config.data.clips:
     raise BadInput("--config.data.path and --config.data.clips are both given; give one of them")
   loop.check(config)
+  if config.sample.every and not config.sample.prompts:
+    raise BadInput(
+      f"config.sample.every is {config.sample.every} and config.sample.prompts is empty; give prompts, or set every to 0"
+    )
   if config.data.max_damaged < 0:
     raise BadInput(f"config.data.max_damaged is {config.data.max_damaged}; it must be 0 or more")
 
@@ -140,6 +144,8 @@ def train_on(run):
   if step >= config.steps:
     say(f"{workdir} is already trained for {step} steps; nothing to do. {following}")
     return program.OK
+  for line in layouts.uncut_weights(train.boxed_weights(model), run.layout):
+    say(line)
   frozen = frozen_weights(run)
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   name = {"init": f"what {config.init} holds"}.get(config.model.size, config.model.size)

@@ -86,6 +86,8 @@ def train_on(run):
     say(f"{workdir} is already trained for {step} steps; nothing to do. "
         f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
     return program.OK
+  for line in layouts.uncut_weights(train_vae.boxed_weights(cfg), run.layout):
+    say(line)
   size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   say(f"training VAE {config.model} ({size / 1e6:.2f} M parameters, stride {cfg.stride}, {cfg.z_dim} channels), steps {step + 1} to "
       f"{config.steps}, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}")

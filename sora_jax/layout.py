@@ -98,11 +98,6 @@ def make_mesh(data=None, fsdp=1, context=1, tensor=1, devices=None):
   return Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
-def single_device():
-  """A Layout on the first device alone."""
-  return Layout(make_mesh(devices=jax.devices()[:1]))
-
-
 def param(module, name, init, shape, axes):
   """A weight of a linen module that says its logical axes. Returns the plain array."""
   return module.param(name, nn.with_logical_partitioning(init, axes), shape)

@@ -14,7 +14,9 @@ NAMES = ("adamw", "muon")
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW (arXiv:1711.05101); or Muon (Jordan et al. 2024; arXiv:2502.16982) on matrices and AdamW on the rest. Steps are updates.
+  """AdamW (arXiv:1711.05101); or Muon (Jordan et al. 2024; arXiv:2502.16982) on matrices, and on the rest AdamW with Nesterov momentum.
+
+  Steps are updates.
 
   Muon's updates are scaled to the size of AdamW's (0.2 of root mean square, arXiv:2502.16982, eq. 4), so that one learning rate fits
   both. Weight decay is on matrices alone.

@@ -69,13 +69,17 @@ def make_layout(config):
 
 
 def sampling_layout(config):
-  """config.mesh where the devices fit it; else weights are cut over all of them, for a job may run elsewhere than the training."""
+  """config.mesh where the devices fit it, for a job may run elsewhere than the training; else weights are cut over the devices.
+
+  Over as many as a power of two allows, since heads and widths rarely have other factors.
+  """
   if "mesh" in config:
     try:
       return make_layout(config)
     except BadInput:
       pass
-  return layouts.Layout(layouts.make_mesh(fsdp=jax.device_count()))
+  count = jax.device_count()
+  return layouts.Layout(layouts.make_mesh(fsdp=count & -count))  # its largest factor that is a power of two
 
 
 def adopt(config):

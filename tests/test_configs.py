@@ -9,10 +9,10 @@ import pathlib
 import jax
 import pytest
 
-from launch.build import adopt, make_layout, make_model, make_optimizer, make_sigma, pick, trained_part
-from sora_jax import batch as batches, checkpoint, layout, optim, train, train_vae
+from launch.common.settings import make_optimizer, make_sigma
+from sora_jax import batch as batches, layout, optim, train, train_vae, workdir as workdirs
 from sora_jax.diffusion import samplers
-from sora_jax.errors import BadInput
+from sora_jax.errors import BadInput, pick
 from sora_jax.models import dit, vae
 
 
@@ -51,8 +51,8 @@ def t2v_state(config, workdir):
     config.init = str(workdir)
     fields = {"model": {"dit": dataclasses.asdict(IMPORTED)}, "sample": SAMPLE}
     (workdir / "config.json").write_text(json.dumps(fields))
-  adopt(config)
-  model = trained_part(config, make_model(config, checkpoint.shipped() / "text", layout_of(config)))
+  workdirs.adopt(config)
+  model = workdirs.trained_part(config, workdirs.make_model(config, workdirs.shipped() / "text", layout_of(config)))
   make_sigma(config)
   batches.RowShape(config.data.row_tokens, config.data.row_clips, config.data.row_text)
   assert config.sample.sampler in samplers.SAMPLERS
@@ -77,7 +77,7 @@ def test_every_variant_resolves(name, variant, tmp_path):
   config = PAGES[name].get_config(variant)
   state = STATES[name](config, tmp_path)
   assert None not in flat(config).values()
-  assert make_layout(config).mesh.shape["fsdp"] == config.mesh.fsdp
+  assert workdirs.make_layout(config).mesh.shape["fsdp"] == config.mesh.fsdp
   largest = max(jax.tree.leaves(state.params), key=lambda leaf: leaf.size)
   moments = [leaf for leaf in jax.tree.leaves(state.opt) if leaf.shape == largest.shape]
   assert moments

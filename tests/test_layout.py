@@ -11,7 +11,7 @@ from sora_jax.errors import BadInput
 
 
 def test_a_misspelt_axis_is_an_error():
-  where = layout.single_device()
+  where = layout.Layout(layout.make_mesh())
   assert where.spec("act_batch", None, "embed") == PartitionSpec(("data", "fsdp"), None, "fsdp")
   with pytest.raises(KeyError, match="act_bach"):
     where.spec("act_bach")
@@ -54,7 +54,7 @@ def test_a_small_weight_that_stays_whole_is_named():
   places = layout.shardings(weights, where)
   assert places["query"].spec == PartitionSpec(None, "fsdp", None, None)
   assert places["late"].spec == PartitionSpec(None, "tensor")
-  for fits in (layout.Layout(layout.make_mesh(fsdp=4, tensor=2)), layout.single_device()):
+  for fits in (layout.Layout(layout.make_mesh(fsdp=4, tensor=2)), layout.Layout(layout.make_mesh(devices=jax.devices()[:1]))):
     assert layout.uncut_weights(weights, fits) == []
 
 

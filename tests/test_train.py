@@ -141,13 +141,15 @@ def test_a_wrong_gradient_is_not_the_same():
 @functools.cache
 def setting(where=None, tx=None):
   """(layout, tx, compiled step), by default with Muon on one device; few compilations serve all tests."""
-  where = where or layout.single_device()
+  where = where or layout_of(data=1)
   muon = optim.OptimConfig(steps=60, warmup=5, learning_rate=5e-3, name="muon")
   tx = tx or optim.optimizer(muon, train.boxed_weights(model()))
-  step = jax.jit(train.train_step, static_argnames=("model", "tx", "ema_decay", "sigma"),
-                 out_shardings=(train.shardings(model(where), tx), None))
-  settings = {"model": model(where), "tx": tx, "ema_decay": 0.9, "sigma": SIGMA}
-  return where, tx, functools.partial(step, key=jax.random.key(1), **settings)
+  step, key = train.jit_step(model(where), tx, ema_decay=0.9, sigma=SIGMA), jax.random.key(1)
+
+  def run(state, batch):
+    return step(jax.tree.map(jnp.copy, state), batch, key)      # it donates the State
+
+  return where, tx, run
 
 
 def start(where, tx):

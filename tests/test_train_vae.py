@@ -33,11 +33,14 @@ def setting(losses, where=None, tx=None, decoder_only=False):
   """(new state, step) of one kind, by default with AdamW on one device; few compilations serve all tests."""
   adamw = optim.OptimConfig(steps=60, warmup=0, learning_rate=5e-3)
   tx = tx or optim.optimizer(adamw, train_vae.boxed_weights(TINY))
-  step = jax.jit(train_vae.train_step, static_argnames=("cfg", "tx", "losses", "ema_decay", "layout", "decoder_only"),
-                 out_shardings=(train_vae.shardings(TINY, tx, losses, where), None))
+  step = train_vae.jit_step(TINY, tx, losses, ema_decay=0.9, layout=where, decoder_only=decoder_only)
   state = train_vae.init_state(TINY, tx, losses, jax.random.key(0), where)
-  return state, functools.partial(step, key=jax.random.key(1), cfg=TINY, tx=tx, losses=losses, ema_decay=0.9, layout=where,
-                                  decoder_only=decoder_only)
+  key = jax.random.key(1)
+
+  def run(state, batch, features=None):
+    return step(jax.tree.map(jnp.copy, state), batch, key, features)      # it donates the state
+
+  return state, run
 
 
 def same(a, b):

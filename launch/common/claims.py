@@ -9,6 +9,8 @@ from launch.common import program
 from sora_jax import files, parts
 from sora_jax.errors import BadInput
 
+# Keys of a config that earlier versions did not have, and what they did.
+ADDED = {"optim.b1": 0.9, "optim.b2": 0.99, "model.kind": "wan"}
 _locks = []  # open files: a lock lasts as long as the program
 
 
@@ -34,15 +36,17 @@ def has_model(workdir):
 def claim_workdir(workdir, config, free_to_change):
   """Writes W/config.json, or checks that W belongs to this config.
 
-  free_to_change: keys (dotted) that may differ between runs. Keys that the file lacks are newer than it, and do not count.
+  free_to_change: keys (dotted) that may differ between runs.
   """
   path = os.path.join(workdir, "config.json")
   mine = {"format_version": parts.FORMAT_VERSION, "program": program.name(), **json.loads(config.to_json_best_effort())}
   if os.path.exists(path) and has_model(workdir):
     here, there = flatten_config(mine), flatten_config(files.read_json(path))
-    differ = [key for key in sorted(there) if there[key] != here.get(key) and not key.startswith(free_to_change)]
+    there = {key: value for key, value in ADDED.items() if key in here} | there
+    keys = sorted(key for key in here.keys() | there.keys() if not key.startswith(free_to_change))
+    differ = [key for key in keys if here.get(key) != there.get(key)]
     if differ:
-      shown = ", ".join(f"{key} is {there[key]!r} there, {here.get(key)!r} here" for key in differ[:3])
+      shown = ", ".join(f"{key} is {there.get(key)!r} there, {here.get(key)!r} here" for key in differ[:3])
       raise BadInput(
         f"{workdir} belongs to another config ({shown}{', ...' if len(differ) > 3 else ''}); "
         "give the same config to resume it, or another --workdir"

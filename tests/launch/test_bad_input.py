@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from configs import t2v as page
+from launch.common import claims
 from launch.jobs import sample
 from sora_jax import files, layout, parts, video
+from sora_jax.errors import BadInput
 from sora_jax.models import dit, t2v, text, vae
 
 
@@ -71,6 +73,7 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
     (("train", "--config={root}/configs/t2v.py:tiny", "--workdir=w"), "no --config.data.path"),
     (("train", "--config={root}/configs/t2v.py:tiny", "--config.optim.learning_rat=1", "--workdir=w"), 'Did you mean "learning_rate"'),
     (("train", "--config={root}/configs/t2v.py:tiny", "--config.steps=few", "--workdir=w"), "few"),
+    (("train", "--config={root}/configs/t2v.py:base", "--config.data.path=r", "--config.sample.every=9", "--workdir=w"), "prompts is empty"),
     (("train", "--config={root}/configs/t2v.py:huge", "--workdir=w"), "no variant 'huge'"),
     (("train", "--config={root}/configs/t2v.py:tiny", "--config.data.path=/nowhere", "--workdir=w"), "/nowhere"),
     (("train_vae", "--config={root}/configs/vae.py:tiny"), "no --workdir"),
@@ -129,3 +132,19 @@ def test_a_work_directory_of_another_config(run_program, tmp_path):
   done = run_program("train_vae", "--config=configs/vae.py:tiny", f"--workdir={tmp_path}")
   assert done.returncode == 2 and "belongs to another config" in done.stderr and done.stderr.count("\n") == 1
   assert (tmp_path / "config.json").read_text() == config
+
+
+def test_a_work_directory_of_an_earlier_version(tmp_path):
+  """A config.json without keys that were added since goes on with what they did then, and with nothing else."""
+  config = page.get_config("tiny")
+  claims.claim_workdir(tmp_path, config, ())
+  fields = files.read_json(tmp_path / "config.json")
+  for key in claims.ADDED:
+    section, name = key.split(".")
+    assert fields[section].pop(name) == claims.ADDED[key]
+  (tmp_path / "model").mkdir()
+  files.write_json(tmp_path / "config.json", fields)
+  config.optim.b1 = 0.5
+  with pytest.raises(BadInput, match="optim.b1 is 0.9 there, 0.5 here"):
+    claims.claim_workdir(tmp_path, config, ())
+  claims.claim_workdir(tmp_path, page.get_config("tiny"), ())
