@@ -3,12 +3,16 @@
   python -m launch.train --config=configs/t2v.py:tiny --config.data.path=RECORDS --workdir=W
 
 Variants, with the hardware that each was written for and what to expect:
-  tiny   two CPU cores, five minutes on the embedded world: colours follow the prompt, shapes and motion not yet. What the quickstart trains.
-  world  two CPU cores, an hour and a half on the embedded world: the small model that ships, which was then trained on for an hour
-         (commands and scores: sora_jax/assets/world/README.md).
-  base   one TPU v5p-8 or larger: our size B, on records of a 4x16x16 VAE with 48 channels, with text embeddings in the records.
-  finetune  goes on from imported weights, --config.init=W: all of them (Wan 1.3B: a TPU v5p-8), or with --config.lora.rank=32 adapters
-         alone (Wan 14B: the same). Records are encoded with --workdir=W, so that VAE and text encoder are those of the weights.
+  tiny   two CPU cores, five minutes on the embedded world: colours follow the prompt, shapes and motion not
+         yet. What the quickstart trains.
+  world  two CPU cores, an hour and a half on the embedded world: the small model that ships, which was then
+         trained on for an hour (commands and scores: sora_jax/assets/world/README.md).
+  base   one TPU v5p-8 or larger: our size B, on records of a 4x16x16 VAE with 48 channels, with text
+         embeddings in the records.
+  finetune  goes on from imported weights, --config.init=W: all of them (Wan 1.3B: a TPU v5p-8), or with
+            --config.lora.rank=32 adapters
+         alone (Wan 14B: the same). Records are encoded with --workdir=W, so that VAE and text encoder are
+         those of the weights.
 
 Steps are updates; a row is `row_tokens` tokens, a step is `rows` rows of all hosts together.
 """
@@ -111,7 +115,8 @@ def tiny():
   config.optim.name = "muon"
   config.optim.learning_rate = 4e-3
   config.optim.warmup = 20
-  # sigma.base_shift: latents of the linear codec are like pixels, shape and place are decided at sigma 0.8 to 0.95
+  # sigma.base_shift: latents of the linear codec are like pixels, shape and place are decided at sigma 0.8 to
+  # 0.95
   config.sigma.base_tokens = 64
   config.sample.prompts = ("a red ball moves left", "a blue square moves up")
   config.sample.size = (64, 64)

@@ -5,8 +5,9 @@
 Variants, with the hardware that each was written for and what to expect:
   tiny   two CPU cores, two minutes on the embedded world. What the quickstart trains.
   world  two CPU cores, a quarter of an hour on the embedded world: the VAE of the small model that ships.
-  base   one TPU v5p-8 or larger, days: the residual 4x16x16 kind with 48 channels (the shape of Wan 2.2) on a folder of clips, with the
-         adversarial and the perceptual term; give --config.data.path=CLIPS and --config.perceptual.weights=vgg16.safetensors
+  base   one TPU v5p-8 or larger, days: the residual 4x16x16 kind with 48 channels (the shape of Wan 2.2) on a
+         folder of clips, with the adversarial and the perceptual term; give --config.data.path=CLIPS and
+         --config.perceptual.weights=vgg16.safetensors
 
 A step is `data.clips` crops of `data.frames` frames and `data.images` crops of one, over all hosts together.
 """

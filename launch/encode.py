@@ -1,13 +1,13 @@
 """Clips with captions -> records of latents and text, at native size. Run again, it goes on where it was.
 
-  python -m launch.encode --source=DIR --out=OUT [--workdir=W]             a folder, tar shards, or a TFDS dataset
-  python -m launch.encode --source=clips.parquet --out=OUT [--workdir=W]   a manifest: .jsonl, .csv, .parquet
+  python -m launch.encode --source=DIR --out=OUT [--workdir=W]            # a folder, tar shards, TFDS dataset
+  python -m launch.encode --source=clips.parquet --out=OUT [--workdir=W]  # a manifest: .jsonl, .csv, .parquet
   python -m launch.encode --source=shapes:4000 --out=OUT --workdir=W
 
-The VAE and the text encoder come from W (without --workdir: those of the small model that ships) and are copied into
-OUT, which is then all that launch.train needs. Where W has no tokenizer, one is trained on the captions.
-OUT/report.json says, file by file, what was taken, what was cropped, and what was skipped and why; OUT/report.html
-shows it. Several processes share the files: launch/hosts.py.
+The VAE and the text encoder come from W (without --workdir: those of the small model that ships) and are
+copied into OUT, which is then all that launch.train needs. Where W has no tokenizer, one is trained on the
+captions. OUT/report.json says, file by file, what was taken, what was cropped, and what was skipped and why;
+OUT/report.html shows it. Several processes share the files: launch/hosts.py.
 """
 
 import dataclasses
@@ -55,7 +55,8 @@ def main():
   if not processes.join():
     progress.mute()
   out, model = records.local(FLAGS.out), pathlib.Path(FLAGS.workdir or workdirs.shipped())
-  rules = (field.name for field in dataclasses.fields(curation.Rules) if field.name != "temporal_stride")  # that of the VAE
+  # that of the VAE
+  rules = (field.name for field in dataclasses.fields(curation.Rules) if field.name != "temporal_stride")
   options = {name: FLAGS[name].value for name in rules}
   options |= {"split": FLAGS.split, "seed": FLAGS.seed}
   if not encode.run(FLAGS.source, out, model, options, vocab=FLAGS.captions_vocab, limit=FLAGS.limit):

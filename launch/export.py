@@ -1,13 +1,18 @@
-"""Weights of a work directory as files for other programs; the folder's README.md says how to load it, and where it comes from.
+"""Weights of a work directory as files for other programs; the folder's README.md says how to load it, and
+where it comes from.
 
   python -m launch.export --workdir=W --format=diffusers --out=DIR
 
-  diffusers     a pipeline that `WanPipeline.from_pretrained` opens; its parts alone where the model is no whole pipeline of Wan
-  safetensors   a directory that our programs take as --workdir, and that can be shipped: config.json, vae/, text/, model/
+  diffusers     a pipeline that `WanPipeline.from_pretrained` opens; its parts alone where the model is no
+                whole pipeline of Wan
+  safetensors   a directory that our programs take as --workdir, and that can be shipped: config.json, vae/,
+                text/, model/
   numpy         the same weights as .npz files
-  stablehlo     the DiT's velocity, and the VAE a chunk at a time, by jax.export: for CPU, CUDA and TPU, any batch and size
+  stablehlo     the DiT's velocity, and the VAE a chunk at a time, by jax.export: for CPU, CUDA and TPU, any
+                batch and size
   onnx          the DiT's velocity for one size, weights inside
-  lora          adapters alone (launch.train --config.lora.rank), which `pipe.load_lora_weights` takes; the others merge them
+  lora          adapters alone (launch.train --config.lora.rank), which `pipe.load_lora_weights` takes; the
+                others merge them
 """
 
 from absl import flags

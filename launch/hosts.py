@@ -2,8 +2,8 @@
 
   python -m launch.hosts --count=4 launch.encode --source=DIR --out=OUT
 
-On a pod the program itself is started, on every host: launch/common/processes.py. The first process speaks for all; when one
-fails, all end, and the same command goes on where they were.
+On a pod the program itself is started, on every host: launch/common/processes.py. The first process speaks
+for all; when one fails, all end, and the same command goes on where they were.
 """
 
 import argparse

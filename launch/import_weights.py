@@ -1,9 +1,11 @@
-"""Open weights into a work directory, which launch.sample, launch.encode, launch.train --config.init and launch.export take.
+"""Open weights into a work directory, which launch.sample, launch.encode, launch.train --config.init and
+launch.export take.
 
   python -m launch.import_weights --source=DIR --workdir=W
 
-DIR: a pipeline of the Wan family as diffusers saves it (Wan 2.1 T2V, Wan 2.2 TI2V-5B, T2V-A14B, I2V-A14B), or one part of it (such as
-DIR/vae). Adapters in the layout of PEFT and diffusers go on top of weights that are there already, which they need from then on:
+DIR: a pipeline of the Wan family as diffusers saves it (Wan 2.1 T2V, Wan 2.2 TI2V-5B, T2V-A14B, I2V-A14B), or
+one part of it (such as DIR/vae). Adapters in the layout of PEFT and diffusers go on top of weights that are
+there already, which they need from then on:
 
   python -m launch.import_weights --source=LORA --base=W --workdir=W2
 

@@ -1,7 +1,8 @@
-"""The sampling job: a prompt, or a file of requests, in; H.264 mp4 files (png for one frame) and manifest.jsonl out.
+"""The sampling job: a prompt, or a file of requests, in; H.264 mp4 files (png for one frame) and
+manifest.jsonl out.
 
-  python -m launch.sample --prompt="a red ball moves left" --out=OUT                # the small model that ships
-  python -m launch.sample --workdir=W --requests=R.jsonl --out=OUT                  # run again, it does what is missing
+  python -m launch.sample --prompt="a red ball moves left" --out=OUT   # the small model that ships
+  python -m launch.sample --workdir=W --requests=R.jsonl --out=OUT     # run again, it makes what is missing
 """
 
 import json
@@ -17,7 +18,8 @@ from sora_jax.errors import BadInput
 from sora_jax.pipeline import Pipeline
 
 FLAGS = flags.FLAGS
-FIELDS = tuple(name for name in tasks.FIELDS if name not in ("id", "prompt"))  # flags that describe one request
+# flags that describe one request
+FIELDS = tuple(name for name in tasks.FIELDS if name not in ("id", "prompt"))
 
 
 def define_flags():

@@ -1,13 +1,15 @@
 """Trains the text-to-video model on records of launch.encode. Run again, it goes on where it was.
 
-  python -m launch.train --config=configs/t2v.py:tiny --config.data.path=RECORDS --workdir=W
-  python -m launch.train --config=configs/t2v.py:tiny --config.data.path=A,B --config.data.weights="(3, 1)" --workdir=W
-  python -m launch.train --config=configs/t2v.py:tiny --config.data.clips=DIR --workdir=W
+  python -m launch.train --config=configs/t2v.py:tiny --workdir=W --config.data.path=RECORDS
+  python -m launch.train --config=configs/t2v.py:tiny --workdir=W --config.data.path=A,B \\
+    --config.data.weights="(3, 1)"
+  python -m launch.train --config=configs/t2v.py:tiny --workdir=W --config.data.clips=DIR
 
-The second mixes: of four clips drawn three are from A (without weights: each dataset once an epoch). The third is for few clips: they
-become records in W/records first, by the VAE of config.init, or the one that ships, once.
-On the hosts of a pod, or in several processes of one machine (launch.hosts), each loads its rows of a step; any number of them goes on from
-a checkpoint with the very next batch (`data_checksum` in W/metrics.jsonl tells).
+The second mixes: of four clips drawn three are from A (without weights: each dataset once an epoch). The
+third is for few clips: they become records in W/records first, by the VAE of config.init, or the one that
+ships, once. On the hosts of a pod, or in several processes of one machine (launch.hosts), each loads its rows
+of a step; any number of them goes on from a checkpoint with the very next batch (`data_checksum` in
+W/metrics.jsonl tells).
 """
 
 import dataclasses
@@ -103,7 +105,10 @@ def check(config, workdir):
 
 
 def prepare(config, workdir):
-  """A config, already filled in by `workdirs.adopt` -> Run. BadInput where something in it does not fit the data or the devices."""
+  """A config, already filled in by `workdirs.adopt` -> Run.
+
+  BadInput where something in it does not fit the data or the devices.
+  """
   layout, sigma = workdirs.make_layout(config), settings.make_sigma(config)
   index = mixture.open_all(config.data.path)
   data = epath.Path(config.data.path.split(",")[0].strip())
@@ -206,7 +211,9 @@ def batches(run, cursor):
 
 
 def encode_clips(config, workdir):
-  """Raw clips into W/records, as launch.encode does with a folder, unless they are there -> was it done? config.data.path is them then."""
+  """Raw clips into W/records, as launch.encode does with a folder, unless they are there -> was it done?
+  config.data.path is them then.
+  """
   out, model = records.local(workdir) / "records", pathlib.Path(config.init or workdirs.shipped())
   rules = curation.Rules(max_seconds=config.data.max_seconds, scene_threshold=10.0, drop_dull=True)
   index = encode.run(config.data.clips, out, model, {**dataclasses.asdict(rules), "split": "train", "seed": 0})
@@ -247,7 +254,9 @@ def resume(checkpoints, target):
 
 
 def begin(run, target):
-  """-> (a new State, no cursor, step 0): its weights drawn, or taken from another work directory (config.init)."""
+  """-> (a new State, no cursor, step 0): its weights drawn, or taken from another work directory
+  (config.init).
+  """
   config, model = run.config, run.model
   if not config.init:
     return train.init_state(model, run.tx, jax.random.key(config.seed)), None, 0
@@ -273,7 +282,10 @@ def frozen_weights(run):
 
 
 def make_plan(config, index, model, workdir):
-  """The plan of the rows. Says which clips no row can hold, and what to raise; BadInput where that is all of them."""
+  """The plan of the rows.
+
+  Says which clips no row can hold, and what to raise; BadInput where that is all of them.
+  """
   rows = settings.plan_rows(config, index, model)
   if rows.misfits:
     names = [f"{index.describe(misfit.position)}: {misfit.reason}" for misfit in rows.misfits[:NAMED]]
@@ -289,7 +301,9 @@ def make_plan(config, index, model, workdir):
 
 
 def check_init(config, model, data):
-  """BadInput where config.init is not of the parts that made the records, or tokens are given to weights that know no such."""
+  """BadInput where config.init is not of the parts that made the records, or tokens are given to weights that
+  know no such.
+  """
   for part in ("vae", "text") if config.init else ():
     there, here = epath.Path(config.init) / part, data / part
     if there.exists() and parts.fingerprint(there) != parts.fingerprint(here):

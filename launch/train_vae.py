@@ -1,7 +1,7 @@
 """Trains the video VAE on crops of clips and images. Run again, it goes on where it was.
 
-  python -m launch.train_vae --config=configs/vae.py:tiny --workdir=W                                           # the embedded world
-  python -m launch.train_vae --config=configs/vae.py:base --config.data.source=folder --config.data.path=CLIPS --workdir=W
+  python -m launch.train_vae --config=configs/vae.py:tiny --workdir=W          # the embedded world
+  python -m launch.train_vae --config=configs/vae.py:base --workdir=W --config.data.path=CLIPS
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ from sora_jax.weights import vgg16
 
 FLAGS = flags.FLAGS
 FREE = ("steps", "log_every", "checkpoint_every", "eval_every", "max_bad_steps", "data.path", "data.threads", "mesh.", "init")
-HELD_OUT, MOST = 48, (17, 256, 256)        # clips that measure quality, and how much of each: frames, height, width
+# clips that measure quality, and how much of each: frames, height, width
+HELD_OUT, MOST = 48, (17, 256, 256)
 SOURCES = ("shapes", "folder")
 
 
@@ -81,7 +82,8 @@ def train_on(run):
   target = train_vae.abstract_state(cfg, run.tx, run.losses, run.layout)
   state, step = resume(checkpoints, target) or (begin(run), 0)
   if step >= config.steps:
-    if not (epath.Path(workdir) / "vae" / "config.json").exists():       # killed between the last step and this
+    # killed between the last step and this
+    if not (epath.Path(workdir) / "vae" / "config.json").exists():
       finish(run, state)
     say(f"{workdir} is already trained for {step} steps; nothing to do. "
         f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
@@ -129,7 +131,10 @@ def load_features(config, losses):
 
 
 def open_sources(config, cfg):
-  """-> (what to train on, what is held out). Of a folder every twentieth file is held out, by its name; at least one is trained on."""
+  """-> (what to train on, what is held out).
+
+  Of a folder every twentieth file is held out, by its name; at least one is trained on.
+  """
   pick(dict.fromkeys(SOURCES), config.data.source, "config.data.source")
   module = importlib.import_module(f"data.sources.{config.data.source}")
   options = {"path": config.data.path, "max_seconds": config.data.max_seconds, "seed": config.seed, "temporal_stride": cfg.stride[0]}
@@ -202,7 +207,8 @@ def resume(checkpoints, target):
 
 
 def clips_of(source, cfg, count):
-  """The first `count` clips of a source, uint8 [1 + s n, H, W, 3]: their middle, at most MOST frames, height and width, in whole strides.
+  """The first `count` clips of a source, uint8 [1 + s n, H, W, 3]: their middle, at most MOST frames, height
+  and width, in whole strides.
 
   One a file; files that cannot be read are left out.
   """
@@ -231,7 +237,9 @@ def held_out_quality(held_out, cfg, step, state):
 
 
 def finish(run, state):
-  """Measures the latents' mean and standard deviation once (those of config.init stay where its encoder does), and writes W/vae."""
+  """Measures the latents' mean and standard deviation once (those of config.init stay where its encoder
+  does), and writes W/vae.
+  """
   config, workdir, cfg = run.config, run.workdir, run.cfg
   if config.decoder_only:
     cfg, _ = workdirs.load_vae(epath.Path(config.init) / "vae")

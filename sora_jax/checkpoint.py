@@ -1,10 +1,12 @@
 """Checkpoints that can be trusted: Orbax, with a manifest of checksums for each step.
 
-  W/checkpoints/STEP/           Orbax, one item each: params, ema, opt, and meta (JSON: step, data cursor, ...)
+  W/checkpoints/STEP/           Orbax, one item each: params, ema, opt, and meta (JSON: step, data cursor,
+                                ...)
   W/manifests/STEP.json         size and checksum of every file of the step, written once the step is whole
 
-Orbax renames a step into place when it is whole, but does not notice a flipped bit or a file cut short: so a step counts only
-with its manifest, and is checked against it before it is restored; a damaged one is set aside and the one before is taken.
+Orbax renames a step into place when it is whole, but does not notice a flipped bit or a file cut short: so a
+step counts only with its manifest, and is checked against it before it is restored; a damaged one is set
+aside and the one before is taken.
 """
 
 import itertools
@@ -23,7 +25,8 @@ from sora_jax.files import read_json, write_json
 class Checkpoints:
   """The checkpoints of one work directory. `say` takes the lines a user should read.
 
-  read_only: for whoever only takes weights from it; what a trainer is writing there at this moment is left alone.
+  read_only: for whoever only takes weights from it; what a trainer is writing there at this moment is left
+  alone.
   """
 
   def __init__(self, workdir, *, keep=3, say=print, read_only=False):
@@ -36,7 +39,10 @@ class Checkpoints:
     self.manager = ocp.CheckpointManager(self.root.resolve() / "checkpoints", options=options)
 
   def save(self, step, items, meta):
-    """Starts saving: items (name -> pytree of arrays) and meta (JSON). Raises OSError where the disk is full, the step before being intact."""
+    """Starts saving: items (name -> pytree of arrays) and meta (JSON).
+
+    Raises OSError where the disk is full, the step before being intact.
+    """
     self.settle()
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     self.manager.save(step, args=ocp.args.Composite(**args, meta=ocp.args.JsonSave(meta)))
@@ -63,7 +69,10 @@ class Checkpoints:
       self.settle()
 
   def latest(self):
-    """The newest step that is whole, or None. Damaged ones are named and, unless `read_only`, set aside. Of several processes the first looks."""
+    """The newest step that is whole, or None. Damaged ones are named and, unless `read_only`, set aside.
+
+    Of several processes the first looks.
+    """
     if jax.process_count() == 1 or self.read_only:
       return self._newest_whole()
     step = self._newest_whole() if jax.process_index() == 0 else None

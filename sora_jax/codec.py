@@ -1,7 +1,9 @@
-"""Pixels <-> latents by a VAE: clips of many sizes on few canvases, in batches whose shape depends on a clip's own size alone.
+"""Pixels <-> latents by a VAE: clips of many sizes on few canvases, in batches whose shape depends on a
+clip's own size alone.
 
-So a clip gives the same latents whatever else is in its batch, and few programs are compiled. Videos are uint8
-[T, H, W, 3] or float32 in [-1, 1]; latents are as the network has them ("raw"), float32 [t, h, w, C], unless said otherwise.
+So a clip gives the same latents whatever else is in its batch, and few programs are compiled. Videos are
+uint8 [T, H, W, 3] or float32 in [-1, 1]; latents are as the network has them ("raw"), float32 [t, h, w, C],
+unless said otherwise.
 """
 
 import itertools
@@ -43,10 +45,11 @@ def encode_batch(cfg, params, videos):
 
 
 def encode_on_canvas(cfg, params, chunks, sizes, rows):
-  """Clips of unlike sizes on one canvas, streamed in time -> raw latents of each: those it gives alone, at its own size.
+  """Clips of unlike sizes on one canvas, streamed in time -> raw latents of each: those it gives alone, at
+  its own size.
 
-  chunks: iterable of lists, the next frames [n, h, w, 3] of each clip, in [-1, 1]. sizes: (h, w) of each clip, of one
-  `vae.canvas`. rows: of the batch; those without a clip stay empty.
+  chunks: iterable of lists, the next frames [n, h, w, 3] of each clip, in [-1, 1]. sizes: (h, w) of each
+  clip, of one `vae.canvas`. rows: of the batch; those without a clip stay empty.
   """
   canvas, valid_B2 = vae.canvas(*sizes[0], cfg.stride), np.zeros((rows, 2), np.int32)
   valid_B2[: len(sizes)] = np.array(sizes) // cfg.stride[1:]
@@ -76,21 +79,27 @@ def encode_clips(cfg, params, videos, progress=lambda done: None):
 
 
 def encode_image_video(cfg, params, image_1HWC, latent_frames):
-  """An image in [-1, 1] -> raw latents of a video of so many latent frames: the image, then grey; streamed in time."""
+  """An image in [-1, 1] -> raw latents of a video of so many latent frames: the image, then grey; streamed in
+  time.
+  """
   grey = np.zeros((cfg.stride[0], *image_1HWC.shape[1:]), np.float32)
   chunks = itertools.chain([[image_1HWC]], itertools.repeat([grey], latent_frames - 1))
   return encode_on_canvas(cfg, params, chunks, [image_1HWC.shape[1:3]], 1)[0]
 
 
 def decode_frames(cfg, params, latents_THWC):
-  """Raw latents -> iterator of frames [H, W, 3] in [-1, 1], not clipped; streamed, so that memory does not grow with length."""
+  """Raw latents -> iterator of frames [H, W, 3] in [-1, 1], not clipped; streamed, so that memory does not
+  grow with length.
+  """
   chunks = (latents_THWC[None, t : t + 1] for t in range(len(latents_THWC)))
   for chunk_1THWC in vae.decode_stream(params, chunks, cfg):
     yield from np.asarray(chunk_1THWC)[0]
 
 
 def decode_clips(cfg, params, latents, progress=lambda done: None):
-  """Raw latents of clips -> uint8 videos, decoded one by one as a sampling job does, so that one compilation serves both."""
+  """Raw latents of clips -> uint8 videos, decoded one by one as a sampling job does, so that one compilation
+  serves both.
+  """
   videos = []
   for latents_THWC in latents:
     videos.append(to_uint8(np.stack(list(decode_frames(cfg, params, latents_THWC)))))

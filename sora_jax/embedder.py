@@ -8,14 +8,16 @@ from etils import epath
 from sora_jax import layout as layouts, parts, workdir
 from sora_jax.models import text
 
-BATCH, STEP = 8, 64  # texts embedded together; a row is a multiple of STEP tokens long, so that compilations are few
+# texts embedded together; a row is a multiple of STEP tokens long, so that compilations are few
+BATCH, STEP = 8, 64
 
 
 class Embedder:
   """Lists of token ids [S] -> float32 [S, E] each, of true length.
 
-  An embedding depends on its own text alone: batches are of one shape for texts of one length, in steps of STEP tokens.
-  Weights are loaded at the first call, live on `layout`, and can be freed: they may be larger than the DiT's.
+  An embedding depends on its own text alone: batches are of one shape for texts of one length, in steps of
+  STEP tokens. Weights are loaded at the first call, live on `layout`, and can be freed: they may be larger
+  than the DiT's.
   """
 
   def __init__(self, directory, layout=None):

@@ -9,7 +9,10 @@ class BadInput(ValueError):
 
 
 class Stopped(Exception):
-  """The caller asked to stop, and nothing is lost: the same call continues the work. Programs exit with code 75."""
+  """The caller asked to stop, and nothing is lost: the same call continues the work.
+
+  Programs exit with code 75.
+  """
 
 
 class Failure(RuntimeError):
@@ -17,7 +20,9 @@ class Failure(RuntimeError):
 
 
 def checked(build, what):
-  """build(); a ValueError, KeyError or TypeError becomes BadInput, whose line begins with `what`, a part of a config."""
+  """build(); a ValueError, KeyError or TypeError becomes BadInput, whose line begins with `what`, a part of a
+  config.
+  """
   try:
     return build()
   except BadInput:

@@ -1,7 +1,7 @@
 """Files on a disk or in a bucket: written whole or not at all, JSON, JSON lines, safetensors.
 
-Every writer writes `NAME.partial` beside its target and renames it, so that a reader never meets half a file and a killed
-writer leaves the old one.
+Every writer writes `NAME.partial` beside its target and renames it, so that a reader never meets half a file
+and a killed writer leaves the old one.
 """
 
 import contextlib
@@ -28,7 +28,10 @@ def is_local(path):
 
 @contextlib.contextmanager
 def replacing(path):
-  """A path beside `path` to write to; the file becomes `path` when the block ends. Where the block raises, it is removed."""
+  """A path beside `path` to write to; the file becomes `path` when the block ends.
+
+  Where the block raises, it is removed.
+  """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.parent / f"{path.name}.partial"
@@ -65,7 +68,9 @@ def pieces_of(path, size=1 << 26):
 
 
 def write_json(path, value, depth=None):
-  """Writes JSON, indented; dicts below `depth` levels take one line each, where there may be a million of them."""
+  """Writes JSON, indented; dicts below `depth` levels take one line each, where there may be a million of
+  them.
+  """
   text = json.dumps(value, indent=1) if depth is None else _dump(value, depth)
   write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"))
 
@@ -103,7 +108,10 @@ def append_jsonl(path, value):
 
 
 def read_jsonl(path):
-  """Yields the dicts of a file of JSON lines, none where there is no file. Lines cut short by a kill are left out."""
+  """Yields the dicts of a file of JSON lines, none where there is no file.
+
+  Lines cut short by a kill are left out.
+  """
   path = epath.Path(path)
   if not path.exists():
     return
@@ -115,11 +123,14 @@ def read_jsonl(path):
           yield value
 
 
-# --- safetensors (huggingface.co/docs/safetensors: 8 bytes of length, a JSON header, the tensors one after another)
+# --- safetensors (huggingface.co/docs/safetensors: 8 bytes of length, a JSON header, the tensors one after
+# another)
 
 
 def safetensors_header(specs, metadata=None):
-  """{name: (shape, dtype)} in the order of the file -> its first bytes, padded so that tensors are aligned to 8 bytes."""
+  """{name: (shape, dtype)} in the order of the file -> its first bytes, padded so that tensors are aligned to
+  8 bytes.
+  """
   header, end = {"__metadata__": metadata} if metadata else {}, 0
   for name, (shape, dtype) in specs.items():
     begin, end = end, end + math.prod(shape) * np.dtype(dtype).itemsize
@@ -130,7 +141,10 @@ def safetensors_header(specs, metadata=None):
 
 
 def parse_safetensors(data):
-  """The bytes of a file, a buffer -> ({name: array that shares its memory}, metadata). ValueError where it is none."""
+  """The bytes of a file, a buffer -> ({name: array that shares its memory}, metadata).
+
+  ValueError where it is none.
+  """
   data = np.frombuffer(data, np.uint8) if isinstance(data, bytes | memoryview) else data
   try:
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
@@ -149,16 +163,20 @@ def parse_safetensors(data):
 
 
 def to_safetensors(arrays, metadata=None):
-  """{name: array} -> the bytes of a file, the same for the same arrays (safetensors' own writer shuffles the metadata)."""
+  """{name: array} -> the bytes of a file, the same for the same arrays (safetensors' own writer shuffles the
+  metadata).
+  """
   header = safetensors_header({name: (array.shape, array.dtype) for name, array in arrays.items()}, metadata)
   return header + b"".join(array.tobytes() for array in arrays.values())
 
 
 def write_safetensors(path, specs, pieces, metadata=None):
-  """Writes a file front to back, of which only a piece is in memory at a time; safetensors' own writer wants all of it.
+  """Writes a file front to back, of which only a piece is in memory at a time; safetensors' own writer wants
+  all of it.
 
-  specs: {name: (shape, dtype)} of all tensors. pieces: iterator of (name, array): a tensor whole, or its slices along the
-  first axis, one after another; cast to its dtype. In the order of specs. ValueError where they do not add up.
+  specs: {name: (shape, dtype)} of all tensors. pieces: iterator of (name, array): a tensor whole, or its
+  slices along the first axis, one after another; cast to its dtype. In the order of specs. ValueError where
+  they do not add up.
   """
   ends, at = {}, 0
   for name, (shape, dtype) in specs.items():

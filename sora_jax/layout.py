@@ -1,12 +1,13 @@
 """Where arrays live: mesh axes, logical axes, and the one table between them.
 
-Models name the axes of their arrays ("embed", "act_length"); only this file knows devices. The mesh always has four axes:
+Models name the axes of their arrays ("embed", "act_length"); only this file knows devices. The mesh always
+has four axes:
   data     rows of the batch, weights whole            fsdp    rows of the batch, weights cut (ZeRO-3)
   context  the tokens of a row                         tensor  heads and mlp width (Megatron)
 A `Layout` is passed by hand, so it is part of every jit cache key; no context managers, no globals.
 
-An axis that its devices do not divide stays whole. For activations that is silent: a short row is as it is. For weights
-`uncut_weights` lists them, and a large weight is an error, as every device would hold all of it.
+An axis that its devices do not divide stays whole. For activations that is silent: a short row is as it is.
+For weights `uncut_weights` lists them, and a large weight is an error, as every device would hold all of it.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ RULES = (
     # weights
     ("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"), ("head_dim", None), ("patch", None), ("layers", None),
     ("vocab", "tensor"), ("text_embed", "fsdp"), ("time", None), ("conv_in", "fsdp"),
-    ("conv_out", None),      # over "tensor" XLA's partitioner gives wrong gradients of the VAE (tests/test_train_vae.py tells)
+    # over "tensor" XLA's partitioner gives wrong gradients of the VAE (tests/test_train_vae.py tells)
+    ("conv_out", None),
     # activations
     ("act_batch", ("data", "fsdp")), ("act_length", "context"), ("act_text", None), ("act_embed", None),
     ("act_heads", "tensor"), ("act_head_dim", None), ("act_mlp", "tensor"),
@@ -56,8 +58,8 @@ class Layout:
     return jax.lax.with_sharding_constraint(x, self.fitted(x.shape, *axes))
 
   def fitted(self, shape, *axes):
-    """NamedSharding of an array of this shape: as `sharding`, but an axis that its devices do not divide stays whole, and
-    so does one whose devices already cut an axis before it. `uncut` tells which."""
+    """NamedSharding of an array of this shape: as `sharding`, but an axis that its devices do not divide
+    stays whole, and so does one whose devices already cut an axis before it. `uncut` tells which."""
     placed, used = [], set()
     for size, cut in zip(shape, (*self.spec(*axes), *[None] * (len(shape) - len(axes))), strict=True):
       names = set(names_in(cut))
@@ -69,7 +71,8 @@ class Layout:
   def uncut(self, shape, *axes):
     """Axes of an array of this shape that stay whole because their devices do not divide them.
 
-    Returns [(axis, its size, "tensor=8"), ...]. An axis whose devices cut another axis of the array is not among them.
+    Returns [(axis, its size, "tensor=8"), ...]. An axis whose devices cut another axis of the array is not
+    among them.
     """
     wanted, placed = self.spec(*axes), self.fitted(shape, *axes).spec
     used = {name for cut in placed for name in names_in(cut)}
@@ -87,8 +90,8 @@ def names_in(mesh_axes):
 
 
 def make_mesh(data=None, fsdp=1, context=1, tensor=1, devices=None):
-  """A mesh over `devices` (default: all, those of a process together, so that it has rows of its own to load). `data=None` takes what the other
-  axes leave. ValueError when they do not fit."""
+  """A mesh over `devices` (default: all, those of a process together, so that it has rows of its own to
+  load). `data=None` takes what the other axes leave. ValueError when they do not fit."""
   devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id)) if devices is None else devices
   inner = fsdp * context * tensor
   if inner < 1 or len(devices) % inner or (data is not None and data * inner != len(devices)):
@@ -114,7 +117,8 @@ def is_box(leaf):
 
 
 def uncut_weights(boxed, layout, dtype=None):
-  """Tree of boxed weights -> list of lines to show, one for each axis that stays whole as its devices do not divide it.
+  """Tree of boxed weights -> list of lines to show, one for each axis that stays whole as its devices do not
+  divide it.
 
   BadInput where such a weight has more than `LARGE` bytes (in `dtype`, or its own).
   """
@@ -134,7 +138,8 @@ def uncut_weights(boxed, layout, dtype=None):
 
 
 def shardings(boxed, layout, dtype=None):
-  """Tree of boxed weights (arrays or shapes, as `init` or `eval_shape(init)` return them) -> tree of NamedSharding.
+  """Tree of boxed weights (arrays or shapes, as `init` or `eval_shape(init)` return them) -> tree of
+  NamedSharding.
 
   BadInput where a large weight does not fit the mesh (`uncut_weights`, in `dtype` or their own).
   """
@@ -145,7 +150,8 @@ def shardings(boxed, layout, dtype=None):
 
 
 def targets(boxed, layout=None, dtype=None):
-  """Tree of boxed weights -> ShapeDtypeStructs to restore into, in `dtype` or their own; with shardings if there is a layout.
+  """Tree of boxed weights -> ShapeDtypeStructs to restore into, in `dtype` or their own; with shardings if
+  there is a layout.
 
   BadInput as in `shardings`.
   """

@@ -14,12 +14,13 @@ NAMES = ("adamw", "muon")
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-  """AdamW (arXiv:1711.05101); or Muon (Jordan et al. 2024; arXiv:2502.16982) on matrices, and on the rest AdamW with Nesterov momentum.
+  """AdamW (arXiv:1711.05101); or Muon (Jordan et al. 2024; arXiv:2502.16982) on matrices, and on the rest
+  AdamW with Nesterov momentum.
 
   Steps are updates.
 
-  Muon's updates are scaled to the size of AdamW's (0.2 of root mean square, arXiv:2502.16982, eq. 4), so that one learning rate fits
-  both. Weight decay is on matrices alone.
+  Muon's updates are scaled to the size of AdamW's (0.2 of root mean square, arXiv:2502.16982, eq. 4), so that
+  one learning rate fits both. Weight decay is on matrices alone.
   """
   name: str = "adamw"
   learning_rate: float = 1e-3
@@ -48,7 +49,9 @@ def schedule(cfg):
 
 
 def optimizer(cfg, boxed):
-  """OptimConfig and the weights with their logical axes (as `init` or `eval_shape(init)` gives them) -> optax transformation."""
+  """OptimConfig and the weights with their logical axes (as `init` or `eval_shape(init)` gives them) -> optax
+  transformation.
+  """
   roles = jax.tree.map(matrix_roles, boxed, is_leaf=layouts.is_box)
   matrices = jax.tree.map(lambda role: role is not None, roles, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
   if cfg.name == "muon":
@@ -60,9 +63,11 @@ def optimizer(cfg, boxed):
 
 
 def matrix_roles(box):
-  """Which axes of a weight are the input of a matrix and which its output; None: it is none (biases, norms, tables of modulation).
+  """Which axes of a weight are the input of a matrix and which its output; None: it is none (biases, norms,
+  tables of modulation).
 
-  The last axis is the output, or the last two where it is (heads, head_dim); layers are so many matrices; a convolution's taps are input.
+  The last axis is the output, or the last two where it is (heads, head_dim); layers are so many matrices; a
+  convolution's taps are input.
   """
   names = box.names
   inside = [i for i, name in enumerate(names) if name != "layers"]
@@ -74,7 +79,9 @@ def matrix_roles(box):
 
 
 def ema_update(ema, params, step, decay):
-  """Running mean of the weights; it warms up as (1 + step) / (10 + step), so that a short run is not its own initialisation."""
+  """Running mean of the weights; it warms up as (1 + step) / (10 + step), so that a short run is not its own
+  initialisation.
+  """
   decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
   return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
@@ -85,7 +92,9 @@ def keep_if_finite(finite, new, old):
 
 
 def abstract(tx, boxed, layout=None):
-  """-> (params, optimiser state) of ShapeDtypeStructs; with their shardings where there is a layout: the state lies as its weights do."""
+  """-> (params, optimiser state) of ShapeDtypeStructs; with their shardings where there is a layout: the
+  state lies as its weights do.
+  """
   params = layouts.unbox(boxed)
   opt = jax.eval_shape(tx.init, params)
   if layout is None:

@@ -22,7 +22,9 @@ SUFFIXES = (".json", ".safetensors", ".model")  # of files that a checksum cover
 
 
 def save_part(directory, config, params, dtype=None):
-  """Writes one part: its config (a dict) and its weights (a nested dict of arrays), cast to `dtype` where given."""
+  """Writes one part: its config (a dict) and its weights (a nested dict of arrays), cast to `dtype` where
+  given.
+  """
   flat = files.flatten(params)
   specs = {name: (leaf.shape, np.dtype(dtype or leaf.dtype)) for name, leaf in flat.items()}
   write_part(directory, config, specs, ((name, np.asarray(leaf)) for name, leaf in flat.items()))
@@ -38,7 +40,8 @@ def write_part(directory, config, specs, pieces):
 def load_part(directory, dtype=np.float32):
   """-> (config, weights as a nested dict of numpy arrays in `dtype`; None: as they are stored).
 
-  Weights that have this dtype already are memory-mapped, not read. BadInput where a file is missing or cut short.
+  Weights that have this dtype already are memory-mapped, not read. BadInput where a file is missing or cut
+  short.
   """
   directory = epath.Path(directory)
   config = files.read_json(directory / "config.json")
@@ -49,11 +52,15 @@ def load_part(directory, dtype=np.float32):
 
 
 def put(tree, target):
-  """Arrays (mapped ones too) -> jax arrays like `target`, a tree of ShapeDtypeStructs. Each device reads its shard alone."""
+  """Arrays (mapped ones too) -> jax arrays like `target`, a tree of ShapeDtypeStructs.
+
+  Each device reads its shard alone.
+  """
 
   def put_leaf(leaf, like):
     def shard(index):
-      return np.array(leaf[index], like.dtype)  # a copy: jax may keep it, and a mapped file may be written over
+      # a copy: jax may keep it, and a mapped file may be written over
+      return np.array(leaf[index], like.dtype)
 
     sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.make_array_from_callback(leaf.shape, sharding, shard)
@@ -64,8 +71,8 @@ def put(tree, target):
 def checksum(directory, only=()):
   """A short checksum of a part: its config, its weights and its other files, but not its README.
 
-  only: of the weights those under these names. The config of an imported part holds the checksum of its weights, which is
-  taken instead of reading them.
+  only: of the weights those under these names. The config of an imported part holds the checksum of its
+  weights, which is taken instead of reading them.
   """
   directory, crc = epath.Path(directory), 0
   config = files.read_json_if_exists(directory / "config.json")
@@ -87,12 +94,16 @@ def checksum(directory, only=()):
 
 
 def fingerprint(directory):
-  """The checksum of what data made with a part depend on: of W/vae the encoder, so that its decoder may be trained further."""
+  """The checksum of what data made with a part depend on: of W/vae the encoder, so that its decoder may be
+  trained further.
+  """
   return checksum(directory, vae.ENCODER if epath.Path(directory).name == "vae" else ())
 
 
 def _tensors_under(path, names):
-  """Yields name and bytes of the tensors of a file under these names, in order; of a damaged file all its bytes."""
+  """Yields name and bytes of the tensors of a file under these names, in order; of a damaged file all its
+  bytes.
+  """
   try:
     tensors = files.read_safetensors(path)
   except BadInput:

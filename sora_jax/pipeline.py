@@ -14,7 +14,8 @@ What a sampling job does, once, in `Pipeline.run`:
   denoise    rows of canvases -> latents, step by step (sample.py)
   decode     latents -> frames (codec.py), when they are asked for
 
-Only the rows at work are in memory, whatever the number of requests. Nothing is printed; no globals, no flags.
+Only the rows at work are in memory, whatever the number of requests. Nothing is printed; no globals, no
+flags.
 """
 
 import dataclasses
@@ -33,13 +34,16 @@ from sora_jax.embedder import Embedder
 from sora_jax.errors import BadInput
 from sora_jax.models import t2v, text, vae
 
-DEFAULTS = ("size", "frames", "fps", "steps", "sampler", "shift", "guidance", "guidance_low")  # of a request, from the config
+# of a request, from the config
+DEFAULTS = ("size", "frames", "fps", "steps", "sampler", "shift", "guidance", "guidance_low")
 PROMPT_BYTES = 256 << 20  # embeddings of prompts that are held at a time
 
 
 @dataclasses.dataclass
 class Result:
-  """What became of one request: `error`, one line; or latents and, decoded as they are taken, frames uint8 [H, W, 3]."""
+  """What became of one request: `error`, one line; or latents and, decoded as they are taken, frames uint8
+  [H, W, 3].
+  """
 
   position: int  # of the request in the list
   request: tasks.Request | None  # None where it could not be parsed
@@ -87,14 +91,17 @@ class Pipeline:
   def open(cls, workdir, weights="ema", say: Callable = lambda line: None, keep_text_encoder=False):
     """From a work directory of launch.train or launch.import_weights, or an export of it.
 
-    weights: "ema", the running mean, or "params", the last ones. say: takes lines for the user, as of damaged checkpoints.
-    keep_text_encoder: a frozen text encoder stays in memory while videos are denoised, so that the next call need not load
-    it again; it may be larger than the transformer. BadInput where `workdir` holds no such model.
+    weights: "ema", the running mean, or "params", the last ones. say: takes lines for the user, as of damaged
+    checkpoints.
+    keep_text_encoder: a frozen text encoder stays in memory while videos are denoised, so that the next call
+    need not load it again; it may be larger than the transformer. BadInput where `workdir` holds no such
+    model.
     """
     config = workdirs.read_config(workdir)
     layout = workdirs.sampling_layout(config)
     model = workdirs.make_model(config, epath.Path(workdir) / "text", layout)
-    half = "dit" in config.model and model.dit.dtype == "bfloat16"  # imported weights stay in what they are computed in
+    # imported weights stay in what they are computed in
+    half = "dit" in config.model and model.dit.dtype == "bfloat16"
     params, step = workdirs.load_model_weights(workdir, config, model, weights, "bfloat16" if half else None, say)
     pipe = cls.of(workdir, config, model, params, step, workdirs.identity(workdir, weights))
     return dataclasses.replace(pipe, keep_text_encoder=keep_text_encoder)
@@ -132,7 +139,10 @@ class Pipeline:
     )
 
   def __call__(self, prompt, **fields):
-    """One video, uint8 [T, H, W, 3]. fields: those of tasks.FIELDS, such as size=(64, 96), frames=17, seed=3. Raises BadInput."""
+    """One video, uint8 [T, H, W, 3].
+
+    fields: those of tasks.FIELDS, such as size=(64, 96), frames=17, seed=3. Raises BadInput.
+    """
     request = self.parse({"id": "video", **fields, "prompt": prompt})
     (result,) = self.run([request])
     if result.error:
@@ -140,10 +150,11 @@ class Pipeline:
     return result.video()
 
   def run(self, requests, *, stop: Callable = lambda: False, progress: Callable = lambda done, total: None):
-    """Requests (dicts of fields, or Request) -> yields a Result for each, as they are ready. One bad request costs itself.
+    """Requests (dicts of fields, or Request) -> yields a Result for each, as they are ready. One bad request
+    costs itself.
 
-    stop: asked before each step of the sampler; once it is true no more results come. progress(done, total): called after
-    each step, in steps of the sampler over all requests.
+    stop: asked before each step of the sampler; once it is true no more results come. progress(done, total):
+    called after each step, in steps of the sampler over all requests.
     """
     planned = []
     for position, fields in enumerate(requests):
@@ -172,7 +183,9 @@ class Pipeline:
   # --- parse and plan
 
   def parse(self, fields):
-    """A dict of fields -> Request with this model's defaults; BadInput says which field is wrong, or not for this model."""
+    """A dict of fields -> Request with this model's defaults; BadInput says which field is wrong, or not for
+    this model.
+    """
     request = tasks.parse_request(fields, self.defaults, SAMPLERS)
     if request.guidance_low is not None and not self.model.boundary:
       raise BadInput("guidance_low is for models of two experts, and this one has one; leave it out")
@@ -204,16 +217,21 @@ class Pipeline:
     return _Planned(position, request, tokens, max(map(self._text_tokens, _prompts(request))))
 
   def _text_tokens(self, prompt):
-    """How many text tokens a prompt has in a row; a frozen encoder's has one zero more, for all its padding."""
+    """How many text tokens a prompt has in a row; one more after a frozen encoder, for all its padding.
+    """
     count = len(self.ids(prompt))
     return count + (self.embedder is not None and count < self.model.dit.text_pad)
 
   def _groups(self, planned):
-    """Yields (rows of _Planned that are denoised together, their RowShape). Those too long for a row go alone."""
+    """Yields (rows of _Planned that are denoised together, their RowShape).
+
+    Those too long for a row go alone.
+    """
     alike = {}
     for one in planned:
       request = one.request
-      levels = (request.steps, request.shift) if self.model.boundary else ()  # experts change over for all at once
+      # experts change over for all at once
+      levels = (request.steps, request.shift) if self.model.boundary else ()
       alike.setdefault((request.sampler, *levels), []).append(one)
     for entries in alike.values():
       together = [one for one in entries if one.tokens <= self.row_tokens]
@@ -227,8 +245,8 @@ class Pipeline:
   def _with_texts(self, groups):
     """Yields (some groups, function from a prompt to its ids or embedding).
 
-    A frozen encoder embeds the prompts of as many groups as PROMPT_BYTES allow; its weights are freed before they are
-    denoised, unless they are to be kept.
+    A frozen encoder embeds the prompts of as many groups as PROMPT_BYTES allow; its weights are freed before
+    they are denoised, unless they are to be kept.
     """
     if self.embedder is None:
       yield groups, self.ids
@@ -273,7 +291,9 @@ class Pipeline:
     return np.asarray(vae.normalise(np.asarray(mean), self.vae_cfg))[0]
 
   def _read_image(self, path, size, padded):
-    """An image file -> pixels [H, W, 3] in [-1, 1]: scaled to cover `size`, its middle kept, edges repeated up to `padded`."""
+    """An image file -> pixels [H, W, 3] in [-1, 1]: scaled to cover `size`, its middle kept, edges repeated
+    up to `padded`.
+    """
     try:
       frame = next(video.read(path)).image_HWC
     except (video.BadClip, StopIteration) as error:
@@ -282,7 +302,8 @@ class Pipeline:
     return codec.to_float(np.pad(cover(frame, size), edges, mode="edge"))
 
   def noise(self, request):
-    """The noise that a request begins with, [T, H, W, C]: for another implementation to begin with the same."""
+    """The noise that a request begins with, [T, H, W, C], for another implementation to begin with.
+    """
     size, patch = self.latent_size(request), self.model.dit.patch
     coords = patches.coords(patches.grid(size, patch), patches.time_scale(self.base_fps, request.fps))
     return patches.unpatchify(sample.noise(request.seed, coords, self.model.dit.values_in), size, patch)
@@ -290,7 +311,9 @@ class Pipeline:
   # --- denoise and decode
 
   def _with_canvases(self, rows, tokenize):
-    """Rows of _Planned -> (rows of (_Planned, Canvas, Denoising) without those that fail, Results of those that fail)."""
+    """Rows of _Planned -> (rows of (_Planned, Canvas, Denoising) without those that fail, Results of those
+    that fail).
+    """
     ready, failed = [], []
     for row in rows:
       ready.append([])
@@ -328,7 +351,9 @@ class Pipeline:
     return codec.decode_frames(self.vae_cfg, self.vae_params, raw)
 
   def decode(self, latents_THWC, frames, size):
-    """Normalised latents -> iterator of `frames` frames, uint8 [H, W, 3], cut to `size`; memory does not grow with length."""
+    """Normalised latents -> iterator of `frames` frames, uint8 [H, W, 3], cut to `size`; memory does not grow
+    with length.
+    """
     for image in itertools.islice(self.pixels(latents_THWC), frames):
       yield codec.to_uint8(image[: size[0], : size[1]])
 

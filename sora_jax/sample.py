@@ -1,6 +1,8 @@
-"""The sampling loop: canvases in, latents out. Requests of any size, length, steps and guidance share rows, as clips do in training.
+"""The sampling loop: canvases in, latents out. Requests of any size, length, steps and guidance share rows,
+as clips do in training.
 
-Noise depends on (seed of the request; t, y, x of the token) alone, so a request gives the same video alone or packed.
+Noise depends on (seed of the request; t, y, x of the token) alone, so a request gives the same video alone or
+packed.
 """
 
 import dataclasses
@@ -21,7 +23,10 @@ ROW_STEP, TEXT_STEP = 64, 16  # rows have multiples of so many tokens, and of so
 
 @dataclasses.dataclass
 class Denoising:
-  """One canvas, ready to be denoised. `negative` is the text it is guided away from: ids [s] or embeddings [s, E], like its texts."""
+  """One canvas, ready to be denoised.
+
+  `negative` is the text it is guided away from: ids [s] or embeddings [s, E], like its texts.
+  """
 
   clip: batches.Clip
   negative: np.ndarray
@@ -36,7 +41,8 @@ class Denoising:
 def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform"):
   """Request and Canvas -> Denoising.
 
-  tokenize: str -> ids or embeddings. base_fps: as in training, None for the plain index. schedule: a key of flow.SCHEDULES.
+  tokenize: str -> ids or embeddings. base_fps: as in training, None for the plain index. schedule: a key of
+  flow.SCHEDULES.
   """
   size = canvas.latents_THWC.shape[:3]
   grid = patches.grid(size, patch)
@@ -67,9 +73,9 @@ def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform")
 def share_rows(tokens, text_tokens, row_tokens, row_clips=64):
   """Which canvases share a row: first-fit decreasing, from their sizes alone.
 
-  tokens, text_tokens: of each canvas [N]; its text counts its prompts or its negative prompt, whichever are more.
-  -> (list of rows, each a list of positions in 0..N-1; RowShape). A row has `row_tokens` tokens, or more where one canvas
-  needs it, or fewer (in steps of 64) where all fit in less.
+  tokens, text_tokens: of each canvas [N]; its text counts its prompts or its negative prompt, whichever are
+  more. -> (list of rows, each a list of positions in 0..N-1; RowShape). A row has `row_tokens` tokens, or
+  more where one canvas needs it, or fewer (in steps of 64) where all fit in less.
   """
   tokens, text_tokens = np.asarray(tokens), np.asarray(text_tokens)
   length = math.ceil(max(tokens.max(), min(row_tokens, tokens.sum())) / ROW_STEP) * ROW_STEP
@@ -96,10 +102,11 @@ def noise(seed, coords_L3, width):
 
 
 def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, stop=lambda: False):
-  """Rows of Denoising (lists of lists) -> for each the list of denoised tokens [n, P] (numpy); None where `stop()` became true.
+  """Rows of Denoising (lists of lists) -> for each the list of denoised tokens [n, P] (numpy); None where
+  `stop()` became true.
 
-  sampler: a key of SAMPLERS. on_step(done, of) is called after each step. A model of two experts changes over at
-  `model.boundary`; what is given to it together must share its noise levels.
+  sampler: a key of SAMPLERS. on_step(done, of) is called after each step. A model of two experts changes over
+  at `model.boundary`; what is given to it together must share its noise levels.
   """
   batch, guided, settings, sigmas, times = _assemble(rows, shape)
   keys_BG = flow.clip_keys(jax.random.key(NOISE_KEY), batch.uid_BG2, batch.epoch_BG)
@@ -131,7 +138,8 @@ def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, 
 def _assemble(rows, shape):
   """-> (PackedBatch, guided, settings, sigmas, times).
 
-  guided: is any canvas? Then the batch has 2 B rows, those with the negative prompts below. settings: [B, G] by name.
+  guided: is any canvas? Then the batch has 2 B rows, those with the negative prompts below. settings: [B, G]
+  by name.
   sigmas: [B, G, steps + 1]; times: [B, G, steps].
   """
   placed = [(b, g, one) for b, row in enumerate(rows) for g, one in enumerate(row)]
@@ -172,13 +180,17 @@ def _text_kv(model, params, text_BSE, prompt_BS):
 
 
 def _clean(model, rows):
-  """[B, L] bool: given tokens that the model takes at sigma 0. Other models get them noised like their clip, at each step."""
+  """[B, L] bool: given tokens that the model takes at sigma 0.
+
+  Other models get them noised like their clip, at each step.
+  """
   return rows.given_BL & (model.dit.conditioning == "token_sigma")
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "guided"), donate_argnames=("carry",))
 def _step(
-  model, params, batch, text_BSE, text_kv, noise_BLP, x_BLP, carry, sigma_BG, sigma_next_BG, time_BG, settings, *, sampler, guided
+  model, params, batch, text_BSE, text_kv, noise_BLP, x_BLP, carry, sigma_BG, sigma_next_BG, time_BG, settings,
+  *, sampler, guided,
 ):  # fmt: skip
   """One step of the sampler for all rows."""
   rows = _first_half(batch) if guided else batch
@@ -189,7 +201,10 @@ def _step(
     return flow.gather_sigma(*flow.token_sigma(value_BG, rows.segment_BL, clean_BL))
 
   def replaced(x_BLP, sigma_BL1):
-    """x with given tokens that are not clean as they are at this noise level (RePaint, arXiv:2201.09865, eq. 8a)."""
+    """x with given tokens that are not clean as they are at this noise level (RePaint, arXiv:2201.09865, eq.
+
+    8a).
+    """
     if model.dit.conditioning != "replacement":
       return x_BLP
     return jnp.where(rows.given_BL[..., None], flow.interpolate(rows.tokens_BLP, noise_BLP, sigma_BL1), x_BLP)
@@ -199,7 +214,8 @@ def _step(
     return jnp.concatenate([x, x]) if guided else x
 
   def velocity(x_BLP, sigma_BL1, aux):
-    # The model takes a time of each clip. Any of its tokens that is not clean has its sigma; Heun asks at sigma_next, too.
+    # The model takes a time of each clip. Any of its tokens that is not clean has its sigma; Heun asks at
+    # sigma_next, too.
     x_BLP = replaced(x_BLP, sigma_BL1)
     sigma_now_BG = _largest_of_clip(sigma_BL1[..., 0], rows.segment_BL, clips)
     time_now_BG = jnp.where(sigma_now_BG == sigma_BG, time_BG, sigma_now_BG)

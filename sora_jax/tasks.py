@@ -1,7 +1,8 @@
-"""Tasks: each is one function from a request to a canvas, which says what is given, where, and under which prompt.
+"""Tasks: each is one function from a request to a canvas, which says what is given, where, and under which
+prompt.
 
-A canvas is a latent video, partly given. The sampler fills the rest; the same packing as in training puts canvases into
-rows. To add a task: one entry in TASKS. To add a field of a request: one entry in FIELDS.
+A canvas is a latent video, partly given. The sampler fills the rest; the same packing as in training puts
+canvases into rows. To add a task: one entry in TASKS. To add a field of a request: one entry in FIELDS.
 """
 
 import dataclasses
@@ -74,7 +75,10 @@ class Request:
 
 @dataclasses.dataclass
 class Canvas:
-  """What the sampler fills. Latents are normalised; `frames` and `size` are what to cut from the decoded video."""
+  """What the sampler fills.
+
+  Latents are normalised; `frames` and `size` are what to cut from the decoded video.
+  """
 
   latents_THWC: np.ndarray  # float32; values count only where given
   given_THW: np.ndarray  # bool: latents that are kept
@@ -83,7 +87,8 @@ class Canvas:
   frames: int
   size: tuple
   start_sigma: float = 1.0
-  cond_THWC: np.ndarray | None = None  # channels joined to the latents, for a model that takes conditions so (Wan I2V)
+  # channels joined to the latents, for a model that takes conditions so (Wan I2V)
+  cond_THWC: np.ndarray | None = None
 
 
 def parse_request(fields, defaults, samplers):
@@ -176,7 +181,10 @@ def text_to_video(request, *, stride, patch, channels, encode):
 
 
 def image_to_video(request, *, stride, patch, channels, encode):
-  """The first frame is given: the image, scaled to cover the size and cropped to it. Its tokens have sigma 0."""
+  """The first frame is given: the image, scaled to cover the size and cropped to it.
+
+  Its tokens have sigma 0.
+  """
   canvas = _empty(request, stride, patch, channels)
   pixels = tuple(n * s for n, s in zip(canvas.latents_THWC.shape[1:3], stride[1:], strict=True))
   canvas.latents_THWC[:1] = encode(request.image, request.size, pixels)
@@ -184,5 +192,6 @@ def image_to_video(request, *, stride, patch, channels, encode):
   return canvas
 
 
-# Each: (request, stride, patch, channels, encode) -> Canvas. encode(path, size, padded size) -> latents [1, H, W, C] of an image.
+# Each: (request, stride, patch, channels, encode) -> Canvas. encode(path, size, padded size) -> latents [1,
+# H, W, C] of an image.
 TASKS = {"text_to_video": text_to_video, "text_to_image": text_to_video, "image_to_video": image_to_video}

@@ -1,7 +1,8 @@
 """Training the text-to-video model: what a step is.
 
-A batch of packed clips, a noise level for each clip, noise for each token; the model sees data mixed with noise and says which way
-the noise lies; the loss is its squared error over all tokens that are not given. Equations: diffusion/flow.py.
+A batch of packed clips, a noise level for each clip, noise for each token; the model sees data mixed with
+noise and says which way the noise lies; the loss is its squared error over all tokens that are not given.
+Equations: diffusion/flow.py.
 """
 
 import dataclasses
@@ -14,13 +15,17 @@ import optax
 from sora_jax import batch as batches, layout as layouts, optim
 from sora_jax.diffusion import flow
 
-PRIMES = (2654435761, 2246822519, 3266489917)        # xxHash's, one an axis: what stands elsewhere counts differently
+# xxHash's, one an axis: what stands elsewhere counts differently
+PRIMES = (2654435761, 2246822519, 3266489917)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class State:
-  """All that training carries from step to step. `bad` counts updates that were not finite and were left out."""
+  """All that training carries from step to step.
+
+  `bad` counts updates that were not finite and were left out.
+  """
   step: jax.Array
   params: dict
   ema: dict
@@ -34,7 +39,9 @@ def boxed_weights(model):
 
 
 def abstract_state(model, tx):
-  """State of ShapeDtypeStructs with their shardings: what a checkpoint is restored into, and what `init_state` returns."""
+  """State of ShapeDtypeStructs with their shardings: what a checkpoint is restored into, and what
+  `init_state` returns.
+  """
   params, opt = optim.abstract(tx, boxed_weights(model), model.layout)
   where = {} if model.layout is None else {"sharding": model.layout.fitted(())}
   scalar = jax.ShapeDtypeStruct((), jnp.int32, **where)
@@ -67,7 +74,9 @@ def shardings(model, tx):
 
 
 def noised(batch, key, sigma):
-  """A batch and a key -> (x_BLP, noise_BLP, sigma_BU, sigma_index_BL, sigma_BG): each clip at its own noise level."""
+  """A batch and a key -> (x_BLP, noise_BLP, sigma_BU, sigma_index_BL, sigma_BG): each clip at its own noise
+  level.
+  """
   keys_BG = flow.clip_keys(key, batch.uid_BG2, batch.epoch_BG)
   clips = batch.uid_BG2.shape[1]
   tokens_BG = jax.vmap(functools.partial(jnp.bincount, length=clips + 1))(batch.segment_BL)[:, 1:]
@@ -99,8 +108,9 @@ def loss_fn(params, model, batch, key, sigma, frozen=None):
 def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma):
   """One update. (State, PackedBatch, key of the run) -> (State, metrics); same inputs, same outputs.
 
-  The noise of a clip depends on the key, its uid and its epoch, so a resumed run replays it. An update whose loss or gradient is
-  not finite leaves params, ema and opt as they were; `step` goes on, `bad` counts it, metrics["bad"] is 1.
+  The noise of a clip depends on the key, its uid and its epoch, so a resumed run replays it. An update whose
+  loss or gradient is not finite leaves params, ema and opt as they were; `step` goes on, `bad` counts it,
+  metrics["bad"] is 1.
   """
   loss, grads = jax.value_and_grad(loss_fn)(state.params, model, batch, key, sigma, frozen)
   grad_norm = optax.tree.norm(grads)
@@ -115,9 +125,11 @@ def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma):
 
 
 def jit_step(model, tx, *, ema_decay, sigma):
-  """The compiled update, (State, PackedBatch, key, frozen=None) -> (State, metrics), see `train_step`. It donates the State.
+  """The compiled update, (State, PackedBatch, key, frozen=None) -> (State, metrics), see `train_step`. It
+  donates the State.
 
-  What launch.train runs and what a check beforehand compiles: `jit_step(...).lower(abstract_state(...), batch_shapes(...), key)`.
+  What launch.train runs and what a check beforehand compiles: `jit_step(...).lower(abstract_state(...),
+  batch_shapes(...), key)`.
   """
   step = functools.partial(train_step, model=model, tx=tx, ema_decay=ema_decay, sigma=sigma)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings(model, tx), None))
@@ -133,8 +145,8 @@ def loss_at_sigma(params, batch, key, value, *, model):
 
 
 def checksum(batch):
-  """A number of 32 bits that tells a batch from others: of the tokens, segments and texts of all its rows, in integers, so that it does
-  not depend on how the batch is cut over devices."""
+  """A number of 32 bits that tells a batch from others: of the tokens, segments and texts of all its rows, in
+  integers, so that it does not depend on how the batch is cut over devices."""
   total = jnp.uint32(0)
   for value in (batch.tokens_BLP, batch.segment_BL, batch.text_BS, batch.text_BSE):
     if value is not None:
@@ -145,8 +157,8 @@ def checksum(batch):
 
 
 def part_of_rows(layout, rows):
-  """Which rows of a step this process must load, as (part, parts): the part-th of so many equal ones. Processes that hold other tokens or
-  heads of the same rows load the same."""
+  """Which rows of a step this process must load, as (part, parts): the part-th of so many equal ones.
+  Processes that hold other tokens or heads of the same rows load the same."""
   held = layout.fitted((rows,), "act_batch").addressable_devices_indices_map((rows,)).values()
   first, last = (pick(index[0].indices(rows)[end] for index in held) for pick, end in ((min, 0), (max, 1)))
   count = last - first
@@ -157,13 +169,17 @@ BATCH_AXES = {"BL": ("act_batch", "act_length"), "BS": ("act_batch", "act_text")
 
 
 def batch_sharding(name, shape, layout):
-  """Where an array of a PackedBatch lives: rows are cut over the mesh's data and fsdp axes, tokens over its context axis."""
+  """Where an array of a PackedBatch lives: rows are cut over the mesh's data and fsdp axes, tokens over its
+  context axis.
+  """
   letters = name.rsplit("_", 1)[1]
   return layout.fitted(shape, *BATCH_AXES[letters[:2]])
 
 
 def batch_shapes(model, rows, shape):
-  """PackedBatch of ShapeDtypeStructs, with shardings: what `place_batch` makes of `rows` rows of a RowShape for this model."""
+  """PackedBatch of ShapeDtypeStructs, with shardings: what `place_batch` makes of `rows` rows of a RowShape
+  for this model.
+  """
   cfg = model.dit
   specs = batches.array_specs(rows, shape, cfg.values_in, None if model.text else cfg.text_width, cfg.values_cond)
 

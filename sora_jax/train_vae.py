@@ -3,9 +3,10 @@
   loss = L1 + square_weight * L2 + kl_weight * KL + ssim_weight * (1 - SSIM) + perceptual_weight * VGG
          + lambda * adversarial_weight * (- D(reconstruction))
 
-L1 is a mean over pixel values, KL a sum over latents divided by the same number of pixel values (the ratio of arXiv:2112.10752 sec. G),
-posteriors are sampled. The adversarial part works as in VQGAN (arXiv:2012.09841 eq. 7): hinge loss, from `adversarial_start` on, and
-lambda = |gradient of the rest| / |gradient of D|, both at the decoder's last layer. Clips and images are one batch: each value counts the same.
+L1 is a mean over pixel values, KL a sum over latents divided by the same number of pixel values (the ratio of
+arXiv:2112.10752 sec. G), posteriors are sampled. The adversarial part works as in VQGAN (arXiv:2012.09841 eq.
+7): hinge loss, from `adversarial_start` on, and lambda = |gradient of the rest| / |gradient of D|, both at
+the decoder's last layer. Clips and images are one batch: each value counts the same.
 """
 
 import dataclasses
@@ -26,7 +27,8 @@ REST = ("step", "opt", "bad", "critic", "critic_opt")      # fields of the state
 class LossConfig:
   """Weights of the terms; 0 leaves one out. `adversarial_start` is a step."""
   kl_weight: float = 1e-4
-  square_weight: float = 4.0           # squared error beside L1, whose gradient alone keeps small things at the background for long
+  # squared error beside L1, whose gradient alone keeps small things at the background for long
+  square_weight: float = 4.0
   ssim_weight: float = 0.0
   adversarial_weight: float = 0.0
   adversarial_start: int = 0
@@ -48,7 +50,10 @@ def loss_config(config):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class VAETrainState:
-  """All that training carries from step to step. `bad` counts updates that were left out; critic: {} without the adversarial term."""
+  """All that training carries from step to step.
+
+  `bad` counts updates that were left out; critic: {} without the adversarial term.
+  """
   step: jax.Array
   params: dict
   ema: dict
@@ -67,7 +72,8 @@ def boxed_weights(cfg):
 
 
 def abstract_state(cfg, tx, losses, layout=None):
-  """State of ShapeDtypeStructs, with shardings where there is a layout: what a checkpoint is restored into."""
+  """State of ShapeDtypeStructs, with shardings if there is a layout: what a checkpoint is restored into.
+  """
   critic = jax.eval_shape(critics.Discriminator().init, jax.random.key(0), jnp.zeros((1, 1, *cfg.stride[1:], 3)))["params"]
   params, opt = optim.abstract(tx, boxed_weights(cfg), layout)
   critic, critic_opt = optim.abstract(CRITIC, critic if losses.adversarial_weight else {}, layout)
@@ -76,8 +82,8 @@ def abstract_state(cfg, tx, losses, layout=None):
 
 
 def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None, params=None):
-  """A new state, placed by the layout. `params`: weights to start from, instead of random ones. `video_BTHWC`: some clips in [-1, 1],
-  for a VAE with a linear codec to begin with."""
+  """A new state, placed by the layout. `params`: weights to start from, instead of random ones.
+  `video_BTHWC`: some clips in [-1, 1], for a VAE with a linear codec to begin with."""
   params_key, critic_key = jax.random.split(key)
   critic = {}
   if losses.adversarial_weight:
@@ -102,7 +108,9 @@ def gaussian_kl(mean, logvar):
 
 
 def reconstruct(params, batch, key, cfg, layout=None):
-  """{name: video [B, T, H, W, 3]} -> ({name: reconstruction from a sample of the posterior, not clipped}, KL in nats)."""
+  """{name: video [B, T, H, W, 3]} -> ({name: reconstruction from a sample of the posterior, not clipped}, KL
+  in nats).
+  """
   model, reconstructions, kl = vae.VAE(cfg, layout), {}, 0.0
   for name, video in sorted(batch.items()):
     mean, logvar = model.apply({"params": params}, video, method="encode")
@@ -119,11 +127,13 @@ def mean_over(function, *batches):
 
 
 def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, layout=None, decoder_only=False):
-  """One update. (state, {"clips": [B, T, H, W, 3], "images": [B, 1, H, W, 3]} in [-1, 1], key of the run) -> (state, metrics).
+  """One update. (state, {"clips": [B, T, H, W, 3], "images": [B, 1, H, W, 3]} in [-1, 1], key of the run) ->
+  (state, metrics).
 
-  features: weights of VGG16 (weights/vgg16.py) for the perceptual term. decoder_only: what latents depend on stays, bit by bit, so
-  that records and DiTs of them stay good (as the public `sd-vae-ft-mse` was made). An update whose loss or gradient is not finite leaves params,
-  ema, opt and the critic as they were; `step` goes on, `bad` counts it, metrics["bad"] is 1.
+  features: weights of VGG16 (weights/vgg16.py) for the perceptual term. decoder_only: what latents depend on
+  stays, bit by bit, so that records and DiTs of them stay good (as the public `sd-vae-ft-mse` was made). An
+  update whose loss or gradient is not finite leaves params, ema, opt and the critic as they were; `step` goes
+  on, `bad` counts it, metrics["bad"] is 1.
   """
   if losses.perceptual_weight and features is None:
     raise ValueError("train_step: perceptual_weight needs `features`, the weights of VGG16")
@@ -171,7 +181,9 @@ def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, 
 
 
 def jit_step(cfg, tx, losses, *, ema_decay, layout=None, decoder_only=False):
-  """The compiled update, (VAETrainState, batch, key, features=None) -> (VAETrainState, metrics), see `train_step`. It donates the state."""
+  """The compiled update, (VAETrainState, batch, key, features=None) -> (VAETrainState, metrics), see
+  `train_step`. It donates the state.
+  """
   settings = {"cfg": cfg, "tx": tx, "losses": losses, "ema_decay": ema_decay, "layout": layout, "decoder_only": decoder_only}
 
   def step(state, batch, key, features=None):
@@ -181,7 +193,9 @@ def jit_step(cfg, tx, losses, *, ema_decay, layout=None, decoder_only=False):
 
 
 def batch_shapes(clips, images, frames, size, layout=None):
-  """A batch of ShapeDtypeStructs: so many clips of `frames` frames and images of one, each of `size` (height, width), in [-1, 1]."""
+  """A batch of ShapeDtypeStructs: so many clips of `frames` frames and images of one, each of `size` (height,
+  width), in [-1, 1].
+  """
   shapes = {"clips": (clips, frames, *size, 3), "images": (images, 1, *size, 3)}
   return {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(shape, layout)) for name, shape in shapes.items()}
 
@@ -192,7 +206,8 @@ def batch_sharding(shape, layout):
 
 
 def adversarial(state, reconstruction, batch, grad, vjp, losses, layout):
-  """The critic's part of a step -> (gradient at the reconstructions with its share, critic, its optimiser, metrics).
+  """The critic's part of a step -> (gradient at the reconstructions with its share, critic, its optimiser,
+  metrics).
 
   Before `adversarial_start` nothing of it runs.
   """
@@ -229,7 +244,10 @@ def adversarial(state, reconstruction, batch, grad, vjp, losses, layout):
 
 
 def with_statistics(latents, cfg):
-  """cfg with the mean and standard deviation of each channel over raw latents, a list of [t, h, w, z]. ValueError where there are none."""
+  """cfg with the mean and standard deviation of each channel over raw latents, a list of [t, h, w, z].
+
+  ValueError where there are none.
+  """
   if not latents:
     raise ValueError("with_statistics: no latents")
   every_NC = np.concatenate([np.asarray(one, np.float64).reshape(-1, cfg.z_dim) for one in latents])

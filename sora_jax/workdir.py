@@ -1,4 +1,5 @@
-"""A work directory W -> models, weights, VAE and text encoder; configs become dataclasses here, once, before anything compiles.
+"""A work directory W -> models, weights, VAE and text encoder; configs become dataclasses here, once, before
+anything compiles.
 
   W/config.json                 the experiment: `model`, `sample`, `data`, ...
   W/checkpoints/ W/manifests/   of a training run (checkpoint.py)
@@ -45,7 +46,9 @@ def read_config(workdir):
 
 
 def identity(workdir, which="ema"):
-  """A short checksum of what a work directory samples with: its newest checkpoint, or its model, and its VAE and text."""
+  """A short checksum of what a work directory samples with: its newest checkpoint, or its model, and its VAE
+  and text.
+  """
   workdir, crc = epath.Path(workdir), zlib.crc32(which.encode())
   steps = sorted((workdir / "manifests").glob("*.json"), key=lambda path: int(path.stem))
   if steps:
@@ -69,7 +72,8 @@ def make_layout(config):
 
 
 def sampling_layout(config):
-  """config.mesh where the devices fit it, for a job may run elsewhere than the training; else weights are cut over the devices.
+  """config.mesh where the devices fit it, for a job may run elsewhere than the training; else weights are cut
+  over the devices.
 
   Over as many as a power of two allows, since heads and widths rarely have other factors.
   """
@@ -83,7 +87,9 @@ def sampling_layout(config):
 
 
 def adopt(config):
-  """Fills in what a config takes from config.init: the shape of the weights, and the settings of `sample` that are None."""
+  """Fills in what a config takes from config.init: the shape of the weights, and the settings of `sample`
+  that are None.
+  """
   if config.init and "://" not in config.init:
     config.init = os.path.abspath(config.init)
   if config.model.size != "init":
@@ -123,7 +129,10 @@ def adopt(config):
 
 
 def make_model(config, text_dir, layout):
-  """config.model and the tokenizer in W/text -> Model on a Layout. An imported model brings its shape as config.model.dit."""
+  """config.model and the tokenizer in W/text -> Model on a Layout.
+
+  An imported model brings its shape as config.model.dit.
+  """
   make = pick(MODELS, config.model.get("kind", "wan"), "config.model.kind")
   if "dit" in config.model:
     size = checked(lambda: make(**config.model.dit.to_dict()), "config.model.dit")
@@ -161,7 +170,9 @@ def trained_key(config):
 
 
 def targets(model, dtype=None):
-  """What the weights of a Model are restored into: ShapeDtypeStructs with shardings; `dtype` instead of float32."""
+  """What the weights of a Model are restored into: ShapeDtypeStructs with shardings; `dtype` instead of
+  float32.
+  """
   return layouts.targets(jax.eval_shape(model.init, jax.random.key(0)), model.layout, dtype)
 
 
@@ -169,8 +180,9 @@ def load_weights(workdir, which="ema", target=None, say=print, *, mapped=False, 
   """Weights of a work directory, keyed as they were trained ("dit", "text") -> (tree, step).
 
   From its newest whole checkpoint, `which` being "ema" or "params"; or, where there is none, from W/model.
-  target: a tree of ShapeDtypeStructs with shardings. None: arrays on the first device, or with `mapped` those of W/model
-  as they are stored, memory-mapped. only: of W/model what `target` names at the top. say: takes lines for the user.
+  target: a tree of ShapeDtypeStructs with shardings. None: arrays on the first device, or with `mapped` those
+  of W/model as they are stored, memory-mapped. only: of W/model what `target` names at the top. say: takes
+  lines for the user.
   """
   workdir = epath.Path(workdir)
   if (workdir / "checkpoints").exists():
@@ -225,7 +237,8 @@ def load_model_weights(workdir, config, model, which="ema", dtype=None, say=prin
 
 
 def base_weights(config, model, dtype=None, only=(), say=print):
-  """The weights of config.init that an expert or adapters go with -> nested dict; BadInput where they are others by now.
+  """The weights of config.init that an expert or adapters go with -> nested dict; BadInput where they are
+  others by now.
 
   only: some of them, by key. dtype: what they are cast to. model None: as they are stored, memory-mapped.
   """
@@ -255,7 +268,8 @@ def load_vae_config(directory, fields=None):
 def load_vae(directory):
   """W/vae -> (its config, params on the default device)."""
   fields, params = parts.load_part(directory)
-  return load_vae_config(directory, fields), jax.device_put(jax.tree.map(np.array, params))  # copies, as in parts.put
+  # copies, as in parts.put
+  return load_vae_config(directory, fields), jax.device_put(jax.tree.map(np.array, params))
 
 
 def save_vae(directory, cfg, params, size=None):

@@ -1,8 +1,9 @@
-"""What every test relies on: a CPU that shows 8 devices, the compilation cache, parsed flags, and how a program is run.
+"""What every test relies on: a CPU that shows 8 devices, the compilation cache, parsed flags, and how a
+program is run.
 
-All of it is set before jax is first imported. The flag for 8 virtual devices costs the other tests nothing that could
-be told from noise (gradients of convolutions and matmuls, three runs with and without), so all have it; a program that
-a test starts gets one device unless it asks for more.
+All of it is set before jax is first imported. The flag for 8 virtual devices costs the other tests nothing
+that could be told from noise (gradients of convolutions and matmuls, three runs with and without), so all
+have it; a program that a test starts gets one device unless it asks for more.
 """
 
 import os
@@ -12,7 +13,8 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = ("--xla_force_host_platform_device_count={} "
-           "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")      # these two: much less time to compile
+           # these two: much less time to compile
+           "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = DEVICES.format(8)
@@ -35,13 +37,18 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(items):
-  """Files of whole training steps first: of two processes that take file after file, neither is left with a long one at the end."""
+  """Files of whole training steps first: of two processes that take file after file, neither is left with a
+  long one at the end.
+  """
   items.sort(key=lambda item: item.path.parent != ROOT / "tests")
 
 
 def pytest_sessionfinish(session, exitstatus):
-  """A session in which every test was skipped has shown nothing: pytest's exit status 5, as when none was collected."""
-  if hasattr(session.config, "workerinput"):      # one of several processes (pytest-xdist): the first one judges
+  """A session in which every test was skipped has shown nothing: pytest's exit status 5, as when none was
+  collected.
+  """
+  # one of several processes (pytest-xdist): the first one judges
+  if hasattr(session.config, "workerinput"):
     return
   reporter = session.config.pluginmanager.get_plugin("terminalreporter")
   ran = reporter and any(reporter.stats.get(outcome) for outcome in ("passed", "failed", "xfailed", "xpassed"))
@@ -51,7 +58,8 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.fixture
 def run_program():
-  """run(name, *arguments, devices=1, timeout=300, cwd=None, env={}) -> CompletedProcess of `python -m launch.name ...`.
+  """run(name, *arguments, devices=1, timeout=300, cwd=None, env={}) -> CompletedProcess of `python -m
+  launch.name ...`.
 
   stdout and stderr are text; no terminal, no stdin. The exit code is the test's to judge.
   """

@@ -1,4 +1,6 @@
-"""Checkpoints: what comes back is what was saved, on any mesh; what is damaged is noticed, named and passed over."""
+"""Checkpoints: what comes back is what was saved, on any mesh; what is damaged is noticed, named and passed
+over.
+"""
 
 import jax
 import jax.numpy as jnp

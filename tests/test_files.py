@@ -22,7 +22,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 @pytest.mark.parametrize("depth", [None, 0, 1, 2])
 def test_json_comes_back(tmp_path, depth):
-  """At any depth, and with what is no character; with a depth, as many levels of dicts have a line for each entry."""
+  """At any depth, and with what is no character; with a depth, as many levels of dicts have a line for each
+  entry.
+  """
   value = {"a": {"b": {"c": [1, 2]}, "d": "\udcff"}, "e": {}}
   files.write_json(tmp_path / "x", value, depth)
   assert files.read_json(tmp_path / "x") == value

@@ -1,4 +1,7 @@
-"""Imports run one way. The table below is the architecture; a file that imports against it fails by name and line."""
+"""Imports run one way.
+
+The table below is the architecture; a file that imports against it fails by name and line.
+"""
 
 import ast
 import pathlib
@@ -12,7 +15,8 @@ OURS = ("sora_jax", "data", "launch", "configs", "tests")
 BASIS = tuple(f"sora_jax.{name}" for name in ("batch", "patches", "masks", "layout"))
 STEP = (*BASIS, *(f"sora_jax.{name}" for name in ("models", "diffusion", "tasks", "optim", "metrics")))
 
-# What a module of the package may import of ours, by the longest prefix that names it. A module may always import its
+# What a module of the package may import of ours, by the longest prefix that names it. A module may always
+# import its
 # own package, `sora_jax` itself (its version) and `sora_jax.errors`.
 ALLOWED = {
     "sora_jax": (),
@@ -30,7 +34,8 @@ ALLOWED = {
     "sora_jax.pipeline": (*STEP, *(f"sora_jax.{name}" for name in ("workdir", "codec", "embedder", "sample", "video"))),
     "sora_jax.convert": tuple(f"sora_jax.{name}" for name in ("workdir", "parts", "files", "weights", "models", "patches", "tasks")),
     "data": (*BASIS, "sora_jax.video", "sora_jax.files"),
-    "launch": ("data", "sora_jax", "launch.common", "launch.jobs", "launch.reports"),          # the programs; configs by path only
+    # the programs; configs by path only
+    "launch": ("data", "sora_jax", "launch.common", "launch.jobs", "launch.reports"),
     "launch.common": ("data", "sora_jax"),
     "launch.reports": ("data", "sora_jax", "launch.common"),
     "launch.jobs": ("data", "sora_jax", "launch.common", "launch.reports"),
@@ -46,7 +51,8 @@ OTHERS = {
     "sora_jax.masks": {"numpy"},
     "configs": {"ml_collections", "numpy"},
 }
-NEVER = {"torch", "diffusers", "transformers", "tensorflow"}      # launch.benchmark.theirs may, inside functions
+# launch.benchmark.theirs may, inside functions
+NEVER = {"torch", "diffusers", "transformers", "tensorflow"}
 
 
 def imports(source):
@@ -62,7 +68,8 @@ def imports(source):
       found += [(node.lineno, alias.name, id(node) in top) for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       assert not node.level, f"line {node.lineno}: imports are absolute here"
-      # `from sora_jax import batch` imports sora_jax.batch; that `sora_jax.batch.pack` is no module does no harm
+      # `from sora_jax import batch` imports sora_jax.batch; that `sora_jax.batch.pack` is no module does no
+      # harm
       found += [(node.lineno, f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
   return found
 
@@ -104,7 +111,8 @@ def violations(module, source):
     elif root in NEVER:
       if top or not module.startswith("launch.benchmark."):
         wrong.append(f"{module}:{line} imports {root}, which only tests/oracle may, and launch.benchmark.theirs inside functions")
-    elif strict and root not in strict or not strict and top and root not in core():      # an extra: inside functions
+    # an extra: inside functions
+    elif strict and root not in strict or not strict and top and root not in core():
       wrong.append(f"{module}:{line} imports {root}, which is not among {sorted(strict or core())}")
   return wrong
 
@@ -127,7 +135,10 @@ def test_imports_run_one_way():
 
 
 def circles(sources):
-  """{module: source} -> one circle of imports, as a list of modules, or []. Imports inside functions count, too."""
+  """{module: source} -> one circle of imports, as a list of modules, or [].
+
+  Imports inside functions count, too.
+  """
   edges = {}
   for module, source in sources.items():
     names = (name for _, name, _ in imports(source))

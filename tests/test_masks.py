@@ -1,4 +1,6 @@
-"""What is given: a latent frame with all its pixel frames, a token with all its latents; in training as often as asked."""
+"""What is given: a latent frame with all its pixel frames, a token with all its latents; in training as often
+as asked.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,6 @@
-"""The Python API: one video, many requests, what is wrong with one of them, and memory that does not grow with their number."""
+"""The Python API: one video, many requests, what is wrong with one of them, and memory that does not grow
+with their number.
+"""
 
 import dataclasses
 import subprocess
@@ -15,7 +17,8 @@ from sora_jax.errors import BadInput
 from sora_jax.models import dit, t2v, text, vae
 
 SMALL = {"size": [32, 48], "frames": 5, "steps": 2, "guidance": 2.0}
-VAE = vae.VAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)  # stride 4 x 8 x 8, 16 channels, as Wan 2.1
+# stride 4 x 8 x 8, 16 channels, as Wan 2.1
+VAE = vae.VAEConfig(base_dim=4, dim_mult=(1, 1, 1, 1), num_res_blocks=1)
 DIT = dit.DiTConfig(
   depth=1, heads=2, head_size=8, mlp=16, channels=16, patch=(1, 2, 2), text_width=16, time_freqs=8,
   text_pad=512, conditioning="replacement",
@@ -40,7 +43,9 @@ def pipe(tmp_path_factory):
 
 
 def test_one_video(pipe):
-  """uint8 [T, H, W, 3]; the same prompt and seed, the same video; a size that the stride does not divide is cut to what was asked."""
+  """uint8 [T, H, W, 3]; the same prompt and seed, the same video; a size that the stride does not divide is
+  cut to what was asked.
+  """
   first = pipe("a red ball", **SMALL, seed=3)
   assert first.shape == (5, 32, 48, 3) and first.dtype == np.uint8 and first.std() > 1
   np.testing.assert_array_equal(pipe("a red ball", **SMALL, seed=3), first)
@@ -53,7 +58,8 @@ def test_bad_fields_raise_one_line(pipe, tmp_path):
   (tmp_path / "text.png").write_text("no image")
   for fields, says in (
     ({"frames": 0}, "frames is 0"), ({"size": (4, 4)}, "one stride"), ({"colour": "red"}, "unknown field"),
-    ({"guidance_low": 2.0}, "two experts"), ({"task": "image_to_video", "image": "nowhere.png"}, "nowhere.png"),
+    ({"guidance_low": 2.0}, "two experts"),
+    ({"task": "image_to_video", "image": "nowhere.png"}, "nowhere.png"),
     ({"task": "image_to_video", "image": str(tmp_path / "text.png")}, "cannot be read"),
   ):  # fmt: skip
     with pytest.raises(BadInput, match=says) as error:
@@ -63,7 +69,9 @@ def test_bad_fields_raise_one_line(pipe, tmp_path):
 
 
 def test_one_bad_request_costs_itself(pipe, tmp_path):
-  """Of six requests three are good, of unlike sizes; each has one result, with its place in the list, and the good ones are what they are alone."""
+  """Of six requests three are good, of unlike sizes; each has one result, with its place in the list, and the
+  good ones are what they are alone.
+  """
   video.write_png(tmp_path / "dot.png", np.full((20, 30, 3), 200, np.uint8))
   (tmp_path / "broken.png").write_text("no image")
   onwards = {"task": "image_to_video", "prompt": "a ball", "id": "c", **SMALL}
@@ -80,7 +88,8 @@ def test_one_bad_request_costs_itself(pipe, tmp_path):
   assert sorted(results) == list(range(6))
   assert {i for i, result in results.items() if result.error} == {1, 3, 5}
   assert results[1].request is None and results[3].request.id == "c"
-  assert steps == sorted(steps) and steps[-1] == (9, 9)  # 2 + 2 + 2 + 3: what could not be read counts as done
+  # 2 + 2 + 2 + 3: what could not be read counts as done
+  assert steps == sorted(steps) and steps[-1] == (9, 9)
   for i in (0, 2, 4):
     (alone,) = pipe.run([requests[i]])
     error = np.mean((results[i].latents_THWC - alone.latents_THWC) ** 2)
@@ -90,7 +99,8 @@ def test_one_bad_request_costs_itself(pipe, tmp_path):
 
 def test_it_can_be_stopped(pipe):
   """Results before the stop are whole, none come after it."""
-  requests = [{"id": str(i), "prompt": "a ball", "seed": i, **SMALL, "frames": 49} for i in range(3)]  # each a row of its own
+  # each a row of its own
+  requests = [{"id": str(i), "prompt": "a ball", "seed": i, **SMALL, "frames": 49} for i in range(3)]
   done = []
   results = pipe.run(requests, stop=lambda: len(done) >= 1)
   for result in results:
@@ -141,7 +151,7 @@ def _memory(field, reset=False):
 
 def test_the_import_costs_nothing():
   """`import sora_jax` brings no jax; its exports do, when they are used."""
-  code = "import sys, sora_jax; assert 'jax' not in sys.modules; sora_jax.BadInput; sora_jax.Pipeline; assert 'jax' in sys.modules"
+  code = "import sys, sora_jax; assert 'jax' not in sys.modules; sora_jax.Pipeline; assert 'jax' in sys.modules"
   subprocess.run([sys.executable, "-c", code], check=True)
   with pytest.raises(AttributeError, match="Pipeline"):
     sora_jax.Pipelin  # noqa: B018
@@ -149,5 +159,6 @@ def test_the_import_costs_nothing():
 
 def test_programs_can_be_imported_together():
   """Their flags are declared when they are run, not when they are imported."""
-  names = "encode evaluate export framing hosts import_weights preflight quickstart sample train train_vae benchmark.__main__ packing.__main__"
+  names = "encode evaluate export framing hosts import_weights preflight quickstart sample train train_vae"
+  names += " benchmark.__main__ packing.__main__"
   subprocess.run([sys.executable, "-c", "\n".join(f"import launch.{name}" for name in names.split())], check=True)

@@ -29,7 +29,9 @@ def test_the_table_of_requests():
 
 
 def test_requests_have_the_fields_of_the_table():
-  """Every field becomes a value of a Request, but `seconds`, which becomes `frames`; and flags of launch.sample with their help."""
+  """Every field becomes a value of a Request, but `seconds`, which becomes `frames`; and flags of
+  launch.sample with their help.
+  """
   assert set(tasks.Request.__annotations__) == set(tasks.FIELDS) - {"seconds"}
   assert all(field.help for field in tasks.FIELDS.values())
 

@@ -1,4 +1,6 @@
-"""Requests: what is allowed is taken, what is not is told in one line; a canvas has the right size and what is given."""
+"""Requests: what is allowed is taken, what is not is told in one line; a canvas has the right size and what
+is given.
+"""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
-"""A training step: packed equals alone and sharded equals unsharded, in loss and gradient; a bad update changes
-nothing; a resumed run is the same."""
+"""A training step: packed equals alone and sharded equals unsharded, in loss and gradient; a bad update
+changes nothing; a resumed run is the same."""
 
 import dataclasses
 import functools
@@ -66,7 +66,9 @@ def loss_and_grad(where=None):
 
 
 def test_packed_equals_alone():
-  """The loss and gradient of packed rows are those of each clip in a row of its own; other neighbours change nothing."""
+  """The loss and gradient of packed rows are those of each clip in a row of its own; other neighbours change
+  nothing.
+  """
   params, _ = inputs()
   clips = [c for row in rows()[:2] for c in row]
   packed = batches.pack([clips[:3], clips[3:]] + [[]] * 6, SHAPE)
@@ -77,7 +79,8 @@ def test_packed_equals_alone():
     np.testing.assert_allclose(loss, results[0][0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(grad), jax.tree.leaves(results[0][1]), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()))
-  other = dataclasses.replace(packed, segment_BL=np.minimum(packed.segment_BL, 1))      # clips that see each other
+  # clips that see each other
+  other = dataclasses.replace(packed, segment_BL=np.minimum(packed.segment_BL, 1))
   assert abs(float(loss_and_grad()(params, other, KEY)[0]) - float(results[0][0])) > 1e-4
 
 
@@ -107,8 +110,8 @@ def assert_same(tree, reference):
 def test_sharded_equals_unsharded(axes, query, hidden):
   """Loss and gradient of weights, rows, tokens and heads cut over a mesh are those of one device.
 
-  query: what a device holds of that weight, and of its gradient. hidden: what it computes of the mlp's activations;
-  the whole of them, as in the program for one device, is nowhere in the compiled program.
+  query: what a device holds of that weight, and of its gradient. hidden: what it computes of the mlp's
+  activations; the whole of them, as in the program for one device, is nowhere in the compiled program.
   """
   where = layout_of(**axes)
   params, batch = inputs(where)
@@ -124,7 +127,9 @@ def test_sharded_equals_unsharded(axes, query, hidden):
 
 
 def test_a_wrong_gradient_is_not_the_same():
-  """The comparison above sees a leaf that is off by 1e-4, tokens that are left out, and clips that see each other."""
+  """The comparison above sees a leaf that is off by 1e-4, tokens that are left out, and clips that see each
+  other.
+  """
   params, batch = inputs()
   reference = loss_and_grad()(params, batch, KEY)[1]
   assert_same(reference, reference)
@@ -157,7 +162,9 @@ def start(where, tx):
 
 
 def test_a_bad_update_changes_nothing_but_the_count():
-  """A batch with a NaN leaves weights, EMA and optimiser to the bit; the step goes on; a good one after it trains."""
+  """A batch with a NaN leaves weights, EMA and optimiser to the bit; the step goes on; a good one after it
+  trains.
+  """
   where, tx, run = setting()
   state, good = start(where, tx)
   broken = dataclasses.replace(good, tokens_BLP=good.tokens_BLP.at[:, 3].set(np.nan))
@@ -173,7 +180,8 @@ def test_a_bad_update_changes_nothing_but_the_count():
 def test_two_steps_save_restore_two_steps(tmp_path):
   """4 steps equal 2 + save + restore on another mesh + 2, in weights, EMA and optimiser.
 
-  By descent with momentum: Adam and Muon make a difference of rounding in a gradient near 0 as large as any other.
+  By descent with momentum: Adam and Muon make a difference of rounding in a gradient near 0 as large as any
+  other.
   """
   names, tx = ("params", "ema", "opt", "step", "bad"), optax.sgd(0.1, momentum=0.9)
   where, _, run = setting(tx=tx)
@@ -206,7 +214,9 @@ def test_two_steps_save_restore_two_steps(tmp_path):
 
 
 def test_overfits_a_handful_of_clips():
-  """Sixty updates on one batch at a high rate bring the loss well down: the sign of the velocity and the text are wired right."""
+  """Sixty updates on one batch at a high rate bring the loss well down: the sign of the velocity and the text
+  are wired right.
+  """
   where, tx, run = setting()
   (state, batch), losses = start(where, tx), []
   for _ in range(60):
@@ -231,7 +241,9 @@ class Held:
     (((0, 2), (2, 4)), (0, 4)), (((12, 14), (14, 16)), (3, 4)), (((4, 8), (4, 8)), (1, 4)), (((None,), (None,)), (0, 1)),
     (((0, 2), (8, 10)), (0, 1))])
 def test_a_process_loads_the_rows_that_its_devices_hold(rows, part):
-  """Of 16: a quarter each; the same where others hold other tokens of it; all, where rows are not cut, or not in one piece."""
+  """Of 16: a quarter each; the same where others hold other tokens of it; all, where rows are not cut, or not
+  in one piece.
+  """
   assert train.part_of_rows(Held(rows), 16) == part
 
 

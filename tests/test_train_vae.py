@@ -1,4 +1,6 @@
-"""A step of the VAE's training: it learns, a bad update changes nothing, the critics do what they say, sharded equals unsharded."""
+"""A step of the VAE's training: it learns, a bad update changes nothing, the critics do what they say,
+sharded equals unsharded.
+"""
 
 import dataclasses
 import functools
@@ -21,7 +23,10 @@ JUDGED = train_vae.LossConfig(adversarial_weight=0.5, adversarial_start=2)
 
 
 def batch(*, rows=4, images=True):
-  """Smooth clips and images: the law is that they can be learnt, not that the world can. Without images a step compiles in half the time."""
+  """Smooth clips and images: the law is that they can be learnt, not that the world can.
+
+  Without images a step compiles in half the time.
+  """
   rng = np.random.default_rng(0)
   coarse = rng.uniform(-0.9, 0.9, (2 * rows, 1, 2, 2, 3))
   fine = np.repeat(np.repeat(coarse, 8, 2), 8, 3).astype(np.float32)
@@ -52,7 +57,9 @@ def distance(a, b):
 
 
 def test_it_learns_and_repeats():
-  """Sixty steps on one batch halve the error; the same steps give the same weights; the mean follows the weights."""
+  """Sixty steps on one batch halve the error; the same steps give the same weights; the mean follows the
+  weights.
+  """
   state, step = setting(PLAIN)
   first = None
   for _ in range(60):
@@ -82,7 +89,9 @@ def test_a_bad_update_changes_nothing(losses):
 
 
 def test_the_critic_waits_for_its_step():
-  """Before `adversarial_start` the weights are those of training without it, and the critic's stand; from then on both change."""
+  """Before `adversarial_start` the weights are those of training without it, and the critic's stand; from
+  then on both change.
+  """
   (alone, plain_step), (state, step) = setting(PLAIN), setting(JUDGED)
   start, critic, apart = state.params, state.critic, []
   for number in range(4):
@@ -116,7 +125,9 @@ def vgg_tensors(scale=1.0):
 
 
 def test_perceptual_distance(tmp_path):
-  """Zero for the same video, more for one that differs more; its weights come from a file of the user's, which must fit."""
+  """Zero for the same video, more for one that differs more; its weights come from a file of the user's,
+  which must fit.
+  """
   save_file(vgg_tensors(), tmp_path / "vgg16.safetensors")
   weights = vgg16.load(tmp_path / "vgg16.safetensors")
   video = batch()["clips"][:1]
@@ -145,7 +156,9 @@ def test_the_perceptual_term_is_in_the_loss():
 
 
 def test_the_decoder_alone_towards_structure():
-  """With decoder_only nothing that latents depend on changes, not by a bit, while SSIM, which the loss now holds, rises."""
+  """With decoder_only nothing that latents depend on changes, not by a bit, while SSIM, which the loss now
+  holds, rises.
+  """
   losses = dataclasses.replace(PLAIN, ssim_weight=1.0)
   start, step = setting(losses, decoder_only=True)
   state, found = start, []

@@ -1,4 +1,6 @@
-"""Work directories: weights come from the newest whole checkpoint or from W/model, and only those of the model that is asked for."""
+"""Work directories: weights come from the newest whole checkpoint or from W/model, and only those of the
+model that is asked for.
+"""
 
 import jax
 import numpy as np
@@ -9,7 +11,9 @@ from sora_jax.errors import BadInput
 
 
 def test_a_reader_leaves_the_writer_alone(tmp_path):
-  """While a trainer is saving, whoever takes weights gets the step before, and the save goes on as if nobody had looked."""
+  """While a trainer is saving, whoever takes weights gets the step before, and the save goes on as if nobody
+  had looked.
+  """
   writer = checkpoint.Checkpoints(tmp_path)
   for step in (1, 2):
     writer.save(step, {"ema": {"a": np.full(3, float(step), np.float32)}}, {})

@@ -1,4 +1,6 @@
-"""Programs of launch/ that another program starts: one after the other (a story), or several at once (one job)."""
+"""Programs of launch/ that another program starts: one after the other (a story), or several at once (one
+job).
+"""
 
 import collections
 import ctypes
@@ -23,13 +25,17 @@ def root():
 
 
 def run_stage(number, count, what, name, arguments):
-  """Says and runs one program as a user would, its output passed on -> exit code. A request to stop is passed on, too."""
+  """Says and runs one program as a user would, its output passed on -> exit code.
+
+  A request to stop is passed on, too.
+  """
   say(f"\n[{number}/{count}] {what}\n    python -m launch.{name} {shlex.join(arguments)}")
   environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root()), os.environ.get("PYTHONPATH", "")])}
   environment.setdefault("JAX_PLATFORMS", "cpu")
   # half the compile time, the same run time
   environment["XLA_FLAGS"] = f"--xla_backend_optimization_level=1 {environment['XLA_FLAGS']}"
-  environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # large pages; else a fifth of the time goes to page faults
+  # large pages; else a fifth of the time goes to page faults
+  environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
   environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(root() / ".cache" / "jax"))
   environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
   command = [sys.executable, "-m", f"launch.{name}", *arguments]
@@ -52,13 +58,18 @@ def _wait(child):
 
 
 def end_with_parent():
-  """Run in a child: where its parent is killed, it is too, so that the next run finds nobody at work (Linux alone can do that)."""
+  """Run in a child: where its parent is killed, it is too, so that the next run finds nobody at work (Linux
+  alone can do that).
+  """
   if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def watch(processes, lines):
-  """Waits for all -> the exit code of the first that failed, else 75 if one was stopped, else 0. Ends the others where one fails."""
+  """Waits for all -> the exit code of the first that failed, else 75 if one was stopped, else 0.
+
+  Ends the others where one fails.
+  """
   failed, since = None, None
   while any(process.poll() is None for process in processes):
     time.sleep(0.05)
@@ -84,7 +95,8 @@ def watch(processes, lines):
 
 
 class Lines:
-  """What processes of one job write to stderr, each line once: what is wrong with a job is wrong in all its processes.
+  """What processes of one job write to stderr, each line once: what is wrong with a job is wrong in all its
+  processes.
 
   When one has failed, the lines of the others are left out: they say at length that it is gone.
   """
@@ -104,7 +116,9 @@ class Lines:
     self._readers.append(reader)
 
   def show(self, failed, wait=0.5):
-    """Prints the lines older than `wait` seconds; by then it is known which process has `failed` (None: none)."""
+    """Prints the lines older than `wait` seconds; by then it is known which process has `failed` (None:
+    none).
+    """
     if not wait:
       for reader in self._readers:
         reader.join(5)

@@ -1,4 +1,7 @@
-"""What a program claims before it begins: a work directory, disk, memory. BadInput where it cannot have it."""
+"""What a program claims before it begins: a work directory, disk, memory.
+
+BadInput where it cannot have it.
+"""
 
 import fcntl
 import json
@@ -15,7 +18,10 @@ _locks = []  # open files: a lock lasts as long as the program
 
 
 def lock_workdir(workdir):
-  """One program at a time writes in W: BadInput where another is at work. -> the open file, with which the lock ends."""
+  """One program at a time writes in W: BadInput where another is at work.
+
+  -> the open file, with which the lock ends.
+  """
   os.makedirs(workdir, exist_ok=True)
   lock = open(os.path.join(workdir, ".lock"), "w")
   _locks.append(lock)

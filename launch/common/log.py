@@ -12,7 +12,8 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-  """Writes each logged step to both places. On resume, lines of steps after `step` are dropped: they will be made again.
+  """Writes each logged step to both places. On resume, lines of steps after `step` are dropped: they will be
+  made again.
 
   silent: writes nothing; of several processes one writes.
   """

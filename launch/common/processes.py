@@ -1,8 +1,9 @@
-"""Several processes that do one job: the hosts of a TPU pod, or several processes of one machine (launch.hosts).
+"""Several processes that do one job: the hosts of a TPU pod, or several processes of one machine
+(launch.hosts).
 
-On a pod the same program is started on every host, and they find each other. Elsewhere the environment of each process names
-them: JAX_COORDINATOR_ADDRESS=HOST:PORT (of the first), JAX_NUM_PROCESSES, JAX_PROCESS_ID. All must see the same files. When
-one fails, all end, and the same command continues the work.
+On a pod the same program is started on every host, and they find each other. Elsewhere the environment of
+each process names them: JAX_COORDINATOR_ADDRESS=HOST:PORT (of the first), JAX_NUM_PROCESSES, JAX_PROCESS_ID.
+All must see the same files. When one fails, all end, and the same command continues the work.
 """
 
 import functools
@@ -20,14 +21,16 @@ MESSAGE = 4 << 20  # bytes that are broadcast at a time
 
 
 def join():
-  """Joins the other processes of this job, if there are any -> is this the first? Call it before jax is asked for devices.
+  """Joins the other processes of this job, if there are any -> is this the first? Call it before jax is asked
+  for devices.
 
   BadInput where the environment names them incompletely. The caller mutes all but the first.
   """
   import jax
 
   address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-  jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from the program; see `Stop`
+  # it would take SIGTERM away from the program; see `Stop`
+  jax.config.update("jax_enable_preemption_service", False)
   if address:
     number, count = (os.environ.get(name, "") for name in ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES"))
     if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
@@ -49,8 +52,8 @@ def join():
 class Stop:
   """Agrees on stopping: True in every process at the same step, one step after any of them was signalled.
 
-  To be called once a step by all processes. Each posts whether it was signalled, and reads what was posted the step before,
-  which has arrived by then. signalled: () -> bool, of this process.
+  To be called once a step by all processes. Each posts whether it was signalled, and reads what was posted
+  the step before, which has arrived by then. signalled: () -> bool, of this process.
   """
 
   def __init__(self, signalled):
@@ -76,14 +79,20 @@ def _any():
 
 
 def wait(name):
-  """Returns when all processes have called it with this name, another one each time. No process waits alone."""
+  """Returns when all processes have called it with this name, another one each time.
+
+  No process waits alone.
+  """
   from orbax.checkpoint import multihost
 
   multihost.get_barrier_sync_fn()(key=name, timeout_ms=WEEK * 1000)
 
 
 def from_first(name, make):
-  """make() of the first process, broadcast to all of them; so is the BadInput that it raises. name: another one each time."""
+  """make() of the first process, broadcast to all of them; so is the BadInput that it raises.
+
+  name: another one each time.
+  """
   import jax
   from jax.experimental import multihost_utils
 

@@ -1,7 +1,7 @@
 """What all programs share: flags, configs, errors in one line, exit codes, stopping on request.
 
-Exit codes: 0 all was done; 2 bad input, one clear line; 75 stopped on request (SIGTERM, Ctrl-C) after saving, run the same
-command again; 1 anything else.
+Exit codes: 0 all was done; 2 bad input, one clear line; 75 stopped on request (SIGTERM, Ctrl-C) after saving,
+run the same command again; 1 anything else.
 """
 
 import errno
@@ -30,8 +30,10 @@ WRONG_PATH = (
   errno.ENAMETOOLONG,
 )
 CPU_FLAGS = (  # of XLA; measured on what launch.benchmark runs
-  "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",  # the other copies all weights of a VAE before the first use
-  "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_REDUCE",  # those sums over tokens take 20 times as long
+  # the other copies all weights of a VAE before the first use
+  "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+  # those sums over tokens take 20 times as long
+  "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_REDUCE",
 )
 _stop = {"requested": False}
 
@@ -44,7 +46,8 @@ def tune_cpu():
 def run(main, define_flags):
   """Runs `main()` as a program and exits with its code (None: 0). Never returns.
 
-  define_flags: declares the program's flags; called here alone, so that modules of programs can be imported together.
+  define_flags: declares the program's flags; called here alone, so that modules of programs can be imported
+  together.
   """
   tune_cpu()
   for number in (signal.SIGTERM, signal.SIGINT):
@@ -64,13 +67,15 @@ def run(main, define_flags):
     complain(error)
   except OSError as error:
     code = _complain_of_files(error)
-  except (Exception, KeyboardInterrupt):  # not left to Python's own end, which would wait for other processes of the job
+  # not left to Python's own end, which would wait for other processes of the job
+  except (Exception, KeyboardInterrupt):
     traceback.print_exc()
   sys.stdout.flush()
   sys.stderr.flush()
   if code in (OK, STOPPED):
     processes.leave()
-  # Threads of the data pipeline and of the checkpointer may still wait for work: all is saved, so leave at once.
+  # Threads of the data pipeline and of the checkpointer may still wait for work: all is saved, so leave at
+  # once.
   os._exit(code)
 
 
@@ -118,7 +123,10 @@ def _request_stop(number, frame):
 
 
 def _parse_flags(argv):
-  """absl's parsing; a mistake in a --config flag becomes one line. --help prints the program's flags and exits 0."""
+  """absl's parsing; a mistake in a --config flag becomes one line.
+
+  --help prints the program's flags and exits 0.
+  """
   app.define_help_flags()
   try:
     rest = flags.FLAGS(argv)
@@ -137,7 +145,9 @@ def _parse_flags(argv):
 
 
 def _plainest(error):
-  """Of an error and those behind it the text that says most to a user: ml_collections hides "Did you mean" at the bottom."""
+  """Of an error and those behind it the text that says most to a user: ml_collections hides "Did you mean" at
+  the bottom.
+  """
   texts = []
   while error is not None:
     text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "'")

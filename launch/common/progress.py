@@ -1,4 +1,4 @@
-"""What a user reads while a program runs: lines, and a progress bar (plain lines where there is no terminal)."""
+"""What a user reads while a program runs: lines, and a progress bar, or plain lines without a terminal."""
 
 import time
 
@@ -27,7 +27,10 @@ def mute():
 
 
 class Bar:
-  """Progress: a bar with time left on a terminal, a plain line every `every` seconds elsewhere. Use with `with`."""
+  """Progress: a bar with time left on a terminal, a plain line every `every` seconds elsewhere.
+
+  Use with `with`.
+  """
 
   def __init__(self, label, total, *, start=0, every=15.0):
     self.label, self.total, self.done, self.every, self.note = label, total, start, every, ""

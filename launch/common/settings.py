@@ -1,4 +1,7 @@
-"""Pages of configs/ -> what training takes: optimiser, noise levels, the plan of the rows. Fails before anything compiles."""
+"""Pages of configs/ -> what training takes: optimiser, noise levels, the plan of the rows.
+
+Fails before anything compiles.
+"""
 
 import os
 

@@ -1,8 +1,9 @@
-"""The encoding job: a source of clips -> OUT/ with records, index and report. For launch.encode, and for training on raw clips.
+"""The encoding job: a source of clips -> OUT/ with records, index and report. For launch.encode, and for
+training on raw clips.
 
-Several processes share the files of a source by a hash of their names. Each writes shards of its own; what all have finished,
-at whatever number of processes, is what is done. The first lists the source for all, prepares OUT, and writes report and
-index when all have finished.
+Several processes share the files of a source by a hash of their names. Each writes shards of its own; what
+all have finished, at whatever number of processes, is what is done. The first lists the source for all,
+prepares OUT, and writes report and index when all have finished.
 """
 
 import importlib
@@ -24,11 +25,12 @@ GENERATED = 4096  # clips of a generated source, where no COUNT is given
 
 
 def run(spec, out, model, options, *, vocab=1000, limit=0):
-  """Encodes a source into the directory `out` -> RecordIndex; None where it was asked to stop: what was done is safe.
+  """Encodes a source into the directory `out` -> RecordIndex; None where it was asked to stop: what was done
+  is safe.
 
-  spec: what launch.encode takes as --source. model: directory of vae/ and text/. options: what decides the contents of
-  records: the fields of data.curation.Rules, `split`, `seed`. vocab: entries of a tokenizer that is trained on the captions,
-  where the model has none. limit: so many files; 0: all.
+  spec: what launch.encode takes as --source. model: directory of vae/ and text/. options: what decides the
+  contents of records: the fields of data.curation.Rules, `split`, `seed`. vocab: entries of a tokenizer that
+  is trained on the captions, where the model has none. limit: so many files; 0: all.
   """
   check_vae(model)
   options = {**options, "temporal_stride": workdir.load_vae_config(model / "vae").stride[0]}
@@ -151,7 +153,8 @@ def takes_channels(model):
 
 
 def prepare_parts(model, out, captions, vocab):
-  """OUT/vae and OUT/text: copies, so that records are self-contained, or a tokenizer trained on the captions."""
+  """Copies vae/ and text/ into OUT, so that it needs no other folder; or trains a tokenizer on the captions.
+  """
   parts.copy_part(model / "vae", out / "vae")
   if (model / "text" / "tokenizer.model").exists():
     parts.copy_part(model / "text", out / "text")

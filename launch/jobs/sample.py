@@ -1,4 +1,5 @@
-"""The sampling job: requests in; mp4 files (png for one frame) and manifest.jsonl out. What is there already is kept.
+"""The sampling job: requests in; mp4 files (png for one frame) and manifest.jsonl out. What is there already
+is kept.
 
 Used by launch.sample, launch.evaluate, and for samples during training.
 """
@@ -39,7 +40,10 @@ def read_requests(path):
 
 
 def read_manifest(out):
-  """OUT/manifest.jsonl -> {id: its last line}. A line cut short by a kill counts nothing: its request is done again."""
+  """OUT/manifest.jsonl -> {id: its last line}.
+
+  A line cut short by a kill counts nothing: its request is done again.
+  """
   return {line["id"]: line for line in files.read_jsonl(os.path.join(out, MANIFEST)) if "id" in line}
 
 
@@ -120,7 +124,9 @@ def write(pipe, result, out):
 
 
 def digest(pipe, request):
-  """A checksum of all that must be the same for a file to count as made: model, request, and the image that it names."""
+  """A checksum of all that must be the same for a file to count as made: model, request, and the image that
+  it names.
+  """
   crc = zlib.crc32(json.dumps(dataclasses.asdict(request), sort_keys=True).encode(), zlib.crc32(pipe.identity.encode()))
   if request.image and os.path.isfile(request.image):
     for piece in files.pieces_of(request.image):
