@@ -9,10 +9,9 @@ Variants, with the hardware that each was written for and what to expect:
          trained on for an hour (commands and scores: sora_jax/assets/world/README.md).
   base   one TPU v5p-8 or larger: our size B, on records of a 4x16x16 VAE with 48 channels, with text
          embeddings in the records.
-  finetune  goes on from imported weights, --config.init=W: all of them (Wan 1.3B: a TPU v5p-8), or with
-            --config.lora.rank=32 adapters
-         alone (Wan 14B: the same). Records are encoded with --workdir=W, so that VAE and text encoder are
-         those of the weights.
+  finetune  starts from imported weights, --config.init=W: all of them (Wan 1.3B: a TPU v5p-8), or with
+         --config.lora.rank=32 adapters alone (Wan 14B: the same). Records are encoded with --workdir=W, so
+         that VAE and text encoder are those of the weights.
 
 Steps are updates; a row is `row_tokens` tokens, a step is `rows` rows of all hosts together.
 """
@@ -115,8 +114,7 @@ def tiny():
   config.optim.name = "muon"
   config.optim.learning_rate = 4e-3
   config.optim.warmup = 20
-  # sigma.base_shift: latents of the linear codec are like pixels, shape and place are decided at sigma 0.8 to
-  # 0.95
+  # sigma.base_shift: latents of the linear codec are like pixels; sigma 0.8 to 0.95 decides shape and place
   config.sigma.base_tokens = 64
   config.sample.prompts = ("a red ball moves left", "a blue square moves up")
   config.sample.size = (64, 64)
