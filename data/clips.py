@@ -1,13 +1,13 @@
-"""Raw clips: pixels and a caption, before the VAE. What every source yields, and the cutting and cropping they share.
+"""Raw clips: pixels and a caption, before the VAE. The interface of a source; cutting and cropping for all of them.
 
-A source module (data/sources/NAME.py) has `open_source(config) -> source`; a source has
+A source module (data/sources/NAME.py) has `open_source(config) -> source`. A source has
 
-  source.name                 str, kept in every record
-  source.items()              list of Item, sorted by file; cheap: decodes nothing
-  source.read(item)           iterator of RawClip, pieces in order, one in memory at a time; raises BadClip. Where the
-                              caller asked for it (data/curation.py), Dropped stand between them
-  source.notes                list of (file, text), optional: what the listing found wrong, as a caption not in UTF-8
-  source.ignored              list of (file, why), optional: files that are no clips
+  source.name                 str, stored in every record
+  source.items()              list of Item, sorted by file; cheap: it decodes nothing
+  source.read(item)           iterator of RawClip, the pieces in order, one in memory at a time; raises BadClip. If
+                              the rules drop pieces (data/curation.py), it yields a Dropped for each of them
+  source.notes                optional list of (file, text): problems found while listing, e.g. a caption not in UTF-8
+  source.ignored              optional list of (file, reason): files that are not clips
 """
 
 import concurrent.futures
@@ -21,28 +21,34 @@ import numpy as np
 
 from sora_jax.video import BadClip
 
-__all__ = ["BadClip", "Dropped", "Item", "RawClip", "all_at_once", "crop", "pieces", "read_caption", "version", "whole_frames"]
+__all__ = [
+  "BadClip", "Dropped", "Item", "RawClip", "crop", "map_in_threads", "pieces", "read_caption", "version", "whole_frames",
+]  # fmt: skip
 
-LONGEST_CAPTION = 1 << 20      # bytes; whatever is longer is no caption
-ENDS = 64 << 10        # bytes at either end of a file that its version looks at
-THREADS, MANY = 32, 64         # that open files while a source is listed; files that one takes at a time
+LONGEST_CAPTION = 1 << 20  # bytes; a longer text is not taken for a caption
+END_BYTES = 64 << 10  # `version` reads this many bytes at either end of a file
+THREADS = 32  # threads that open files while a source is listed
+CHUNK = 64  # the most files that a thread takes at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-  """A file of a source, not opened yet. `version` changes with its content; `where` is the source's own business."""
+  """A file of a source, not opened yet.
+
+  version: changes with the content of the file.  location: what the source needs to read it; only the source uses it.
+  """
   file: str
   caption: str
   version: str = ""
-  where: Any = None
+  location: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RawClip:
-  """Pixels [T, H, W, 3] uint8 and what is said of them. start: seconds from the start of the file.
+  """Pixels [T, H, W, 3] uint8 with their caption. start: seconds from the start of the file.
 
-  left_out: frames of the file after this piece that are in no piece.  notes: what a reader of the report should know.
-  scaled_from: (height, width) before it was made smaller; None: it was not.
+  left_out: frames of the file after this piece that belong to no piece.  notes: remarks for the report.
+  scaled_from: (height, width) before the frames were scaled down; None if they were not.
   """
   video_THWC: np.ndarray
   fps: float
@@ -56,32 +62,36 @@ class RawClip:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """A piece that is not taken. start, seconds: its place in the file. why: `black`, `frozen` or `too short`."""
+  """A piece that is not used. start, seconds: its range in the file. why: `black`, `frozen` or `too short`."""
   start: float
   seconds: float
   why: str
 
 
-def version(f: BinaryIO, at: int, size: int) -> str:
-  """Of the `size` bytes at `at` in an open file: a name that changes with them, as far as length, head and tail tell."""
-  f.seek(at)
-  crc = zlib.crc32(f.read(min(ENDS, size)))
-  f.seek(at + max(0, size - ENDS))
-  return f"{size}-{zlib.crc32(f.read(min(ENDS, size)), crc):08x}"
+def version(f: BinaryIO, offset: int, size: int) -> str:
+  """Names the content of `size` bytes at `offset` in an open file, by their number and a CRC of the first and last 64 KiB."""
+  f.seek(offset)
+  crc = zlib.crc32(f.read(min(END_BYTES, size)))
+  f.seek(offset + max(0, size - END_BYTES))
+  return f"{size}-{zlib.crc32(f.read(min(END_BYTES, size)), crc):08x}"
 
 
-def all_at_once(function: Callable, things: Sequence) -> list:
-  """[function(thing), ...], by threads: files on a network disk are slow to open, one after the other."""
-  some = min(MANY, max(1, len(things) // THREADS))
+def map_in_threads(function: Callable, items: Sequence) -> list:
+  """[function(item) for item in items], in threads: files on a network disk are slow to open one after the other."""
+  size = min(CHUNK, max(1, len(items) // THREADS))
+
+  def apply(start):
+    return [function(item) for item in items[start:start + size]]
+
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-    parts = pool.map(lambda i: [function(thing) for thing in things[i:i + some]], range(0, len(things), some))
-    return [one for part in parts for one in part]
+    chunks = pool.map(apply, range(0, len(items), size))
+    return [result for chunk in chunks for result in chunk]
 
 
 def read_caption(text: bytes | str | None) -> tuple[str, str]:
-  """-> (caption, what is wrong with it or ""). UTF-8, byte order mark or not; white space becomes single spaces.
+  """-> (caption, what is wrong with it or ""). UTF-8, with or without a byte order mark; runs of white space become one space.
 
-  What cannot be read is an empty caption; undecoded bytes in a str are those of "surrogateescape".
+  A text that cannot be read gives an empty caption. In a str, "surrogateescape" marks bytes that were not decoded.
   """
   try:
     raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text or b""
@@ -90,11 +100,13 @@ def read_caption(text: bytes | str | None) -> tuple[str, str]:
     caption = " ".join(raw.decode("utf-8-sig").split())
   except UnicodeError:
     return "", "its caption is not UTF-8: kept with an empty one"
-  return caption, "" if caption else "no caption: kept with an empty one"
+  if not caption:
+    return "", "no caption: kept with an empty one"
+  return caption, ""
 
 
 def whole_frames(frames, stride):
-  """The largest 1 + stride * n <= frames: what a causal VAE of this temporal stride takes whole."""
+  """The largest 1 + stride * n <= frames: how many frames a causal VAE of this temporal stride encodes without a rest."""
   return 1 + stride * ((frames - 1) // stride)
 
 
@@ -102,13 +114,13 @@ def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float, stride:
            first: int = 0) -> Iterator[tuple[np.ndarray, float, int]]:
   """Cuts images [H, W, 3] at a constant rate into consecutive pieces -> (video_THWC, start, frames left out after it).
 
-  A piece has 1 + stride * n frames and lasts at most `max_seconds` (but has a frame; 0: no limit, all in one piece); `start`
-  is in seconds, where `first` frames came before. Only the end loses frames: fewer than `stride`, or as many where they
-  would make a piece without motion. One piece and stride + 1 frames are held at a time. Where `frames` raises BadClip, what was whole by
-  then comes first.
+  A piece has 1 + stride * n frames and lasts at most `max_seconds`, but has at least one frame; 0 sets no limit and
+  gives one piece. `start` is in seconds; `first` is the number of frames before these. Frames are left out only at the
+  end: fewer than `stride`, or exactly `stride` if they would make a piece without motion. One piece and stride + 1
+  frames are in memory at a time. If `frames` raises BadClip, the pieces that are complete by then are yielded first.
   """
   length = whole_frames(max(1, math.floor(max_seconds * fps + 1e-3)), stride) if max_seconds else None
-  ahead = 1 if length is None or length < stride + 1 else stride + 1      # frames of the shortest tail that moves
+  lookahead = 1 if length is None or length < stride + 1 else stride + 1  # frames of the shortest last piece with motion
   held, start, frames = [], first, iter(frames)
   while True:
     try:
@@ -120,7 +132,7 @@ def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float, stride:
     if image is None:
       break
     held.append(image)
-    if length and len(held) == length + ahead:
+    if length and len(held) == length + lookahead:
       piece, held = np.stack(held[:length]), held[length:]
       yield piece, start / fps, 0
       start += length
@@ -130,9 +142,9 @@ def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float, stride:
 
 
 def crop(video_THWC, stride):
-  """The middle of the frames, to multiples of the stride (t, y, x), and the first 1 + t n of them; a view.
+  """The middle of the frames, cut to multiples of the stride (t, y, x), and the first 1 + t n frames; a view.
 
-  BadClip if a frame is smaller than one stride.
+  Raises BadClip if a frame is smaller than one stride.
   """
   frames, height, width, _ = video_THWC.shape
   _, sy, sx = stride

@@ -1,11 +1,11 @@
-"""The pipeline: step number -> this host's rows of a PackedBatch, as a Grain MapDataset of the plan's steps.
+"""The input pipeline: step number -> this host's rows of a PackedBatch, as a Grain MapDataset of the plan's steps.
 
-The plan says which clips stand where; here threads read, patch and pack them. The state is the plan's cursor alone: it
-comes out with each batch, goes into the checkpoint, and back into `batches` on any number of hosts. What is random
-about a clip (is its caption dropped, is its first frame given) is a hash of (seed, uid, epoch): neither neighbours nor
-hosts nor the order of reading can change it.
+The plan says which clips share a row; threads here read, patchify and pack them. The only state is the plan's cursor.
+It is returned with each batch and stored in the checkpoint, and `batches` resumes from it on any number of hosts. What
+is random about a clip (whether its caption is dropped, whether its first frame is given) is a hash of (seed, uid,
+epoch), so it depends on neither the neighbours, nor the hosts, nor the order of reading.
 
-A damaged record is named once and counted, and its place in the row is padding; too many of them stop the run.
+A damaged record is reported once and counted, and its place in the row is padding. Too many of them stop the run.
 """
 
 import collections.abc
@@ -24,25 +24,27 @@ from sora_jax.batch import Clip, image_channels, pack
 from sora_jax.errors import BadInput
 from sora_jax.patches import coords, grid, patchify, time_scale, whole
 
-CAPTION, GIVEN = 3, 4          # salts: what a hash is for
+CAPTION, GIVEN = 3, 4  # salts: one for each use of the hash
 
 
 def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, caption_dropout=0.1, image_to_video=0.0,
             base_fps=None, cond_channels=0, max_damaged=10, on_damage=print, epochs=None, threads=2, prefetch=4):
-  """Iterator over (PackedBatch of numpy with this host's rows, Cursor after the step), from `cursor` on.
+  """Iterator over (PackedBatch of numpy with this host's rows, Cursor after the step), starting at `cursor`.
 
-  index: RecordIndex or Mixture. plan: Plan over index.rows; its rows_per_step, R, is that of all hosts together: host h of H has
-    the rows [h R / H, (h + 1) R / H) of each step.
+  index: RecordIndex or Mixture. plan: Plan over index.rows. Its rows_per_step, R, counts the rows of all hosts: host h of
+    H has the rows [h R / H, (h + 1) R / H) of each step.
   embedded: texts are the embeddings in the records, not the token ids.
   caption_dropout: share of the clips whose text is the null text.
-  image_to_video: share of the clips of more than one latent frame whose first one is given.
-  base_fps: coordinate t counts latent frames of a video of this rate (`time_scale`); None: the clip's own.
-  cond_channels: how many channels are joined to the latents, by a model that takes its image so (Wan I2V); 0: none.
-  max_damaged: so many records may be damaged, on a host; on_damage(line) is told each once, from a reading thread.
-  epochs: stop after so many, the last step filled up with empty rows; None: never.
-  threads, prefetch: how many read, and how many steps ahead.
+  image_to_video: share of the clips of more than one latent frame whose first latent frame is given.
+  base_fps: coordinate t counts latent frames of a video of this rate (`time_scale`); None: of the clip's own rate.
+  cond_channels: channels joined to the latents, for models that take their image this way (Wan I2V); 0: none.
+  max_damaged: how many records may be damaged, on each host. on_damage(line): called once for each, from a reading
+    thread.
+  epochs: stop after this many; the last step is filled up with empty rows. None: never stop.
+  threads: how many threads read. prefetch: how many steps they read ahead.
 
-  Raises BadInput where hosts do not divide the rows, records hold no embeddings, or (from `next`) too many are damaged.
+  Raises BadInput if hosts do not divide the rows, if embeddings are asked for and the records hold none, or (from
+  `next`) if too many records are damaged.
   """
   if plan.rows_per_step % hosts:
     raise BadInput(f"rows a step: {plan.rows_per_step}; a multiple of the {hosts} hosts; change either")
@@ -54,16 +56,16 @@ def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, 
   return itertools.takewhile(bool, steps)
 
 
-def chance(seed, purpose, uid, epoch):
-  """Uniform in [0, 1), one a clip, from (seed, uid, epoch) and what it is for; uid uint64 [N], epoch int [N]."""
+def draw_uniform(seed, purpose, uid, epoch):
+  """Uniform in [0, 1), one number a clip: a hash of (seed, uid, epoch) and a salt. uid uint64 [N], epoch int [N]."""
   return (mix64(seed, purpose, uid, epoch) >> np.uint64(11)) * 2.0 ** -53
 
 
 class _Steps:
-  """A plan's steps as Grain's random access source: entry i is the i-th step from the cursor on.
+  """A plan's steps as Grain's random access source: entry i is the i-th step after the cursor.
 
-  () after the last: Grain would pass over None, and search on for ever. Steps are planned when asked for, and forgotten
-  once given: about a window at a time is in memory.
+  Entries after the last step are (): Grain skips None and would search for ever. A step is planned when it is asked for
+  and dropped once it is returned, so about one window is in memory.
   """
 
   def __init__(self, steps):
@@ -82,7 +84,7 @@ class _Steps:
 
 @dataclasses.dataclass
 class _Loader:
-  """(cursor, StepPlan) -> (PackedBatch of some rows of the step, cursor). Fields as in `batches`."""
+  """(cursor, StepPlan) -> (PackedBatch of a slice of the step's rows, cursor). The fields are as in `batches`."""
   index: RecordIndex | Mixture
   plan: Plan
   seed: int
@@ -98,14 +100,15 @@ class _Loader:
   def __post_init__(self):
     ids, embedding_SE = self.index.null_text
     if self.embedded and embedding_SE is None:
-      raise BadInput(f"{self.index.directory}: its records hold no text embeddings; the model takes them; encode again "
+      raise BadInput(f"{self.index.directory}: its records hold no text embeddings, which the model needs; encode again "
                      "with a text encoder, or train one with the model")
     null = np.asarray(embedding_SE, np.float32) if self.embedded else ids
     if len(null) > self.plan.null_text_tokens:
       raise ValueError(f"the null text has {len(null)} tokens, the plan allows for {self.plan.null_text_tokens}")
-    self.null = self.padded(null)
+    self.null = self.pad_text(null)
     if self.cond_channels and not self.index.header.get("conditions"):
-      raise BadInput(f"{self.index.directory}: its records do not hold what this model is given of an image; encode again with --workdir of it")
+      raise BadInput(f"{self.index.directory}: its records do not hold what this model is given of an image; encode "
+                     "again with --workdir of it")
     self.damaged, self.lock = set(), threading.Lock()
 
   def __call__(self, step):
@@ -114,11 +117,12 @@ class _Loader:
     cursor, rows = step[0], step[1].rows[self.rows]
     positions, epochs = np.array([clip for row in rows for clip in row], np.int64).reshape(-1, 2).T
     entries = self.index.rows[positions]
-    drop = chance(self.seed, CAPTION, entries["uid"], epochs) < self.caption_dropout
-    clips = map(self.clip, positions.tolist(), epochs.tolist(), entries, drop, chance(self.seed, GIVEN, entries["uid"], epochs))
+    drop = draw_uniform(self.seed, CAPTION, entries["uid"], epochs) < self.caption_dropout
+    uniform = draw_uniform(self.seed, GIVEN, entries["uid"], epochs)
+    clips = map(self.clip, positions.tolist(), epochs.tolist(), entries, drop, uniform)
     packed = [[clip for clip in itertools.islice(clips, len(row)) if clip is not None] for row in rows]
     if not any(packed):
-      packed[0] = [self.nothing()]
+      packed[0] = [self.empty_clip()]
     return pack(packed, self.plan.shape), cursor
 
   def clip(self, position, epoch, entry, drop, uniform):
@@ -126,36 +130,44 @@ class _Loader:
     try:
       record = self.index[position]
     except DamagedRecord as e:
-      self.count(position, str(e))
+      self.count_damaged(position, str(e))
       return None
-    latents_THWC, fps = whole(record.latents_THWC, self.plan.patch).astype(np.float32), float(entry["fps"])
+    patch, fps = self.plan.patch, float(entry["fps"])
+    latents_THWC = whole(record.latents_THWC, patch).astype(np.float32)
     size = latents_THWC.shape[:3]
-    given_T = masks.draw(uniform, self.image_to_video, size[0], self.plan.patch[0])
-    given_N = masks.tokens(np.broadcast_to(given_T[:, None, None], size), self.plan.patch) if given_T.any() else None
+    given_T, given_L = masks.draw(uniform, self.image_to_video, size[0], patch[0]), None
+    if given_T.any():
+      given_L = masks.tokens(np.broadcast_to(given_T[:, None, None], size), patch)
     text = self.null
     if not drop:
-      text = self.padded(record.text_SE.astype(np.float32) if self.embedded else record.text_ids_S)
+      text = self.pad_text(record.text_SE.astype(np.float32) if self.embedded else record.text_ids_S)
     cond_LQ = None
     if self.cond_channels:
-      cond_LQ = patchify(image_channels(whole(record.cond_THWC, self.plan.patch).astype(np.float32), self.cond_channels), self.plan.patch)
-    tyx_N3 = coords(grid(size, self.plan.patch), time_scale(self.base_fps, fps))
-    return Clip(tokens_LP=patchify(latents_THWC, self.plan.patch), coords_L3=tyx_N3, texts=[text], given_L=given_N, cond_LQ=cond_LQ,
+      cond_THWC = whole(record.cond_THWC, patch).astype(np.float32)
+      cond_LQ = patchify(image_channels(cond_THWC, self.cond_channels), patch)
+    coords_L3 = coords(grid(size, patch), time_scale(self.base_fps, fps))
+    return Clip(tokens_LP=patchify(latents_THWC, patch), coords_L3=coords_L3, texts=[text], given_L=given_L, cond_LQ=cond_LQ,
                 uid=int(entry["uid"]), size=size, fps=fps, epoch=epoch, source=int(entry["source"]))
 
-  def padded(self, text):
-    """The text, with a zero after it where it is shorter than the plan's text_pad: embeddings for a model of this text_pad (Wan)."""
-    missing = int(len(text) < (self.plan.text_pad or 0))
-    return np.pad(text, [(0, missing)] + [(0, 0)] * (text.ndim - 1)) if missing else text
+  def pad_text(self, text):
+    """The text, followed by one zero if it is shorter than the plan's text_pad (embeddings for Wan)."""
+    if len(text) >= (self.plan.text_pad or 0):
+      return text
+    return np.pad(text, [(0, 1)] + [(0, 0)] * (text.ndim - 1))
 
-  def nothing(self):
-    """A clip of no tokens, which tells `pack` its widths where this host has no clip in a step."""
+  def empty_clip(self):
+    """A clip of no tokens. It tells `pack` the widths of the arrays when this host has no clip in a step."""
+
+    def zeros(width):
+      return np.zeros((0, width), np.float32)
+
     values = int(np.prod(self.plan.patch))
-    empty = lambda width: np.zeros((0, width), np.float32)  # noqa: E731
-    return Clip(tokens_LP=empty(values * self.index.header["latent_channels"]), coords_L3=empty(3), texts=[self.null[:0]], uid=0, size=(0, 0, 0),
-                fps=0.0, cond_LQ=empty(values * self.cond_channels) if self.cond_channels else None)
+    tokens_LP = zeros(values * self.index.header["latent_channels"])
+    cond_LQ = zeros(values * self.cond_channels) if self.cond_channels else None
+    return Clip(tokens_LP=tokens_LP, coords_L3=zeros(3), texts=[self.null[:0]], uid=0, size=(0, 0, 0), fps=0.0, cond_LQ=cond_LQ)
 
-  def count(self, position, line):
-    """Tells of a damaged record, once. Raises BadInput for one too many."""
+  def count_damaged(self, position, line):
+    """Reports a damaged record, once. Raises BadInput if there are more than max_damaged."""
     with self.lock:
       if position in self.damaged:
         return
@@ -163,5 +175,5 @@ class _Loader:
       count = len(self.damaged)
     self.on_damage(line)
     if count > self.max_damaged:
-      raise BadInput(f"{self.index.directory}: {count} records are damaged, at most {self.max_damaged} are passed over "
+      raise BadInput(f"{self.index.directory}: {count} records are damaged, at most {self.max_damaged} are skipped "
                      f"(max_damaged); the last: {line}; copy the records again, or encode again")

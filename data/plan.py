@@ -1,19 +1,20 @@
-"""The plan: from the index of sizes alone, which clips share a row, and which rows a step. numpy only; opens no record.
+"""The plan: which clips share a row, and which rows share a step, from the index of sizes alone. numpy only.
 
-A plan is a pure function of (index, seed, cursor). It knows `rows_per_step`, never hosts, devices or ranks: every host
-computes the same plan and loads its own rows, so any number of hosts may go on from a cursor.
+A plan is a pure function of (index, seed, cursor); it opens no record. It knows `rows_per_step`, never hosts, devices
+or ranks: every host computes the same plan and loads its own rows, so any number of hosts may resume from a cursor.
 
-  draws    an endless list of clips: draw k is clip `shuffle(k mod n)` of epoch k // n. The shuffle, another one each
-           epoch, is computed for one k alone (a Feistel network), so that 10^9 clips need no permutation in memory. A
-           draw number thus names a clip and its epoch; every clip is drawn exactly once an epoch.
-  datasets where several are mixed, draw k is draw j of dataset d, in integer arithmetic, for one k alone (`deal`): in
-           any stretch of draws the shares are right to a clip or two, and every clip of a dataset is drawn exactly once
-           an epoch of that dataset.
-  windows  window w is the draws [w * window_clips, (w + 1) * window_clips) and those carried over from the one before.
-           It runs over the end of an epoch, and over many epochs of a small dataset: rows are full whatever its size.
-  rows     of like content, under three budgets: tokens, clips, text tokens (data/rows.py).
-  steps    rows of like attention cost (sum of n^2) stand in one step, so that ranks finish together; the order of the
-           steps is shuffled. The rows that make no whole step are the emptiest: their clips are carried over.
+  draws    an endless list of clips: draw k is clip `shuffle(k mod n)` of epoch k // n. The shuffle differs in each
+           epoch and is computed for a single k (a Feistel network), so 10^9 clips need no permutation in memory. A
+           draw number therefore identifies a clip and its epoch. Every clip is drawn exactly once an epoch.
+  datasets if several are mixed, draw k is draw j of dataset d, computed in integers for a single k (`deal`). In any
+           range of draws the shares are right to one or two clips, and every clip of a dataset is drawn exactly once
+           in an epoch of that dataset.
+  windows  window w is the draws [w * window_clips, (w + 1) * window_clips) and those carried over from the window
+           before. It runs past the end of an epoch, and over many epochs of a small dataset, so rows are full whatever
+           the size of the dataset.
+  rows     rows of similar content, under three budgets: tokens, clips, text tokens (data/rows.py).
+  steps    rows of similar attention cost (sum of n^2) are in one step, so that ranks finish together. The order of the
+           steps is shuffled. The rows that do not make a whole step are the emptiest; their clips are carried over.
 
 Sources: Patch n' Pack, arXiv:2307.06304; cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite
 domains".
@@ -29,13 +30,13 @@ import numpy as np
 from data.rows import fill_rows
 from sora_jax.errors import BadInput
 
-FORMAT_VERSION = 1           # of the cursor; a change here or in data/rows.py that makes another plan counts it up
-ORDER, STEPS = 1, 2          # salts: what a hash is for
-CHUNK = 1 << 20              # entries of an index that are looked at at a time
+FORMAT_VERSION = 1  # of the cursor; raised by any change here or in data/rows.py that changes plans
+ORDER, STEPS = 1, 2  # salts: one for each use of the hash
+CHUNK = 1 << 20  # entries of an index that are read at a time
 
 
 def mix64(*words):
-  """Hash of integers (or of integer arrays, elementwise) to uint64 [N]; splitmix64's finaliser after each word."""
+  """Hash of integers (or of integer arrays, elementwise) -> uint64 [N]; splitmix64's finaliser after each word."""
   h = np.zeros((1,), np.uint64)
   for word in words:
     if not isinstance(word, np.ndarray):
@@ -48,9 +49,9 @@ def mix64(*words):
 
 
 def shuffle(rank, n, *key, rounds=6):
-  """Places `rank` (int array, each in [0, n)) in a permutation of range(n) chosen by the `key` words (ints or arrays).
+  """Entries `rank` (int array, each in [0, n)) of a permutation of range(n) chosen by the `key` words (ints or arrays).
 
-  A Feistel network over a square of side ceil(sqrt(n)), walked again while it leads out of [0, n).
+  A Feistel network over a square of side ceil(sqrt(n)), applied again while its output is outside [0, n).
   """
   side = np.uint64(max(2, int(np.ceil(np.sqrt(n)))))
   out = np.array(rank, np.uint64)
@@ -66,40 +67,46 @@ def shuffle(rank, n, *key, rounds=6):
 
 
 def deal(draws, weights):
-  """Draw numbers [N], dealt to datasets in proportion to positive ints -> (dataset [N], which draw of that dataset [N]).
+  """Deals draw numbers [N] to datasets in proportion to positive ints -> (dataset [N], draw of that dataset [N]).
 
-  A tree of two-way splits: of the first k draws round(k a / (a + b)) go to the left side. So shares are right to half a
-  clip at each fork, from any draw to any other; after sum(weights) draws, exactly.
+  A tree of two-way splits: of the first k draws, round(k a / (a + b)) go to the left side. So shares are right to half a
+  clip at each split, over any range of draws, and exact after sum(weights) draws.
   """
-  which, own = np.zeros(len(draws), np.int64), np.array(draws, np.int64)
+  datasets, own_draws = np.zeros(len(draws), np.int64), np.array(draws, np.int64)
 
-  def split(here, first, weights):
+  def split(members, first, weights):
+    """Deals the draws at indices `members` to the datasets from number `first` on."""
     if len(weights) == 1:
-      which[here] = first
+      datasets[members] = first
       return
     sums = list(itertools.accumulate(weights))
-    cut = min(range(1, len(weights)), key=lambda i: abs(2 * sums[i - 1] - sums[-1]))
-    part, total = sums[cut - 1], sums[-1]
-    left = lambda k: k // total * part + (k % total * part + total // 2) // total  # noqa: E731
-    before = left(own[here])
-    goes = left(own[here] + 1) > before
-    own[here] = np.where(goes, before, own[here] - before)
-    split(here[goes], first, weights[:cut])
-    split(here[~goes], first + cut, weights[cut:])
+    middle = min(range(1, len(weights)), key=lambda i: abs(2 * sums[i - 1] - sums[-1]))
+    left_weight, total = sums[middle - 1], sums[-1]
+
+    def left_count(k):
+      """How many of the first k draws go to the left side."""
+      cycles, rest = k // total, k % total
+      return cycles * left_weight + (rest * left_weight + total // 2) // total
+
+    before = left_count(own_draws[members])
+    goes_left = left_count(own_draws[members] + 1) > before
+    own_draws[members] = np.where(goes_left, before, own_draws[members] - before)
+    split(members[goes_left], first, weights[:middle])
+    split(members[~goes_left], first + middle, weights[middle:])
 
   split(np.arange(len(draws)), 0, list(weights))
-  return which, own
+  return datasets, own_draws
 
 
 def whole_weights(sizes, weights=None):
-  """Datasets' sizes, and weights or None -> ints to deal by, of a sum below 2^31; in proportion to sizes without weights.
+  """The sizes of datasets, and weights or None -> ints for `deal`, of a sum below 2^31. None: in proportion to the sizes.
 
-  BadInput unless there is one for each dataset, finite and above zero.
+  Raises BadInput unless there is one weight for each dataset, finite and above zero.
   """
   if weights is None:
     weights = sizes
     if sum(sizes) < 1 << 31:
-      return list(sizes)           # exact: an epoch of all is an epoch of each
+      return list(sizes)  # exact: an epoch of the mixture is an epoch of each dataset
   if len(weights) != len(sizes):
     raise BadInput(f"data weights: {len(weights)} of them for {len(sizes)} datasets; give one for each, or none at all")
   for weight in weights:
@@ -109,9 +116,9 @@ def whole_weights(sizes, weights=None):
 
 
 class Joined:
-  """Several indexes of sizes as one: entry i is counted through all of them. Nothing is copied but the entries asked for.
+  """Several indexes of sizes as one. Entries are numbered through all of them; only the entries asked for are copied.
 
-  sources: for each index, an array that renumbers its sources; as they are, if not given.
+  sources: for each index, an array that renumbers its sources; None: they stay as they are.
   """
 
   def __init__(self, parts, sources=None):
@@ -121,36 +128,37 @@ class Joined:
   def __len__(self):
     return int(self.starts[-1])
 
-  def locate(self, places):
-    """Int array (or int) of entries -> (which index, entry of that index)."""
-    which = np.searchsorted(self.starts, places, side="right") - 1
-    return which, places - self.starts[which]
+  def locate(self, positions):
+    """Int array (or int) of entries -> (number of the index, entry in that index)."""
+    which = np.searchsorted(self.starts, positions, side="right") - 1
+    return which, positions - self.starts[which]
 
-  def __getitem__(self, places):
+  def __getitem__(self, key):
     """Entries at an int, an int array or a slice -> structured array; the name of a field -> all of it, copied."""
-    if isinstance(places, str):
-      return self[:][places]
-    which, own = self.locate(np.arange(*places.indices(len(self))) if isinstance(places, slice) else np.asarray(places))
+    if isinstance(key, str):
+      return self[:][key]
+    positions = np.arange(*key.indices(len(self))) if isinstance(key, slice) else np.asarray(key)
+    which, own = self.locate(positions)
     rows = np.empty(which.shape, self.parts[0].dtype)
     for number, part in enumerate(self.parts):
-      mine = which == number
-      rows[mine] = part[own[mine]]
+      in_part = which == number
+      rows[in_part] = part[own[in_part]]
       if self.sources is not None:
-        rows["source"][mine] = self.sources[number][rows["source"][mine]]
+        rows["source"][in_part] = self.sources[number][rows["source"][in_part]]
     return rows[()]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cursor:
-  """Where a run stands in its plan: the step to come next. Stored in the checkpoint, beside the step."""
-  epoch: int = 0                     # of the window's first draw; for people, the plan does not read it
+  """The position of a run in its plan: the next step. Stored in the checkpoint, beside the step number."""
+  epoch: int = 0  # of the window's first draw; for people, the plan does not read it
   window: int = 0
-  step: int = 0                      # steps of this window already done
-  carried: tuple[int, ...] = ()      # draws that came over from the window before
-  plan: str = ""                     # name of the plan it belongs to; empty at the start of any
+  step: int = 0  # steps of this window already done
+  carried: tuple[int, ...] = ()  # draws carried over from the window before
+  plan: str = ""  # name of the plan it belongs to; empty at the start of any plan
 
   def to_json(self):
-    """A dict of plain ints, strings and lists."""
+    """The cursor as a dict of plain ints, strings and lists."""
     return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self), "carried": list(self.carried)}
 
   @classmethod
@@ -159,13 +167,13 @@ class Cursor:
     fields = dict(fields)
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
-      raise BadInput(f"data cursor: format_version {version}; {FORMAT_VERSION} is read; use the code that wrote it")
+      raise BadInput(f"data cursor: format_version {version}; this code reads {FORMAT_VERSION}; use the code that wrote it")
     return cls(**fields | {"carried": tuple(fields["carried"])})
 
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-  """One step. rows: the clips of each as (index position, epoch); tokens, costs: sums of n and of n^2 of each row."""
+  """One step. rows: of each row, its clips as (index position, epoch). tokens, costs: sums of n and of n^2 of each row."""
   rows: tuple[tuple[tuple[int, int], ...], ...]
   tokens: tuple[int, ...]
   costs: tuple[int, ...]
@@ -182,14 +190,16 @@ class Misfit:
 class Plan:
   """Steps of rows of clips, from an index of sizes, or from several that are mixed.
 
-  index: structured array (may be memory-mapped) with fields uid, t, h, w (latent size) and text_tokens; several as a `Joined`.
-  weights: shares of the draws of each of several, above 0; None: in proportion to their sizes.
-  shape: RowShape(length, clips, text): what a row holds at most. patch: (pt, ph, pw) of the model; latents at the lower and the
-  right edge that fill no patch are left out.
-  null_text_tokens: length of the null text, which may stand in for any caption (caption dropout).
-  text_pad: a prompt of fewer tokens has a zero after it, which stands for its padding up to so many (Wan: 512); None: it has not.
-  window_clips: draws of a window; 256 a row of a step if not given.
-  Raises BadInput if an index is empty, or for weights that are none.
+  index: structured array (may be memory-mapped) with fields uid, t, h, w (latent size) and text_tokens; several of them
+  as a `Joined`.
+  weights: shares of the draws, above 0, one for each index of a `Joined`; None: in proportion to their sizes.
+  shape: RowShape(length, clips, text), the budgets of a row. patch: (pt, ph, pw) of the model; latents at the lower and
+  the right edge that do not fill a patch are left out.
+  null_text_tokens: length of the null text, which may replace any caption (caption dropout).
+  text_pad: a prompt of fewer tokens is followed by one zero that stands for its padding to this length (Wan: 512); None:
+  no padding.
+  window_clips: draws of a window; None: 256 for each row of a step.
+  Raises BadInput if an index is empty, or for invalid weights.
   """
 
   def __init__(self, index, *, rows_per_step, shape, patch, seed, weights=None, null_text_tokens=1, text_pad=None,
@@ -203,20 +213,26 @@ class Plan:
     self.seed, self.null_text_tokens, self.text_pad = seed, null_text_tokens, text_pad
     self.weights = whole_weights(self.counts, weights)
     self.window_clips = window_clips or 256 * rows_per_step
-    some = np.linspace(0, len(index) - 1, num=min(len(index), 4096)).astype(np.int64)
-    clips = index[some]
-    sample = np.bitwise_xor.reduce(mix64(some, *(clips[field] for field in ("uid", "t", "h", "w", "text_tokens"))))
+    self.name = self._fingerprint()
+
+  def _fingerprint(self):
+    """16 hexadecimal digits from all that the plan depends on; of the index, up to 4,096 entries. Cursors carry it."""
+    positions = np.linspace(0, len(self.index) - 1, num=min(len(self.index), 4096)).astype(np.int64)
+    clips = self.index[positions]
+    fields = [clips[name] for name in ("uid", "t", "h", "w", "text_tokens")]
+    sample = np.bitwise_xor.reduce(mix64(positions, *fields))
     mixed = (*self.counts, *self.weights) if len(self.weights) > 1 else ()
-    (name,) = mix64(sample, len(index), seed, rows_per_step, shape.length, shape.clips, shape.text, *self.patch,
-                    null_text_tokens, text_pad or 0, self.window_clips, *mixed)
-    self.name = f"{int(name):016x}"          # cursors carry it: they mean nothing in another plan
+    (name,) = mix64(sample, len(self.index), self.seed, self.rows_per_step, self.shape.length, self.shape.clips,
+                    self.shape.text, *self.patch, self.null_text_tokens, self.text_pad or 0, self.window_clips, *mixed)
+    return f"{int(name):016x}"
 
   def sizes(self, positions):
-    """Positions in the index (array or slice) -> tokens, text tokens (int64), fits (bool): a row can hold the clip."""
+    """Positions in the index (array or slice) -> tokens, text tokens (int64), whether a row can hold the clip (bool)."""
     tokens, text, whole = self._measure(positions)
     return tokens, text, whole & (tokens <= self.shape.length) & (text <= self.shape.text)
 
   def _measure(self, positions):
+    """-> tokens, text tokens, whether the clip is at least one patch in size."""
     clips = self.index[positions]
     size_N3 = np.stack([clips[name].astype(np.int64) for name in ("t", "h", "w")], axis=-1)
     whole = (size_N3 >= self.patch).all(axis=-1)
@@ -226,20 +242,21 @@ class Plan:
 
   @functools.cached_property
   def misfits(self):
-    """What no row can hold, as a list of `Misfit` in the order of the index. Reads the index through, once."""
-    found = []
+    """The clips that no row can hold: a list of `Misfit` in the order of the index. Reads the whole index, once."""
+    misfits = []
     for start in range(0, len(self.index), CHUNK):
       _, _, fits = self.sizes(slice(start, start + CHUNK))
-      found += [self._misfit(start + int(i)) for i in np.flatnonzero(~fits)]
-    return found
+      misfits += [self._misfit(start + int(i)) for i in np.flatnonzero(~fits)]
+    return misfits
 
   @functools.cached_property
   def trimmed(self):
-    """How many clips lose latents at an edge, because these fill no patch. Reads the index through, once."""
+    """How many clips lose latents at an edge that do not fill a patch. Reads the whole index, once."""
     count = 0
     for start in range(0, len(self.index), CHUNK):
       clips = self.index[start:start + CHUNK]
-      count += int(np.any([clips[name] % p != 0 for name, p in zip("thw", self.patch, strict=True)], axis=0).sum())
+      has_rest = [clips[name] % p != 0 for name, p in zip("thw", self.patch, strict=True)]
+      count += int(np.any(has_rest, axis=0).sum())
     return count
 
   def _misfit(self, position):
@@ -252,22 +269,24 @@ class Plan:
     return Misfit(position, tokens, f"{text} text tokens, a row holds {self.shape.text}")
 
   def clips(self, draws):
-    """Draw numbers [N] -> (positions [N], epochs [N] of the datasets that they are of)."""
-    which, own = deal(draws, self.weights)
-    positions, epochs, first = np.empty_like(own), np.empty_like(own), 0
+    """Draw numbers [N] -> (positions in the index [N], epochs of their own datasets [N])."""
+    datasets, own_draws = deal(draws, self.weights)
+    positions, epochs, first = np.empty_like(own_draws), np.empty_like(own_draws), 0
     for number, count in enumerate(self.counts):
-      mine = which == number
-      epochs[mine], rank = np.divmod(own[mine], count)
-      key = (self.seed, ORDER, epochs[mine]) + ((number,) if number else ())
-      positions[mine] = first + shuffle(rank, count, *key)
+      members = datasets == number
+      epochs[members], rank = np.divmod(own_draws[members], count)
+      key = [self.seed, ORDER, epochs[members]]
+      if number:  # the first dataset is drawn as if it were alone
+        key.append(number)
+      positions[members] = first + shuffle(rank, count, *key)
       first += count
     return positions, epochs
 
   def window(self, number, carried=(), end=None):
     """Steps of one window -> (list of StepPlan, draws carried over).
 
-    end: the first draw that is not to come. The window that reaches it carries nothing over: what makes no whole step
-    is a last step, with empty rows.
+    end: draws from this number on are left out. The window that reaches it carries nothing over: the rows that do not
+    make a whole step become a last step, with empty rows.
     """
     start, stop = number * self.window_clips, (number + 1) * self.window_clips
     last = end is not None and stop >= end
@@ -279,15 +298,17 @@ class Plan:
     loads = np.array([tokens[row].sum() for row in rows], np.int64)
     costs = np.array([(tokens[row] ** 2).sum() for row in rows], np.int64)
 
-    # The emptiest rows stay behind, yet rather not those with a clip that has waited already: none waits for ever.
+    # The emptiest rows are carried over. Rows with a clip that was carried over before are chosen last, so that no clip
+    # waits for ever.
     waited = np.array([(draws[row] < start).any() for row in rows], bool)
-    behind = np.lexsort((loads, waited))[:len(rows) % self.rows_per_step]
-    order = np.argsort(costs, kind="stable")
-    groups = order[~np.isin(order, behind)].reshape(-1, self.rows_per_step)
-    groups = list(groups[np.argsort(mix64(self.seed, STEPS, number, np.arange(len(groups))), kind="stable")])
-    left = tuple(sorted(draws[i].item() for r in behind for i in rows[r]))
-    if last and len(behind):
-      groups, left = [*groups, behind], ()
+    leftover = np.lexsort((loads, waited))[:len(rows) % self.rows_per_step]
+    by_cost = np.argsort(costs, kind="stable")
+    groups = by_cost[~np.isin(by_cost, leftover)].reshape(-1, self.rows_per_step)
+    step_order = np.argsort(mix64(self.seed, STEPS, number, np.arange(len(groups))), kind="stable")
+    groups = list(groups[step_order])
+    carried_over = tuple(sorted(draws[i].item() for r in leftover for i in rows[r]))
+    if last and len(leftover):
+      groups, carried_over = [*groups, leftover], ()
 
     def step(group):
       padding = (0,) * (self.rows_per_step - len(group))
@@ -295,27 +316,31 @@ class Plan:
       return StepPlan(members + ((),) * len(padding), (*loads[group].tolist(), *padding),
                       (*costs[group].tolist(), *padding))
 
-    return [step(group) for group in groups], left
+    return [step(group) for group in groups], carried_over
 
   def steps(self, cursor=None, *, epochs=None):
-    """From a cursor on, yields (cursor after the step, StepPlan); without end, or to the end of that many epochs.
+    """Yields (cursor after the step, StepPlan), starting at a cursor; without end, or for that many epochs in all.
 
-    Raises BadInput if no clip fits a row, or the cursor belongs to another plan.
+    Raises BadInput if no clip fits a row, or if the cursor belongs to another plan.
     """
     cursor = cursor or Cursor()
     if cursor.plan not in ("", self.name):
-      raise BadInput("data cursor: it belongs to another index, row shape, batch or seed; a run goes on with those "
-                     "that it began with; put them back, or begin a new run")
+      raise BadInput("data cursor: it belongs to another index, row shape, batch or seed; a run continues with those "
+                     "that it began with; restore them, or begin a new run")
     end = None if epochs is None else epochs * len(self.index)
-    number, carried, done, barren = cursor.window, cursor.carried, cursor.step, 0
+    number, carried, done = cursor.window, cursor.carried, cursor.step
+    empty_draws = 0  # draws of the last windows that gave no clip
     while end is None or number * self.window_clips < end:
-      steps, left = self.window(number, carried, end)
-      epoch, epoch_after = (w * self.window_clips // len(self.index) for w in (number, number + 1))
+      steps, carried_over = self.window(number, carried, end)
+      epoch, next_epoch = (w * self.window_clips // len(self.index) for w in (number, number + 1))
       for i in range(done, len(steps)):
-        after = Cursor(epoch, number, i + 1, tuple(carried), self.name)
-        yield (after if i + 1 < len(steps) else Cursor(epoch_after, number + 1, 0, left, self.name)), steps[i]
-      barren = 0 if steps or left else barren + self.window_clips
-      if barren >= len(self.index) == len(self.misfits):
+        if i + 1 < len(steps):
+          after = Cursor(epoch, number, i + 1, tuple(carried), self.name)
+        else:
+          after = Cursor(next_epoch, number + 1, 0, carried_over, self.name)
+        yield after, steps[i]
+      empty_draws = 0 if steps or carried_over else empty_draws + self.window_clips
+      if empty_draws >= len(self.index) == len(self.misfits):
         raise BadInput(f"data index: none of its {len(self.index)} clips fits a row; the first: "
                        f"{self.misfits[0].reason}; raise what a row holds")
-      number, carried, done = number + 1, left, 0
+      number, carried, done = number + 1, carried_over, 0

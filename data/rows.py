@@ -1,16 +1,17 @@
-"""Clips into rows: bin packing under three budgets (tokens, clips, text tokens). numpy only.
+"""Packs clips into rows: bin packing under three budgets (tokens, clips, text tokens). numpy only.
 
-Best-fit decreasing alone fills rows of large clips first and leaves the small ones together, in rows that run into the
-budgets of clips and of text before they are full of tokens, and whose attention costs a fraction of the others'. So the
-largest clips are dealt out first, each to the emptiest of the rows that all will need (longest processing time, Graham
-1969), until `1 - share` of the tokens are placed: rows of like content. The rest finishes the rows, in one of two ways:
+Best-fit decreasing alone fills rows with large clips first and packs the small ones together at the end. Those rows
+reach the budgets of clips and of text before they are full of tokens, and their attention costs a fraction of that of
+other rows. So the largest clips are dealt first, each to the emptiest of the least number of rows that can hold all
+clips (longest processing time, Graham 1969), until `1 - share` of the tokens are placed. This makes rows of similar
+content. The other clips complete the rows, in one of two ways:
 
-  best fit   each clip, largest first, to the row that it leaves fullest (Johnson et al. 1974): 10 us a clip;
+  best fit   each clip, largest first, goes to the row that it leaves fullest (Johnson et al. 1974): 10 us a clip;
   exact      row by row, the subset of some 20 waiting clips that fills it best (subset sums as bits of an integer):
              30 us a clip.
 
-Best fit is enough where sizes are many. Where they are few (six sizes of frame, three lengths) it cannot close the
-gaps, which subset sums do: `fill_rows` tries in turn, keeps the first result with little enough padding, else the best.
+Best fit is enough for many different sizes. For few (six frame sizes, three lengths) it cannot close the gaps, and
+subset sums can. `fill_rows` tries these in turn and keeps the first result with little enough padding, else the best.
 """
 
 import bisect
@@ -19,24 +20,26 @@ import heapq
 
 import numpy as np
 
-ENOUGH = 0.005       # share of padding at which no other way is tried
-SAMPLE = 20          # waiting clips of which a subset is chosen
+ENOUGH = 0.005  # share of padding below which no other way is tried
+SAMPLE = 20  # waiting clips from which a subset is chosen
 
 
 def fill_rows(tokens, text, shape, spare=0):
-  """Which clips share a row -> lists of places in [0, N), one a row; none is empty, each clip is in one.
+  """Assigns clips to rows -> lists of clip indices in [0, N), one a row. No row is empty; each clip is in one row.
 
-  tokens, text: int arrays [N], each within `shape`, a RowShape. spare: the padding of so many rows, the emptiest, does
-  not matter.
+  tokens, text: int arrays [N], each entry within `shape`, a RowShape. spare: how many of the emptiest rows do not count
+  when the padding of a result is measured.
   """
+  if not len(tokens):
+    return []
   best, least = [], None
-  for finish, share in ((_best_fit, 0.2), (_best_fit, 0.35), (_exact, 0.4)) if len(tokens) else ():
+  for finish, share in ((_best_fit, 0.2), (_best_fit, 0.35), (_exact, 0.4)):
     rows = _Rows(tokens, text, shape)
     finish(rows, _deal(rows, share))
     filled = [row for row in rows.clips if row]
-    empty = sorted(room for room, row in zip(rows.room, rows.clips, strict=True) if row)
-    empty = empty[:max(1, len(empty) - spare)]
-    padding = sum(empty) / (len(empty) * shape.length)
+    room = sorted(room for room, row in zip(rows.room, rows.clips, strict=True) if row)
+    room = room[:max(1, len(room) - spare)]
+    padding = sum(room) / (len(room) * shape.length)
     if least is None or padding < least:
       best, least = filled, padding
     if least <= ENOUGH:
@@ -45,40 +48,45 @@ def fill_rows(tokens, text, shape, spare=0):
 
 
 class _Rows:
-  """Rows under way: `clips` (places), `room` (tokens left), `words` (text tokens left), one entry a row."""
+  """Rows being filled. One entry a row: `clips` (indices), `room` (tokens left), `text_room` (text tokens left)."""
 
   def __init__(self, tokens, text, shape):
     self.tokens, self.text, self.shape = tokens.tolist(), text.tolist(), shape
-    self.order = np.argsort(-tokens, kind="stable").tolist()           # largest first
-    count = max(-(-sum(self.tokens) // shape.length), -(-len(tokens) // shape.clips), -(-sum(self.text) // shape.text))
-    self.clips, self.room, self.words = [[] for _ in range(count)], [shape.length] * count, [shape.text] * count
+    self.order = np.argsort(-tokens, kind="stable").tolist()  # largest first
+    for_tokens = -(-sum(self.tokens) // shape.length)  # rounded up
+    for_clips = -(-len(tokens) // shape.clips)
+    for_text = -(-sum(self.text) // shape.text)
+    count = max(for_tokens, for_clips, for_text)
+    self.clips = [[] for _ in range(count)]
+    self.room, self.text_room = [shape.length] * count, [shape.text] * count
 
   def open(self):
+    """Adds an empty row -> its number."""
     self.clips.append([])
     self.room.append(self.shape.length)
-    self.words.append(self.shape.text)
+    self.text_room.append(self.shape.text)
     return len(self.clips) - 1
 
   def put(self, clip, row):
     self.clips[row].append(clip)
     self.room[row] -= self.tokens[clip]
-    self.words[row] -= self.text[clip]
+    self.text_room[row] -= self.text[clip]
 
-  def takes(self, clip, row):
-    return (self.tokens[clip] <= self.room[row] and self.text[clip] <= self.words[row]
+  def fits(self, clip, row):
+    return (self.tokens[clip] <= self.room[row] and self.text[clip] <= self.text_room[row]
             and len(self.clips[row]) < self.shape.clips)
 
 
 def _deal(rows, share):
-  """Deals the largest clips out, each to the emptiest row, until a share of the tokens is left -> the clips left."""
+  """Deals the largest clips, each to the emptiest row, until `share` of the tokens is left -> the clips not placed."""
   left, keep, rest = sum(rows.tokens), share * sum(rows.tokens), []
   heap = [(-rows.room[row], row) for row in range(len(rows.clips))]
-  for at, clip in enumerate(rows.order):
+  for i, clip in enumerate(rows.order):
     if left <= keep:
-      return rest + rows.order[at:]
+      return rest + rows.order[i:]
     left -= rows.tokens[clip]
     row = heap[0][1]
-    if rows.takes(clip, row):
+    if rows.fits(clip, row):
       rows.put(clip, row)
       heapq.heapreplace(heap, (-rows.room[row], row))
     else:
@@ -87,56 +95,73 @@ def _deal(rows, share):
 
 
 def _best_fit(rows, waiting):
-  """Places each clip, largest first, in the row that it leaves fullest; where none takes it, in a new one."""
-  of_room = collections.defaultdict(list)         # tokens left: rows that take another clip
-  for row, room in enumerate(rows.room):
-    if room and len(rows.clips[row]) < rows.shape.clips:
-      of_room[room].append(row)
-  rooms, least_words = sorted(of_room), min(rows.text)
+  """Puts each clip, largest first, into the row that it leaves fullest, or into a new row if it fits none."""
+  open_rows = _OpenRows(rows)
   for clip in waiting:
-    size, words, found = rows.tokens[clip], rows.text[clip], None
-    for at in range(bisect.bisect_left(rooms, size), len(rooms)):
-      fitting = of_room[rooms[at]]
-      found = next((j for j in range(len(fitting) - 1, -1, -1) if rows.words[fitting[j]] >= words), None)
-      if found is not None:
-        row = fitting.pop(found)
-        if not fitting:
-          del of_room[rooms.pop(at)]
-        break
-    if found is None:
+    row = open_rows.take(clip)
+    if row is None:
       row = rows.open()
     rows.put(clip, row)
-    room = rows.room[row]
-    if room and rows.words[row] >= least_words and len(rows.clips[row]) < rows.shape.clips:
-      if room not in of_room:
-        bisect.insort(rooms, room)
-      of_room[room].append(row)
+    open_rows.add(row)
+
+
+class _OpenRows:
+  """The rows that can take another clip, by the tokens that they have left."""
+
+  def __init__(self, rows):
+    self._rows, self._least_text = rows, min(rows.text)
+    self._by_room = collections.defaultdict(list)  # tokens left: rows
+    for row, room in enumerate(rows.room):
+      if room and len(rows.clips[row]) < rows.shape.clips:
+        self._by_room[room].append(row)
+    self._rooms = sorted(self._by_room)
+
+  def take(self, clip):
+    """Removes and returns the row that the clip leaves fullest, of equal ones the last added; None if it fits none."""
+    size, text = self._rows.tokens[clip], self._rows.text[clip]
+    for i in range(bisect.bisect_left(self._rooms, size), len(self._rooms)):
+      candidates = self._by_room[self._rooms[i]]
+      for j in range(len(candidates) - 1, -1, -1):
+        if self._rows.text_room[candidates[j]] >= text:
+          row = candidates.pop(j)
+          if not candidates:
+            del self._by_room[self._rooms.pop(i)]
+          return row
+    return None
+
+  def add(self, row):
+    """Adds a row, unless it is full."""
+    rows, room = self._rows, self._rows.room[row]
+    if room and rows.text_room[row] >= self._least_text and len(rows.clips[row]) < rows.shape.clips:
+      if room not in self._by_room:
+        bisect.insort(self._rooms, room)
+      self._by_room[room].append(row)
 
 
 def _exact(rows, waiting):
   """Fills row after row, the fullest first, each with the subset of some waiting clips that leaves the least room."""
-  queue, smallest = collections.deque(sorted(waiting)), min(rows.tokens)       # in the order of drawing: a fair sample
+  queue, smallest = collections.deque(sorted(waiting)), min(rows.tokens)  # in the order of drawing: a fair sample
   for row in sorted(range(len(rows.clips)), key=rows.room.__getitem__):
     while rows.room[row] >= smallest and len(rows.clips[row]) < rows.shape.clips and queue:
       sample = [queue.popleft() for _ in range(min(SAMPLE, len(queue)))]
-      fitting = sorted((clip for clip in sample if rows.takes(clip, row)), key=lambda clip: -rows.tokens[clip])
+      fitting = sorted((clip for clip in sample if rows.fits(clip, row)), key=lambda clip: -rows.tokens[clip])
       chosen = _subset([rows.tokens[clip] for clip in fitting], rows.room[row])
-      taken = set()
+      placed = set()
       for clip in (fitting[i] for i in chosen):
-        if rows.takes(clip, row):
+        if rows.fits(clip, row):
           rows.put(clip, row)
-          taken.add(clip)
-      queue.extend(clip for clip in sample if clip not in taken)
-      if len(taken) < len(fitting) or not fitting:
+          placed.add(clip)
+      queue.extend(clip for clip in sample if clip not in placed)
+      if len(placed) < len(fitting) or not fitting:
         break
   _best_fit(rows, sorted(queue, key=lambda clip: (-rows.tokens[clip], clip)))
 
 
 def _subset(sizes, room):
-  """Indices of sizes, given in descending order, whose sum is the largest that is <= room; larger ones preferred."""
+  """Indices of sizes, given in descending order, whose sum is the largest that is <= room; larger sizes preferred."""
   if sum(sizes) <= room:
     return range(len(sizes))
-  mask, reached = (1 << (room + 1)) - 1, [1]          # bit s of reached[i]: some of the first i sizes sum to s
+  mask, reached = (1 << (room + 1)) - 1, [1]  # bit s of reached[i]: some of the first i sizes sum to s
   for size in sizes:
     reached.append((reached[-1] | (reached[-1] << size)) & mask)
   total, chosen = reached[-1].bit_length() - 1, []

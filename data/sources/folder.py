@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Iterator
 
 from data import curation
-from data.clips import LONGEST_CAPTION, Dropped, Item, RawClip, all_at_once, read_caption, version
+from data.clips import LONGEST_CAPTION, Dropped, Item, RawClip, map_in_threads, read_caption, version
 from sora_jax import video
 from sora_jax.errors import BadInput
 
@@ -23,12 +23,12 @@ SUFFIXES = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
 
 
 @dataclasses.dataclass(frozen=True)
-class Source(curation.Files):
+class Source(curation.FileSource):
   """Clips of a folder; the files that are none are in `ignored`."""
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
     """Pieces in order; BadClip where the file cannot be read any further."""
-    return curation.read(item.where, item, self.rules)
+    return curation.read(item.location, item, self.rules)
 
 
 def open_source(config) -> Source:
@@ -51,7 +51,7 @@ def open_source(config) -> Source:
   ignored = [(_name(root, path), "neither a clip nor a caption, by its name") for path in paths
              if path.suffix.lower() not in (*SUFFIXES, ".txt") and path.name != CAPTIONS]
   items, names = [], sorted(files)
-  for file, (found, wrong) in zip(names, all_at_once(file_version, [files[file] for file in names]), strict=True):
+  for file, (found, wrong) in zip(names, map_in_threads(file_version, [files[file] for file in names]), strict=True):
     if wrong:
       ignored.append((file, wrong))
     else:
@@ -95,7 +95,7 @@ def _captions(root, paths, files):
   texts = [path for path in paths if path.suffix.lower() == ".txt"]
   notes += [(_name(root, path), "a caption without a clip") for path in texts if path.with_suffix("") not in stems]
   texts = [path for path in texts if path.with_suffix("") in stems]
-  for path, (raw, wrong) in zip(texts, all_at_once(_read_caption, texts), strict=True):
+  for path, (raw, wrong) in zip(texts, map_in_threads(_read_caption, texts), strict=True):
     text, fault = read_caption(raw)
     wrong = wrong or fault
     for file in stems[path.with_suffix("")]:

@@ -21,7 +21,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data import curation
-from data.clips import Dropped, Item, RawClip, all_at_once, read_caption
+from data.clips import Dropped, Item, RawClip, map_in_threads, read_caption
 from data.sources.folder import SUFFIXES, file_version
 from sora_jax.errors import BadInput
 
@@ -29,12 +29,12 @@ COLUMNS = ("file", "caption", "start", "end")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source(curation.Files):
-  """Clips of a manifest; item.where: (path, start, end)."""
+class Source(curation.FileSource):
+  """Clips of a manifest; item.location: (path, start, end)."""
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
     """Pieces in order; BadClip where the file cannot be read any further, or its range is empty."""
-    path, start, end = item.where
+    path, start, end = item.location
     return curation.read(path, item, self.rules, start, end)
 
 
@@ -59,7 +59,7 @@ def open_source(config) -> Source:
     except ValueError as error:
       ignored.append((f"{path.name}, row {number}", str(error)))
   paths = sorted({local for *_, (local, _, _) in found.values()})
-  versions = dict(zip(paths, all_at_once(file_version, paths), strict=True))
+  versions = dict(zip(paths, map_in_threads(file_version, paths), strict=True))
   for file, (number, caption, note, where) in sorted(found.items()):
     version, wrong = versions[where[0]]
     if wrong:

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 
 from data import curation
-from data.clips import LONGEST_CAPTION, BadClip, Dropped, Item, RawClip, all_at_once, read_caption, version
+from data.clips import LONGEST_CAPTION, BadClip, Dropped, Item, RawClip, map_in_threads, read_caption, version
 from data.sources.folder import SUFFIXES
 from sora_jax.errors import BadInput
 
@@ -31,12 +31,12 @@ SAYS = (".json", ".txt")          # suffixes of captions; the latter is taken be
 
 
 @dataclasses.dataclass(frozen=True)
-class Source(curation.Files):
-  """Clips in shards; item.where: (path of the shard, first byte, bytes)."""
+class Source(curation.FileSource):
+  """Clips in shards; item.location: (path of the shard, first byte, bytes)."""
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
     """Pieces in order; BadClip where the file cannot be read any further."""
-    with _unpacked(*item.where, pathlib.Path(item.file).suffix) as path:
+    with _unpacked(*item.location, pathlib.Path(item.file).suffix) as path:
       yield from curation.read(path, item, self.rules)
 
 
@@ -64,7 +64,7 @@ def open_source(config) -> Source:
       ignored.append((name, f"cannot be opened: {error.strerror}"))
       return []
 
-  items = [item for found in all_at_once(listed, shards) for item in found]
+  items = [item for found in map_in_threads(listed, shards) for item in found]
   ignored.sort()
   if not items:
     file, why = (ignored + notes + [(os.path.basename(shards[0]), "is empty")])[0]

@@ -40,13 +40,13 @@ NAMES = ("file", "filename", "file_name", "id")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source(curation.Files):
-  """Clips of a split; item.where: the position in it. Examples that cannot be read, or hold no clip, are in `ignored`."""
+class Source(curation.FileSource):
+  """Clips of a split; item.location: the position in it. Examples that cannot be read, or hold no clip, are in `ignored`."""
   blobs: ArrayRecordDataSource
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
     """Pieces in order; BadClip where the bytes cannot be read any further."""
-    example = _example(self.blobs, item.where)
+    example = _example(self.blobs, item.location)
     files = _values(example, CLIPS)
     with tempfile.NamedTemporaryFile() as out:
       if len(files) > 1:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.clips import BadClip, Item, RawClip
-from data.crops import Crops, CropStream, cut
+from data.crops import Crops, CropStream, crop_at_random
 from sora_jax.errors import BadInput
 
 
@@ -103,7 +103,7 @@ def test_few_files_are_read_seldom_and_memory_is_bounded():
   held = 0
   for j in range(4000):
     stream[j]
-    held = max(held, sum(future.result().nbytes for future in stream._visits.values()))
+    held = max(held, sum(future.result().nbytes for future in stream._readings.values()))
   assert held <= pool * 1.2
   assert sum(source.readings.values()) < 4000 / 40
   small = make_stream(Source([[250]] * 50), pool_bytes=10 * 5 * 8 * 8 * 3)
@@ -133,6 +133,6 @@ def test_bad_sources(files, match):
 
 def test_clips_smaller_than_the_crop_are_reflected():
   video = np.arange(6, dtype=np.uint8).reshape(1, 2, 3, 1)
-  crop = cut(video, (4, 3), 0, 0)
+  crop = crop_at_random(video, (4, 3), 0, 0)
   np.testing.assert_array_equal(crop[0, ..., 0], [[3, 4, 5], [0, 1, 2], [3, 4, 5], [0, 1, 2]])
-  assert cut(video[:, :1], (4, 2), 0, 1).shape == (1, 4, 2, 1)
+  assert crop_at_random(video[:, :1], (4, 2), 0, 1).shape == (1, 4, 2, 1)

@@ -229,7 +229,7 @@ def test_a_size_above_the_limit(joined):
 def test_a_smaller_size_keeps_the_shape(height, width, limit):
   if limit >= height * width:
     return
-  h, w = curation.fitting(height, width, limit)
+  h, w = curation.scaled_size(height, width, limit)
   assert 1 <= h and 1 <= w and (h * w <= limit or 1 in (h, w))
   scale = np.sqrt(limit / (height * width))
   assert abs(h - height * scale) <= 1 and abs(w - width * scale) <= 1

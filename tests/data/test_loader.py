@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data.loader import CAPTION, batches, chance
+from data.loader import CAPTION, batches, draw_uniform
 from data.mixture import Mixture
 from data.plan import Cursor, Plan
 from data.records import Record, RecordIndex, RecordWriter
@@ -124,7 +124,7 @@ def test_chance_depends_on_neither_neighbours_nor_rows(index):
 
 
 def test_chance_is_uniform():
-  u = chance(0, CAPTION, np.arange(20_000, dtype=np.uint64), np.zeros(20_000, np.int64))
+  u = draw_uniform(0, CAPTION, np.arange(20_000, dtype=np.uint64), np.zeros(20_000, np.int64))
   np.testing.assert_allclose(np.histogram(u, 10, (0, 1))[0], 2000, atol=200)
 
 
@@ -194,7 +194,7 @@ def test_damaged_records_are_named_and_become_padding(tmp_path):
       np.testing.assert_array_equal(clip["tokens"], a[key]["tokens"])
       np.testing.assert_array_equal(clip["text"], a[key]["text"])
   assert len(lines) == 2 and "007.mp4" in "".join(lines) and "031.mp4" in "".join(lines)
-  with pytest.raises(BadInput, match=r"2 records are damaged, at most 1 are passed over \(max_damaged\); the last: "):
+  with pytest.raises(BadInput, match=r"2 records are damaged, at most 1 are skipped \(max_damaged\); the last: "):
     take(30, index, max_damaged=1, on_damage=lines.append)
 
 

@@ -35,7 +35,7 @@ def test_few_sizes_and_tight_budgets():
   tokens = rng.choice([12, 15, 16, 24, 36, 45, 48, 60, 72, 75, 80, 120], 4000)
   text, shape = rng.integers(4, 12, 4000), RowShape(300, 12, 120)
   best_fit_decreasing = _Rows(tokens, text, shape)
-  best_fit_decreasing.clips, best_fit_decreasing.room, best_fit_decreasing.words = [], [], []
+  best_fit_decreasing.clips, best_fit_decreasing.room, best_fit_decreasing.text_room = [], [], []
   _best_fit(best_fit_decreasing, _deal(best_fit_decreasing, 1.0))
   bound = tokens.sum() / 300
   assert len(fill_rows(tokens, text, shape)) < 1.01 * bound

@@ -302,7 +302,7 @@ def draw_item(seed: int, split: str, index: int) -> Item:
   scene = draw_scene(rng, split)
   size = SIZES[rng.integers(len(SIZES))]
   frames = LENGTHS[np.searchsorted(np.cumsum(KINDS[scene.kind][3]), rng.random(), side="right")]
-  return Item(f"shapes/{split}/{seed}/{index:08d}", caption(scene), where=Drawn(scene, size, frames, (*key, 1)))
+  return Item(f"shapes/{split}/{seed}/{index:08d}", caption(scene), location=Drawn(scene, size, frames, (*key, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,7 +321,7 @@ class Source:
     return [draw_item(self.seed, self.split, index) for index in range(self.count)]
 
   def read(self, item: Item) -> Iterator[RawClip]:
-    drawn = item.where
+    drawn = item.location
     yield RawClip(render(drawn.scene, drawn.size, drawn.frames, drawn.seed), FPS, item.caption, item.file, 0.0)
 
 

@@ -49,8 +49,8 @@ def test_open_source_takes_a_config():
 def test_a_caption_says_its_scene_exactly(items):
   """parse undoes caption, for all that is drawn; every kind is drawn; what is not of the grammar has no scene."""
   drawn = items["train"] + items["held_out"]
-  assert all(shapes.parse(item.caption) == item.where.scene for item in drawn)
-  assert {item.where.scene.kind for item in drawn} == set(shapes.KINDS)
+  assert all(shapes.parse(item.caption) == item.location.scene for item in drawn)
+  assert {item.location.scene.kind for item in drawn} == set(shapes.KINDS)
   assert shapes.parse(" First a red ball moves left,  then it moves up. ") == shapes.Scene(
       "order", (("red", "ball"),), ("left", "up"))
   assert shapes.parse("an orange ball left of a blue square").things == (("orange", "ball"), ("blue", "square"))
@@ -62,15 +62,15 @@ def test_held_out_combinations_are_never_trained(items):
   """No held-out triple of colour, shape and direction stands in a training caption of any kind; every pair does."""
   held = {(*scene.things[0], scene.words[0]) for scene in MOVES if shapes.held_out(scene)}
   assert len(held) == len(MOVES) // 3
-  trained = {(*item.where.scene.things[0], word) for item in items["train"] for word in item.where.scene.words
-             if item.where.scene.kind in ("moves", "order", "pan")}
+  trained = {(*item.location.scene.things[0], word) for item in items["train"] for word in item.location.scene.words
+             if item.location.scene.kind in ("moves", "order", "pan")}
   assert not held & trained and len(held | trained) == len(MOVES)
   for pair in itertools.combinations(range(3), 2):
     assert len({tuple(triple[i] for i in pair) for triple in trained}) == len(
         {tuple(triple[i] for i in pair) for triple in held | trained})
   captions = {split: {item.caption for item in found} for split, found in items.items()}
   assert not captions["train"] & captions["held_out"]
-  assert all(shapes.held_out(item.where.scene) == (split == "held_out") for split in items for item in items[split])
+  assert all(shapes.held_out(item.location.scene) == (split == "held_out") for split in items for item in items[split])
 
 
 def test_held_out_requests_are_held_out_and_balanced():
@@ -89,7 +89,7 @@ def test_held_out_requests_are_held_out_and_balanced():
 
 def test_sizes_lengths_and_kinds_are_mixed(items):
   """At most six sizes, all multiples of 16; a fifth of the clips are images; half are plain motion."""
-  drawn = [item.where for item in items["train"]]
+  drawn = [item.location for item in items["train"]]
   sizes = collections.Counter(where.size for where in drawn)
   assert set(sizes) == set(shapes.SIZES) and len(sizes) <= 6 and min(sizes.values()) > len(drawn) / len(sizes) * 0.8
   assert not any(n % 16 for size in sizes for n in size)
@@ -103,7 +103,7 @@ def test_sizes_lengths_and_kinds_are_mixed(items):
 def test_shapes_stay_in_the_frame_and_are_large(items):
   """Of what moves or stands, nothing leaves the frame: its area hardly changes; and it is large enough to recognise."""
   for item in items["train"][:150]:
-    where = item.where
+    where = item.location
     if where.scene.kind in ("still", "moves", "bounces", "order"):
       (colour, _), = where.scene.things
       near = np.abs(video(item).astype(int) - shapes.COLOURS[colour]).max(-1) < 24
