@@ -1,20 +1,19 @@
-"""Records on disk: latents and text of clips, in ArrayRecord shards, and the index of their sizes beside them.
+"""Records on disk: latents and text of clips, in ArrayRecord shards, with an index of their sizes.
 
 A directory of records holds
 
-  shard-000-00000.array_record   one blob a clip (group_size 1: a flipped byte costs one record, and is noticed)
+  shard-000-00000.array_record   one blob a clip (group_size 1: a flipped byte costs one record, and is detected)
   shard-000-00000.json       what the shard holds; written after it, by rename: a shard without it was never finished
   index.npy                  INDEX_DTYPE, a row a clip, sorted by (file, start): all that planning needs, memory-mapped
   index.json                 header: format_version, shards, sources, latent channels, stride, fingerprints, null text
-  null_text.safetensors      the encoder's output for the empty string, where texts are embedded
+  null_text.safetensors      the encoder's output for the empty string, if texts are embedded
 
-A blob is safetensors: `latents` bfloat16 [T, H, W, C], `text_ids` int32 [S], `text_embedding` bfloat16 [S, E] if
-texts are embedded, `condition` bfloat16 [T, H, W, C] where a model takes it;
-metadata strings caption, file, start, fps, source, format_version. Latents are posterior means,
-normalised.
+A blob is safetensors: `latents` bfloat16 [T, H, W, C], `text_ids` int32 [S], `text_embedding` bfloat16 [S, E] if texts
+are embedded, `condition` bfloat16 [T, H, W, C] if the model takes one, and the metadata strings caption, file, start,
+fps, source, format_version. Latents are posterior means, normalised.
 
-The writer works in shards: what a finished shard holds is safe from then on; a killed run loses the open one, no more. Several
-processes may write at once, each its own shards (the first number is the process's); any number of them may go on.
+The writer works in shards. A finished shard is safe; a killed run loses only the open one. Several processes may write
+at once, each its own shards (the first number is that of the process), and any number of them may resume.
 """
 
 import contextlib
@@ -41,24 +40,27 @@ FORMAT_VERSION = 1
 SHARD_BYTES = 128 << 20
 
 INDEX_DTYPE = np.dtype([
-    ("uid", "<u8"), ("t", "<u2"), ("h", "<u2"), ("w", "<u2"), ("source", "<u2"),
-    ("fps", "<f4"), ("text_tokens", "<i4"), ("shard", "<u4"), ("position", "<u4"),
-])
+  ("uid", "<u8"), ("t", "<u2"), ("h", "<u2"), ("w", "<u2"), ("source", "<u2"),
+  ("fps", "<f4"), ("text_tokens", "<i4"), ("shard", "<u4"), ("position", "<u4"),
+])  # fmt: skip
 
 
 class DamagedRecord(Exception):
-  """A record that cannot be read back as it was written; the text names it."""
+  """A record that cannot be read back as it was written; the message names it."""
 
 
 def uid(file, start):
-  """uint64 of a clip: a hash of its file's name and its start (to the microsecond); the same on every machine."""
+  """uint64 of a clip: a hash of the name of its file and its start (to the microsecond); the same on every machine."""
   name = f"{file}\0{round(start * 1e6)}".encode("utf-8", "surrogateescape")
   return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One clip, ready for training. fps: frames a second of the pixels; start: seconds from the start of the file."""
+  """One clip, ready for training. fps: frames a second of the pixels. start: seconds from the start of the file.
+
+  cond_THWC: latents of the first frame followed by grey frames, for models that are given these (Wan I2V).
+  """
   latents_THWC: np.ndarray
   text_ids_S: np.ndarray
   caption: str
@@ -67,7 +69,7 @@ class Record:
   fps: float
   source: str
   text_SE: np.ndarray | None = None
-  cond_THWC: np.ndarray | None = None      # latents of the first frame and grey ones after it, for models that are given these (Wan I2V)
+  cond_THWC: np.ndarray | None = None
 
   @property
   def uid(self):
@@ -75,7 +77,7 @@ class Record:
 
 
 def to_blob(record):
-  """Record -> bytes; the same record, the same bytes (safetensors' own writer shuffles its metadata)."""
+  """Record -> bytes. Equal records give equal bytes (the writer of safetensors itself shuffles the metadata)."""
   arrays = {"latents": np.asarray(record.latents_THWC, ml_dtypes.bfloat16)}
   if record.text_SE is not None:
     arrays["text_embedding"] = np.asarray(record.text_SE, ml_dtypes.bfloat16)
@@ -89,7 +91,7 @@ def to_blob(record):
 
 
 def from_blob(blob):
-  """bytes -> Record. ValueError if they are not one."""
+  """bytes -> Record. Raises ValueError if they are not a record."""
   arrays, metadata = files.parse_safetensors(blob)
   try:
     if int(metadata["format_version"]) > FORMAT_VERSION:
@@ -101,7 +103,7 @@ def from_blob(blob):
 
 
 class RecordWriter:
-  """Writes a directory of records; opened on one that a killed run left, it goes on where the last finished shard ends.
+  """Writes a directory of records. Opened on a directory that a killed run left, it resumes after the last finished shard.
 
     with RecordWriter(directory, settings) as writer:
       writer.add(record)                      # unless record.uid in writer.uids
@@ -109,11 +111,13 @@ class RecordWriter:
       writer.commit()                         # finishes the shard: safe from here on
       index = writer.finish(header)           # writes the index, of the shards of all processes
 
-  process: which of several writes here; process 0 opens its writer first, the others theirs when it has, and calls `finish` last.
-  settings: what decides the contents of records (JSON values). BadInput where the directory was begun with others, or
-  another writer is at work in it.
+  process: the number of this process, of several that write here. Process 0 opens its writer first, the others open
+  theirs afterwards, and process 0 calls `finish` last.
+  settings: what decides the contents of records (JSON values). Raises BadInput if the directory was begun with other
+  settings, or if another writer has it open.
 
-  uids: of the records in finished shards.  files: {file: dict of close_file} in finished shards. Of all processes, when `load` was called.
+  uids: of the records in finished shards.  files: {file: dict of close_file} in finished shards. Both are of all
+  processes, as of the last call of `load`.
   """
 
   def __init__(self, directory, settings: Mapping | None = None, shard_bytes=SHARD_BYTES, process=0):
@@ -129,7 +133,7 @@ class RecordWriter:
     try:
       _check_settings(self.directory / "job.json", dict(settings or {}))
       self.load()
-      if not process:           # the others are not at work yet
+      if not process:  # the other processes have not begun yet
         self._remove_unfinished()
     except BaseException:
       self._lock.close()
@@ -137,33 +141,33 @@ class RecordWriter:
     self._open_shard()
 
   def load(self):
-    """Reads what all processes have finished by now."""
+    """Reads the lists of contents of all shards that any process has finished."""
     self.uids, self.files, self._shards = set(), {}, {}
     for path in sorted(self.directory.glob("shard-*.json")):
       shard = _read_json(path)
       if shard.get("format_version") != FORMAT_VERSION:
         raise BadInput(f"{path}: not a shard of this format; give an empty --out")
-      self._take(path.stem, shard)
+      self._register(path.stem, shard)
 
-  def _take(self, name, shard):
+  def _register(self, name, shard):
     self._shards[name] = shard
     self.uids.update(uid(file, start) for file, start, *_ in shard["records"])
     self.files.update(shard["files"])
 
   def _remove_unfinished(self):
-    """What a killed run left open."""
+    """Deletes the shards that a killed run left open."""
     for path in self.directory.glob("shard-*.array_record*"):
       if path.name.split(".")[0] not in self._shards:
         path.unlink()
 
   def _open_shard(self):
-    mine = f"shard-{self._process:03d}-"
-    last = max((int(name.removeprefix(mine)) for name in self._shards if name.startswith(mine)), default=-1)
-    self._name = f"{mine}{last + 1:05d}"
+    prefix = f"shard-{self._process:03d}-"
+    numbers = [int(name.removeprefix(prefix)) for name in self._shards if name.startswith(prefix)]
+    self._name = f"{prefix}{max(numbers, default=-1) + 1:05d}"
     self._writer, self._records, self._open_files, self._bytes = None, [], {}, 0
 
   def add(self, record):
-    """Appends to the open shard, which is finished by itself once it is large."""
+    """Appends to the open shard, and finishes the shard if it has reached `shard_bytes`."""
     if record.uid in self.uids:
       raise ValueError(f"{record.file} at {record.start} s is already written")
     blob = to_blob(record)
@@ -179,12 +183,12 @@ class RecordWriter:
       self.commit()
 
   def close_file(self, file, entry):
-    """All records of `file` are added (none, if it was passed over): it is done once this shard is finished."""
+    """Declares that all records of `file` are added (none if it was skipped). It is done once this shard is finished."""
     self._open_files[file] = entry
 
   @property
   def pending(self):
-    """Records in the open shard, which a kill would lose."""
+    """The number of records in the open shard, which a kill would lose."""
     return len(self._records)
 
   def commit(self):
@@ -200,25 +204,27 @@ class RecordWriter:
       os.replace(self._shard_path(".tmp"), self._shard_path(""))
     shard = {"format_version": FORMAT_VERSION, "bytes": size, "records": self._records, "files": self._open_files}
     files.write_json(self.directory / f"{self._name}.json", shard, depth=2)
-    self._take(self._name, shard)
+    self._register(self._name, shard)
     self._open_shard()
 
   def finish(self, header: Mapping, null_text=(), null_text_SE=None):
-    """Writes the index over all finished shards -> RecordIndex. ValueError if there are no records.
+    """Writes the index over all finished shards -> RecordIndex. Raises ValueError if there are no records.
 
     header: latent_channels, vae_stride, vae_fingerprint, text_fingerprint (JSON values).
-    null_text: ids of the empty string; null_text_SE: its embedding, where texts are embedded.
+    null_text: ids of the empty string.  null_text_SE: its embedding, if texts are embedded.
     """
     self.commit()
     shards = sorted(self._shards.items())
-    found = [(file, start, number, position, row) for number, (_, shard) in enumerate(shards)
-             for position, (file, start, *row) in enumerate(shard["records"])]
-    if not found:
+    contents = []
+    for number, (_, shard) in enumerate(shards):
+      for position, (file, start, *sizes) in enumerate(shard["records"]):
+        contents.append((file, start, number, position, sizes))
+    if not contents:
       raise ValueError("no records were written")
-    found.sort(key=lambda record: record[:2])
-    sources = sorted({row[-1] for *_, row in found})
+    contents.sort(key=lambda record: record[:2])
+    sources = sorted({sizes[-1] for *_, sizes in contents})
     rows = np.array([(uid(file, start), t, h, w, sources.index(source), fps, tokens, number, position)
-                     for file, start, number, position, (t, h, w, fps, tokens, source) in found], INDEX_DTYPE)
+                     for file, start, number, position, (t, h, w, fps, tokens, source) in contents], INDEX_DTYPE)
     if len(np.unique(rows["uid"])) != len(rows):
       raise ValueError("two records share a uid: the same file and start twice, or a collision of 64-bit hashes")
     if null_text_SE is not None:
@@ -226,10 +232,13 @@ class RecordWriter:
       files.write_bytes(self.directory / "null_text.safetensors", files.to_safetensors({"text_embedding": embedding_SE}))
     with files.replacing(self.directory / "index.npy") as partial, partial.open("wb") as f:
       np.save(f, rows)
-    files.write_json(self.directory / "index.json", {
+    shard_entries = [{"name": f"{name}.array_record", "records": len(shard["records"]), "bytes": shard["bytes"]}
+                     for name, shard in shards]
+    index = {
         "format_version": FORMAT_VERSION, **header, "records": len(rows), "index_crc32": zlib.crc32(rows.tobytes()),
         "sources": sources, "null_text": [int(i) for i in null_text], "null_text_embedding": null_text_SE is not None,
-        "shards": [{"name": f"{name}.array_record", "records": len(shard["records"]), "bytes": shard["bytes"]} for name, shard in shards]}, depth=2)
+        "shards": shard_entries}
+    files.write_json(self.directory / "index.json", index, depth=2)
     return RecordIndex.open(self.directory)
 
   def _shard_path(self, suffix):
@@ -239,11 +248,11 @@ class RecordWriter:
     return self
 
   def __exit__(self, *_):
-    """Drops the open shard, as a kill would."""
+    """Deletes the open shard, as a kill would lose it."""
     if self._writer is not None:
       try:
         self._writer.close()
-      except RuntimeError:     # a full disk: the error that counts was raised by add
+      except RuntimeError:  # a full disk; `add` raised the error that matters
         pass
       self._shard_path(".tmp").unlink(missing_ok=True)
       self._writer = None
@@ -253,25 +262,25 @@ class RecordWriter:
 class RecordIndex:
   """The index of a directory of records: `rows` (memory-mapped, INDEX_DTYPE), `header` (dict), `len(index)`.
 
-  Opening reads no record. Threads may read at once; it pickles, for worker processes.
+  Opening reads no record. Several threads may read at once. It can be pickled, for worker processes.
   """
 
   def __init__(self, directory, header, rows):
     self.directory, self.header, self.rows = pathlib.Path(directory), header, rows
     counts = [shard["records"] for shard in header["shards"]]
     self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    # [0:n] tells the source how many records there are, so that it opens a shard only when one of them is read
+    # [0:n] gives the source the number of records, so that it opens a shard only when one of its records is read
     self._blobs = ArrayRecordDataSource([f"{self.directory / shard['name']}[0:{shard['records']}]"
                                          for shard in header["shards"]])
 
   @classmethod
   def open(cls, directory):
-    """BadInput, naming what is wrong, if the directory is not a whole one of this format."""
+    """Opens a directory. Raises BadInput, which names the fault, if it is incomplete, damaged or of another format."""
     directory = local(directory)
     path = directory / "index.json"
     if not path.exists():
       if (directory / "job.json").exists():
-        raise BadInput(f"{directory}: its encoding was not finished; run the same launch.encode again")
+        raise BadInput(f"{directory}: its encoding is not finished; run the same launch.encode again")
       raise BadInput(f"{directory}: holds no records (no index.json); make them with launch.encode --out={directory}")
     header = _read_json(path)
     if header.get("format_version") != FORMAT_VERSION:
@@ -285,10 +294,13 @@ class RecordIndex:
       raise BadInput(f"{directory / 'index.npy'}: does not belong to the index.json beside it, or is damaged; "
                      "run the same launch.encode again")
     for shard in header["shards"]:
-      size = (directory / shard["name"]).stat().st_size if (directory / shard["name"]).exists() else None
-      if shard["records"] and size != shard["bytes"]:
-        raise BadInput(f"{directory / shard['name']}: " + ("is missing" if size is None else
-                       f"has {size} bytes of {shard['bytes']}") + "; copy it again, or encode into an empty --out")
+      path = directory / shard["name"]
+      if shard["records"]:
+        if not path.exists():
+          raise BadInput(f"{path}: is missing; copy it again, or encode into an empty --out")
+        if path.stat().st_size != shard["bytes"]:
+          raise BadInput(f"{path}: has {path.stat().st_size} bytes of {shard['bytes']}; copy it again, or encode into an "
+                         "empty --out")
     return cls(directory, header, rows)
 
   def __len__(self):
@@ -319,8 +331,8 @@ class RecordIndex:
 def read(index, i) -> Record:
   """Record number i of a RecordIndex; safe from many threads.
 
-  DamagedRecord, naming it, if it cannot be read back. BadInput if it is whole, yet another one than the index says: then no other record
-  can be trusted either.
+  Raises DamagedRecord, which names it, if it cannot be read back. Raises BadInput if it can, but is not the record that
+  the index describes: then no other record can be trusted either.
   """
   if not 0 <= i < len(index):
     raise IndexError(f"record {i} of {len(index)}")
@@ -330,18 +342,20 @@ def read(index, i) -> Record:
   except (RuntimeError, ValueError, IndexError) as e:
     raise DamagedRecord(f"{index.describe(i)}: {e}") from e
   size, tokens = (row["t"], row["h"], row["w"]), row["text_tokens"]
-  if record.uid != row["uid"] or record.latents_THWC.shape[:3] != size or len(record.text_ids_S) != tokens:
-    raise BadInput(f"{index.directory}: the index does not match its records: for {index.describe(i)}, latents {'x'.join(map(str, size))} and "
-                   f"{tokens} text tokens, it holds {record.file} at {record.start:g} s, latents "
-                   f"{'x'.join(map(str, record.latents_THWC.shape[:3]))} and {len(record.text_ids_S)}; copy the directory again as a whole, "
-                   "or encode again")
+  record_size, record_tokens = record.latents_THWC.shape[:3], len(record.text_ids_S)
+  if record.uid != row["uid"] or record_size != size or record_tokens != tokens:
+    raise BadInput(f"{index.directory}: the index does not match its records: for {index.describe(i)}, latents "
+                   f"{'x'.join(map(str, size))} and {tokens} text tokens, it holds {record.file} at {record.start:g} s, "
+                   f"latents {'x'.join(map(str, record_size))} and {record_tokens} text tokens; copy the directory "
+                   "again as a whole, or encode again")
   return record
 
 
 def local(directory):
-  """BadInput for what is no file system: records are mapped into memory, and renamed."""
+  """The path of a directory on a file system. Raises BadInput for other URLs: records are memory-mapped and renamed."""
   if "://" in str(directory):
-    raise BadInput(f"{directory}: records are read and written on a file system; mount the bucket (gcsfuse does), and give its path there")
+    raise BadInput(f"{directory}: records are read and written on a file system; mount the bucket (gcsfuse does), and "
+                   "give its path there")
   return pathlib.Path(directory)
 
 
@@ -360,7 +374,7 @@ def _read_json(path):
 
 @contextlib.contextmanager
 def _full_disk(directory):
-  """array_record says all its troubles in RuntimeErrors; OSError where the disk is full."""
+  """Raises OSError if the disk is full. array_record itself raises RuntimeError for every fault."""
   try:
     yield
   except RuntimeError as e:
@@ -370,14 +384,13 @@ def _full_disk(directory):
 
 
 def _check_settings(path, settings):
-  """Writes the settings of a new directory; compares with those of an old one."""
+  """Writes the settings of a new directory; compares them with those of an old one. A value that is off counts as absent."""
   settings = json.loads(json.dumps(settings))
   if not path.exists():
     files.write_json(path, settings, depth=2)
     return
   old = _read_json(path)
-  changed = sorted(k for k in old.keys() | settings.keys() if (old.get(k) or None) != (settings.get(k) or None))      # off is as absent
-  if changed:
-    k = changed[0]
-    raise BadInput(f"{path.parent}: was begun with {k}={old.get(k)}, now {k}={settings.get(k)}; "
-                   "run with the same settings, or into another directory")
+  for k in sorted(old.keys() | settings.keys()):
+    if (old.get(k) or None) != (settings.get(k) or None):
+      raise BadInput(f"{path.parent}: was begun with {k}={old.get(k)}, now {k}={settings.get(k)}; "
+                     "run with the same settings, or into another directory")

@@ -202,7 +202,7 @@ def test_bad_input(tmp_path):
   write(tmp_path / "more", [record(i) for i in range(4)])
   write(tmp_path / "others", [record(i) for i in range(3)], vae_fingerprint="another VAE, and so other latents")
   for name in ("more", "others"):
-    with pytest.raises(BadInput, match="was made of other records"):
+    with pytest.raises(BadInput, match="was made from other records"):
       SoraRecords(data_dir=tmp_path / "tfds", records=tmp_path / name)
 
 
