@@ -1,10 +1,10 @@
-"""A user's folder: any tree of videos and images, with captions beside them.
+"""A folder of a user: any tree of videos and images, with captions beside them.
 
   videos     mp4 mkv webm mov gif avi;  images  png jpg jpeg webp
-  captions   NAME.txt beside NAME.mp4, or captions.jsonl ({"file": "a/b.mp4", "caption": "..."}, seen from the folder
-             that it lies in); where both speak of a file, NAME.txt is taken
+  captions   NAME.txt beside NAME.mp4, or captions.jsonl ({"file": "a/b.mp4", "caption": "..."}, with paths relative to
+             the folder of captions.jsonl); if a file has both, NAME.txt is used
 
-A file without a caption is kept, with an empty one, and noted. What is taken of a file, see data/curation.py.
+A file without a caption is kept with an empty one, and this is noted. data/curation.py turns files into clips.
 """
 
 import dataclasses
@@ -24,22 +24,23 @@ SUFFIXES = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
 
 @dataclasses.dataclass(frozen=True)
 class Source(curation.FileSource):
-  """Clips of a folder; the files that are none are in `ignored`."""
+  """Clips of a folder; item.location: the path. Files that are not clips are in `ignored`."""
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
-    """Pieces in order; BadClip where the file cannot be read any further."""
+    """The pieces in order. Raises BadClip where the file cannot be read any further."""
     return curation.read(item.location, item, self.rules)
 
 
 def open_source(config) -> Source:
-  """config: path, and the fields of data.curation.Rules, each of which may be missing.
+  """config: path, and the fields of data.curation.Rules, each optional.
 
-  BadInput if there is no such folder, or no clip in it.
+  Raises BadInput if there is no such folder, or no clip in it.
   """
   root = pathlib.Path(config.path)
+  if not root.exists():
+    raise BadInput(f"{root}: there is no such folder; give one that holds videos or images")
   if not root.is_dir():
-    raise BadInput(f"{root}: " + ("is a file; give the folder that holds it, a manifest or tar shards" if root.exists() else
-                   "there is no such folder; give one that holds videos or images"))
+    raise BadInput(f"{root}: is a file; give the folder that holds it, a manifest or tar shards")
   paths = list(_walk(root))
   files = {_name(root, path): path for path in paths if path.suffix.lower() in SUFFIXES}
   if not files:
@@ -51,16 +52,17 @@ def open_source(config) -> Source:
   ignored = [(_name(root, path), "neither a clip nor a caption, by its name") for path in paths
              if path.suffix.lower() not in (*SUFFIXES, ".txt") and path.name != CAPTIONS]
   items, names = [], sorted(files)
-  for file, (found, wrong) in zip(names, map_in_threads(file_version, [files[file] for file in names]), strict=True):
-    if wrong:
-      ignored.append((file, wrong))
+  versions = map_in_threads(file_version, [files[file] for file in names])
+  for file, (version_of_file, fault) in zip(names, versions, strict=True):
+    if fault:
+      ignored.append((file, fault))
     else:
-      items.append(Item(file, captions.get(file, ""), found, files[file]))
+      items.append(Item(file, captions.get(file, ""), version_of_file, files[file]))
   return Source(root.resolve().name, tuple(items), tuple(sorted(notes)), tuple(ignored), curation.Rules.of(config))
 
 
 def file_version(path):
-  """-> (Item.version of a whole file, why there is none or "": a link may lead nowhere, a file belong to others)."""
+  """-> (Item.version of a whole file, "") or ("", why it cannot be opened: a broken link, no permission)."""
   try:
     with open(path, "rb") as f:
       return version(f, 0, os.fstat(f.fileno()).st_size), ""
@@ -69,23 +71,25 @@ def file_version(path):
 
 
 def _walk(root):
-  """Files under root, links followed but no folder entered twice; hidden ones are no one's clips."""
+  """Files under root, except hidden ones. Follows links, but enters no folder twice."""
   entered = set()
   for folder, folders, names in os.walk(root, followlinks=True):
     real = os.path.realpath(folder)
-    folders[:] = [] if real in entered else sorted(f for f in folders if not f.startswith("."))
-    if real not in entered:
-      yield from (pathlib.Path(folder, name) for name in sorted(names) if not name.startswith("."))
+    if real in entered:
+      folders[:] = []
+      continue
     entered.add(real)
+    folders[:] = sorted(name for name in folders if not name.startswith("."))
+    yield from (pathlib.Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
 def _name(root, path):
-  """The path from the root, with slashes; bytes that are not UTF-8 are written as \\xNN."""
+  """The path relative to the root, with slashes; bytes that are not UTF-8 are written as \\xNN."""
   return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _captions(root, paths, files):
-  """({file: caption}, notes)."""
+  """-> ({file: caption}, notes)."""
   captions, notes, stems = {}, [], {}
   for file, path in files.items():
     stems.setdefault(path.with_suffix(""), []).append(file)
@@ -95,23 +99,23 @@ def _captions(root, paths, files):
   texts = [path for path in paths if path.suffix.lower() == ".txt"]
   notes += [(_name(root, path), "a caption without a clip") for path in texts if path.with_suffix("") not in stems]
   texts = [path for path in texts if path.with_suffix("") in stems]
-  for path, (raw, wrong) in zip(texts, map_in_threads(_read_caption, texts), strict=True):
+  for path, (raw, read_fault) in zip(texts, map_in_threads(_read_caption_file, texts), strict=True):
     text, fault = read_caption(raw)
-    wrong = wrong or fault
+    fault = read_fault or fault
     for file in stems[path.with_suffix("")]:
-      if wrong:
-        notes.append((file, f"{_name(root, path)}: {wrong}"))
+      if fault:
+        notes.append((file, f"{_name(root, path)}: {fault}"))
       elif captions.get(file, text) != text:
-        notes.append((file, f"has two captions: that of {_name(root, path)} is taken"))
+        notes.append((file, f"has two captions: that of {_name(root, path)} is used"))
       captions[file] = text
   return captions, notes
 
 
 def _read_jsonl(root, path, files, notes):
-  """{file: caption} of one captions.jsonl; a line that is wrong is noted, and the others are taken."""
-  found, (raw, wrong) = {}, _read_bytes(path)
-  if wrong:
-    notes.append((_name(root, path), wrong))
+  """{file: caption} of one captions.jsonl. Invalid lines are added to `notes`; the others are used."""
+  captions, (raw, fault) = {}, _read_bytes(path)
+  if fault:
+    notes.append((_name(root, path), fault))
   for number, line in enumerate(raw.split(b"\n"), 1):
     if not line.strip():
       continue
@@ -125,21 +129,21 @@ def _read_jsonl(root, path, files, notes):
       continue
     file = os.path.normpath(os.path.join(_name(root, path.parent), file)).replace(os.sep, "/")
     if file not in files:
-      notes.append((_name(root, path), f"line {number} speaks of {file}, which is not there"))
-    found[file], wrong = read_caption(caption)
-    if wrong and caption.strip():
-      notes.append((file, wrong))
-  return found
+      notes.append((_name(root, path), f"line {number} names {file}, which does not exist"))
+    captions[file], fault = read_caption(caption)
+    if fault and caption.strip():
+      notes.append((file, fault))
+  return captions
 
 
-def _read_caption(path):
+def _read_caption_file(path):
   return _read_bytes(path, LONGEST_CAPTION + 1)
 
 
-def _read_bytes(path, most=-1):
-  """(the bytes of a file, or so many of them; why there are none, or "")."""
+def _read_bytes(path, limit=-1):
+  """-> (the bytes of a file, at most `limit` if it is given, and "") or (b"", why it cannot be opened)."""
   try:
     with open(path, "rb") as f:
-      return f.read(most), ""
+      return f.read(limit), ""
   except OSError as error:
     return b"", f"cannot be opened: {error.strerror}"

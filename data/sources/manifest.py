@@ -1,12 +1,12 @@
-"""A manifest: a table of clips that lie anywhere, a row a clip. NAME.jsonl, NAME.csv (with a header) or NAME.parquet.
+"""A manifest: a table of clips anywhere on disk, one a row. NAME.jsonl, NAME.csv (with a header) or NAME.parquet.
 
-  file         path, seen from the manifest's folder, or absolute
-  caption      text; empty: the clip is kept without
-  start, end   seconds, optional: a range of a longer file, frames shown from `start` to before `end`
+  file         path, absolute or relative to the folder of the manifest
+  caption      text; if it is empty, the clip is kept with an empty caption
+  start, end   seconds, optional: a range of a longer file, the frames shown from `start` to before `end`
 
-Several rows may take ranges of one file: each is a clip of its own, named as in W3C Media Fragments (film.mp4#t=12.5,17),
-whose `start` in records is seconds of the whole file. Other columns are not read. A row that cannot be used is named in
-`ignored`. What is taken of a file, see data/curation.py.
+Several rows may use ranges of one file. Each is a clip of its own, named as in W3C Media Fragments
+(film.mp4#t=12.5,17); its `start` in records counts seconds from the start of the whole file. Other columns are not
+read. A row that cannot be used is named in `ignored`. data/curation.py turns files into clips.
 """
 
 import csv
@@ -33,67 +33,74 @@ class Source(curation.FileSource):
   """Clips of a manifest; item.location: (path, start, end)."""
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
-    """Pieces in order; BadClip where the file cannot be read any further, or its range is empty."""
+    """The pieces in order. Raises BadClip where the file cannot be read any further, or if its range is empty."""
     path, start, end = item.location
     return curation.read(path, item, self.rules, start, end)
 
 
 def open_source(config) -> Source:
-  """config: path, and the fields of data.curation.Rules, each of which may be missing.
+  """config: path, and the fields of data.curation.Rules, each optional.
 
-  BadInput if there is no such file, if it is no table of this kind, or if no row of it can be used.
+  Raises BadInput if there is no such file, if it is not such a table, or if none of its rows can be used.
   """
   path = pathlib.Path(config.path)
   rows = FORMATS.get(path.suffix.lower())
-  if rows is None or not path.is_file():
-    raise BadInput(f"{path}: " + (f"a manifest is a file NAME{'|'.join(FORMATS)}" if rows is None or path.exists() else
-                                  "there is no such file; give a manifest that is there"))
-  rules, found, items, notes, ignored, count = curation.Rules.of(config), {}, [], [], [], 0
+  if rows is None or (path.exists() and not path.is_file()):
+    raise BadInput(f"{path}: a manifest is a file NAME{'|'.join(FORMATS)}")
+  if not path.exists():
+    raise BadInput(f"{path}: there is no such file; give a manifest that exists")
+  rules, clips, items, notes, ignored, count = curation.Rules.of(config), {}, [], [], [], 0
   for number, row in rows(path):
     count += 1
     try:
-      file, local, start, end = _place(row, path.parent)
-      if file in found:
-        raise ValueError("it is in an earlier row, too")
-      found[file] = number, *read_caption(row.get("caption") if isinstance(row.get("caption"), str) else None), (local, start, end)
+      file, location = _parse_row(row, path.parent)
+      if file in clips:
+        raise ValueError("is also in an earlier row")
+      text = row.get("caption")
+      caption, note = read_caption(text if isinstance(text, str) else None)
+      clips[file] = number, caption, note, location
     except ValueError as error:
       ignored.append((f"{path.name}, row {number}", str(error)))
-  paths = sorted({local for *_, (local, _, _) in found.values()})
+  paths = sorted({clip_path for *_, (clip_path, _, _) in clips.values()})
   versions = dict(zip(paths, map_in_threads(file_version, paths), strict=True))
-  for file, (number, caption, note, where) in sorted(found.items()):
-    version, wrong = versions[where[0]]
-    if wrong:
-      ignored.append((f"{path.name}, row {number}", f"{file!r} {wrong}"))
+  for file, (number, caption, note, location) in sorted(clips.items()):
+    version, fault = versions[location[0]]
+    if fault:
+      ignored.append((f"{path.name}, row {number}", f"{file!r} {fault}"))
       continue
-    items.append(Item(file, caption, version, where))
-    notes += [(file, note)] if note else []
+    items.append(Item(file, caption, version, location))
+    if note:
+      notes.append((file, note))
   if not items:
-    raise BadInput(f"{path}: none of its {count} rows can be used" + (f", such as {ignored[0][0]}: {ignored[0][1]}" if ignored
-                   else "; a row needs `file` and `caption`"))
+    detail = f", such as {': '.join(ignored[0])}" if ignored else "; a row needs `file` and `caption`"
+    raise BadInput(f"{path}: none of its {count} rows can be used{detail}")
   return Source(path.stem, tuple(items), tuple(notes), tuple(ignored), rules)
 
 
-def _place(row, folder):
-  """A row -> (name of the clip, path, start, end); ValueError says what is wrong with it."""
+def _parse_row(row, folder):
+  """A row -> (name of the clip, (path, start, end)). Raises ValueError, which names the fault."""
   if not isinstance(row, dict):
     raise ValueError(row if isinstance(row, str) else "is not an object with `file` and `caption`")
   file = row.get("file")
   if not isinstance(file, str) or not file:
     raise ValueError("has no text `file`")
   if "\0" in file or not file.lower().endswith(SUFFIXES):
-    raise ValueError(f"{file!r} is no clip by its name; known are {' '.join(s[1:] for s in SUFFIXES)}")
+    raise ValueError(f"{file!r} is not a clip by its name; known are {' '.join(s[1:] for s in SUFFIXES)}")
   start, end = _seconds(row, "start", 0.0), _seconds(row, "end", math.inf)
   if not 0 <= start < end:
-    raise ValueError(f"from start={start:g} to end={end:g} there is nothing; start is at least 0, end after it")
-  local = os.path.normpath(os.path.join(folder, file))
-  name = os.path.relpath(local, folder) if not os.path.isabs(file) else local
+    raise ValueError(f"from start={start:g} to end={end:g} there is nothing; start must be at least 0, and end after it")
+  path = os.path.normpath(os.path.join(folder, file))
+  name = path if os.path.isabs(file) else os.path.relpath(path, folder)
   name = os.fsencode(name.replace(os.sep, "/")).decode("utf-8", "backslashreplace")
   if start or end < math.inf:
-    name += f"#t={_short(start)}" + (f",{_short(end)}" if end < math.inf else "")
-  return name, local, start, end
+    name += f"#t={_short(start)}"
+  if end < math.inf:
+    name += f",{_short(end)}"
+  return name, (path, start, end)
 
 
 def _seconds(row, key, default):
+  """row[key] as a float; `default` if it is missing or empty."""
   value = row.get(key)
   if value is None or value == "":
     return default
@@ -107,10 +114,11 @@ def _seconds(row, key, default):
 
 
 def _short(seconds):
+  """At most six decimals, without trailing zeros."""
   return f"{seconds:.6f}".rstrip("0").rstrip(".")
 
 
-# --- rows of a file: (its number, from 1; a dict, or a str that says what is wrong with it), one at a time
+# --- readers of rows, one at a time: (number of the row, from 1; a dict, or a str that names the fault of the row)
 
 def _jsonl(path):
   with open(path, "rb") as f:
@@ -123,40 +131,46 @@ def _jsonl(path):
 
 
 def _csv(path):
-  csv.field_size_limit(1 << 30)                # the module's own limit is 128 kB
+  csv.field_size_limit(1 << 30)  # the default limit is 128 kB
   with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-    table = csv.DictReader(f, strict=True)     # an open quote would otherwise swallow what follows it
+    table = csv.DictReader(f, strict=True)  # otherwise a quote that is not closed takes in the rows after it
     try:
       _check_columns(path, table.fieldnames or ())
       for number, row in enumerate(table, 1):
         yield number, "has more fields than the header" if None in row else row
     except csv.Error as error:
-      raise BadInput(f"{path}: is no csv from line {table.line_num} on: {error}") from None
+      raise BadInput(f"{path}: is not valid csv from line {table.line_num} on: {error}") from None
 
 
 def _parquet(path):
   try:
     table = pyarrow.parquet.ParquetFile(path)
     _check_columns(path, table.schema_arrow.names)
+    columns = [name for name in COLUMNS if name in table.schema_arrow.names]
     number = 0
-    for batch in table.iter_batches(1024, columns=[name for name in COLUMNS if name in table.schema_arrow.names]):
-      values = [column.cast(pyarrow.large_binary()) if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
-                else column for column in batch.columns]           # a text may hold anything, and costs its row alone
-      for row in zip(*(column.to_pylist() for column in values), strict=True):
+    for batch in table.iter_batches(1024, columns=columns):
+      values = [_python_values(column) for column in batch.columns]
+      for row in zip(*values, strict=True):
         number += 1
-        yield number, {name: value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
-                       for name, value in zip(batch.schema.names, row, strict=True)}
+        yield number, dict(zip(batch.schema.names, row, strict=True))
   except BadInput:
     raise
   except (pyarrow.ArrowException, OSError, ValueError) as error:
     raise BadInput(f"{path}: cannot be read as parquet: {' '.join(str(error).split())[:200]}") from None
 
 
+def _python_values(column):
+  """The values of a column. Texts are decoded one by one, so that invalid UTF-8 affects only its own row."""
+  if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+    column = column.cast(pyarrow.large_binary())
+  return [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in column.to_pylist()]
+
+
 def _check_columns(path, names):
   missing = [name for name in ("file", "caption") if name not in names]
   if missing:
     raise BadInput(f"{path}: has no column {' and no '.join(missing)}, but {', '.join(map(repr, names[:9])) or 'none'}; "
-                   "its first line, or its schema, names the columns: file, caption and, optional, start and end")
+                   "its first line, or its schema, must name the columns file and caption, and may name start and end")
 
 
 FORMATS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

@@ -1,6 +1,6 @@
-"""The embedded world in square crops: of each clip of data/sources/shapes the square in its middle.
+"""The embedded world in square crops: the central square of each clip of data/sources/shapes.
 
-What a model that knows one shape of frame is trained on. launch.framing compares it with clips at their native sizes.
+This is how clips are cropped for models of a single frame shape. launch.framing compares it with clips at native sizes.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from data.sources import shapes
 
 @dataclasses.dataclass(frozen=True)
 class Source(shapes.Source):
-  """As shapes.Source; frames lose what lies outside the square."""
+  """shapes.Source with frames cropped to a square."""
 
   name: str = "squares"
 
@@ -25,5 +25,5 @@ class Source(shapes.Source):
 
 
 def open_source(config) -> Source:
-  """config: count, seed and split, as of data/sources/shapes."""
+  """config: count, seed and split, as in data/sources/shapes."""
   return Source(config.count, config.seed, config.split)

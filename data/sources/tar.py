@@ -1,13 +1,13 @@
-"""Tar shards as WebDataset writes them: a clip is what its members of one key say.
+"""Tar shards as WebDataset writes them: the members of one key make a clip.
 
   PATH       one NAME.tar, a folder of them, or a pattern: shards-{00000..00099}.tar, shards-*.tar
-  key        a member's name up to the first dot of its base name; of one key, in one shard,
+  key        the name of a member up to the first dot of its base name. The members of one key, in one shard, are
              one video or image   (suffixes of sora_jax.video)
-             its caption          KEY.txt, or KEY.json with "caption" or "text"; where both are there, KEY.txt
+             its caption          KEY.txt, or KEY.json with "caption" or "text"; if both exist, KEY.txt is used
 
-Shards are not unpacked and must not be compressed: listing walks the headers and reads captions; a clip's bytes are copied
-to a temporary file while it is read. Members of other kinds are counted, shard by shard; what is cut or damaged is named,
-and costs what lies behind it in its shard, no more. What is taken of a clip, see data/curation.py.
+Shards are not unpacked and must not be compressed. Listing walks the headers and reads the captions. The bytes of a clip
+are copied to a temporary file while it is read. Members of other kinds are counted, shard by shard. Truncated or
+damaged members are named; only what follows them in their shard is lost. data/curation.py turns files into clips.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from data.sources.folder import SUFFIXES
 from sora_jax.errors import BadInput
 
 SUFFIX = ".tar"
-SAYS = (".json", ".txt")          # suffixes of captions; the latter is taken before the former
+CAPTION_SUFFIXES = (".json", ".txt")  # if both exist, .txt is used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,27 +35,29 @@ class Source(curation.FileSource):
   """Clips in shards; item.location: (path of the shard, first byte, bytes)."""
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
-    """Pieces in order; BadClip where the file cannot be read any further."""
-    with _unpacked(*item.location, pathlib.Path(item.file).suffix) as path:
+    """The pieces in order. Raises BadClip where the file cannot be read any further."""
+    with _temporary_file(*item.location, pathlib.Path(item.file).suffix) as path:
       yield from curation.read(path, item, self.rules)
 
 
 def open_source(config) -> Source:
-  """config: path (a pattern, too), and the fields of data.curation.Rules, each of which may be missing.
+  """config: path (or pattern), and the fields of data.curation.Rules, each optional.
 
-  BadInput if there is no shard, or no clip in any.
+  Raises BadInput if there is no shard, or if no shard holds a clip.
   """
   spec, rules = str(config.path), curation.Rules.of(config)
-  shards = find(spec)
+  shards = find_shards(spec)
   if not shards:
-    raise BadInput(f"{spec}: no tar file there; give one, a folder of them, or a pattern such as shards-{{00000..00099}}.tar")
+    raise BadInput(f"{spec}: no tar file there; give one, a folder of them, or a pattern such as "
+                   "shards-{00000..00099}.tar")
   root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
   notes, ignored = [], []
-  others = [name for name in sorted(os.listdir(spec)) if not name.endswith(SUFFIX)] if os.path.isdir(spec) else []
-  if others:
-    notes.append((".", f"{len(others)} other files beside the shards are not read, such as {others[0]!r}"))
+  if os.path.isdir(spec):
+    unread = [name for name in sorted(os.listdir(spec)) if not name.endswith(SUFFIX)]
+    if unread:
+      notes.append((".", f"{len(unread)} other files beside the shards are not read, such as {unread[0]!r}"))
 
-  def listed(shard):
+  def items_of(shard):
     name = _name(os.path.relpath(shard, root).replace(os.sep, "/"))
     try:
       with open(shard, "rb") as f:
@@ -64,7 +66,7 @@ def open_source(config) -> Source:
       ignored.append((name, f"cannot be opened: {error.strerror}"))
       return []
 
-  items = [item for found in map_in_threads(listed, shards) for item in found]
+  items = [item for shard_items in map_in_threads(items_of, shards) for item in shard_items]
   ignored.sort()
   if not items:
     file, why = (ignored + notes + [(os.path.basename(shards[0]), "is empty")])[0]
@@ -73,77 +75,82 @@ def open_source(config) -> Source:
   return Source(name, tuple(sorted(items, key=lambda item: item.file)), tuple(sorted(notes)), tuple(ignored), rules)
 
 
-def find(spec) -> list[str]:
-  """Absolute paths of the shards that a --source=... speaks of, sorted; of a numbered range also those that are not there."""
+def find_shards(spec) -> list[str]:
+  """Absolute paths of the shards that a path or pattern names, sorted. A numbered range includes the missing ones."""
   if os.path.isdir(spec):
     spec = os.path.join(glob.escape(spec), "*" + SUFFIX)
-  found = set()
-  for path in [glob.escape(spec)] if os.path.exists(spec) else _ranges(spec):
-    found.update(glob.glob(path, recursive=True) if glob.has_magic(path) else [path])
-  return sorted(os.path.abspath(path) for path in found)
+  patterns = [glob.escape(spec)] if os.path.exists(spec) else _expand_ranges(spec)
+  paths = set()
+  for pattern in patterns:
+    paths.update(glob.glob(pattern, recursive=True) if glob.has_magic(pattern) else [pattern])
+  return sorted(os.path.abspath(path) for path in paths)
 
 
-def _ranges(spec):
-  """shards-{008..010}.tar -> shards-008.tar, shards-009.tar, shards-010.tar, as a shell has it."""
+def _expand_ranges(spec):
+  """shards-{008..010}.tar -> [shards-008.tar, shards-009.tar, shards-010.tar], as in a shell."""
   match = re.search(r"\{(\d+)\.\.(\d+)\}", spec)
   if not match:
     return [spec]
   first, last = match.groups()
   width = len(first) if first.startswith("0") else 0
-  return [path for number in range(int(first), int(last) + 1)
-          for path in _ranges(f"{spec[:match.start()]}{number:0{width}}{spec[match.end():]}")]
+  paths = []
+  for number in range(int(first), int(last) + 1):
+    paths += _expand_ranges(f"{spec[:match.start()]}{number:0{width}}{spec[match.end():]}")
+  return paths
 
 
 def _clips(f, name, shard, notes, ignored):
-  """The Items of an open shard; adds to notes and ignored what is wrong with it."""
-  samples, others, other = {}, 0, ""
+  """Yields the Items of an open shard. Adds its faults to `notes` and `ignored`."""
+  samples, other_count, first_other = {}, 0, ""
   for member in _members(f, name, ignored):
     folder, base = os.path.split(member.name)
     suffix = os.path.splitext(base)[1].lower()
-    if suffix in (*SUFFIXES, *SAYS) and member.isreg() and not member.issparse() and not base.startswith("."):
+    is_file = member.isreg() and not member.issparse()
+    if suffix in (*SUFFIXES, *CAPTION_SUFFIXES) and is_file and not base.startswith("."):
       samples.setdefault(os.path.join(folder, base.partition(".")[0]), []).append((suffix, member))
     elif not member.isdir():
-      others, other = others + 1, other or member.name
-  if others:
-    notes.append((name, f"{others} members are neither clips nor captions, such as {other!r}"))
+      other_count, first_other = other_count + 1, first_other or member.name
+  if other_count:
+    notes.append((name, f"{other_count} members are neither clips nor captions, such as {first_other!r}"))
   for key, members in samples.items():
     clips = [member for suffix, member in members if suffix in SUFFIXES]
-    texts = [member for suffix, member in sorted(members, key=lambda pair: pair[0] != ".txt") if suffix in SAYS]
+    texts = [member for suffix, member in members if suffix == ".txt"]
+    texts += [member for suffix, member in members if suffix == ".json"]
     file = _name(f"{name}/{clips[0].name if clips else key}")
     if len(clips) > 1:
-      ignored.append((file, f"{len(clips)} clips share the key {key!r}, such as {clips[1].name!r}: none is taken"))
+      ignored.append((file, f"{len(clips)} clips share the key {key!r}, such as {clips[1].name!r}: none is used"))
     elif not clips:
       notes.append((file, "a caption without a clip"))
     else:
-      caption, wrong = _caption(f, texts[0]) if texts else read_caption(None)
-      if wrong:
-        notes.append((file, wrong))
-      at, size = clips[0].offset_data, clips[0].size
-      yield Item(file, caption, version(f, at, size), (shard, at, size))
+      caption, fault = _caption(f, texts[0]) if texts else read_caption(None)
+      if fault:
+        notes.append((file, fault))
+      offset, size = clips[0].offset_data, clips[0].size
+      yield Item(file, caption, version(f, offset, size), (shard, offset, size))
 
 
 def _members(f, name, ignored):
-  """The members of a tar, whole ones only; what ends them too early is added to `ignored`."""
-  size, wrong = os.fstat(f.fileno()).st_size, ""
+  """Yields the complete members of a tar. If they end too early, adds the reason to `ignored`."""
+  size, fault = os.fstat(f.fileno()).st_size, ""
   try:
     with tarfile.open(fileobj=f, mode="r:") as tar:
       while (member := tar.next()) is not None:
-        tar.members = []                                       # it would keep them all
+        tar.members = []  # TarFile would keep all members
         if not 0 <= member.size <= size - member.offset_data:
-          wrong = f"is cut: of {member.name!r}, {member.size} bytes, {size - member.offset_data} are there"
+          fault = f"is truncated: of {member.name!r}, {member.size} bytes, {size - member.offset_data} are there"
           break
         yield member
       else:
         f.seek(tar.offset)
         end = f.read(tarfile.BLOCKSIZE)
-        if end.strip(b"\0"):                                   # tarfile takes a damaged header for the end
-          wrong = f"is damaged at byte {tar.offset} of {size}: what follows is lost"
+        if end.strip(b"\0"):  # tarfile takes a damaged header for the end
+          fault = f"is damaged at byte {tar.offset} of {size}: what follows is lost"
         elif not end:
-          wrong = "has no end mark: it may have been cut behind its last member"
+          fault = "has no end mark: it may be truncated after its last member"
   except (tarfile.TarError, ValueError, OverflowError) as error:
-    wrong = f"is no tar file, or a compressed one, or damaged: {error}"
-  if wrong:
-    ignored.append((name, wrong))
+    fault = f"is not a tar file, or a compressed one, or damaged: {error}"
+  if fault:
+    ignored.append((name, fault))
 
 
 def _caption(f, member):
@@ -156,25 +163,28 @@ def _caption(f, member):
     entry = json.loads(raw)
   except (ValueError, RecursionError):
     return "", f"its {pathlib.PurePosixPath(member.name).name} is not JSON in UTF-8: kept with an empty caption"
-  texts = [entry[key] for key in ("caption", "text") if isinstance(entry, dict) and isinstance(entry.get(key), str)]
-  return read_caption(texts[0] if texts else None)
+  if isinstance(entry, dict):
+    for key in ("caption", "text"):
+      if isinstance(entry.get(key), str):
+        return read_caption(entry[key])
+  return read_caption(None)
 
 
 def _name(path):
-  """With bytes that are not UTF-8 written as \\xNN."""
+  """The path, with bytes that are not UTF-8 written as \\xNN."""
   return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 @contextlib.contextmanager
-def _unpacked(shard, at, size, suffix):
-  """The path of a temporary file with these bytes of a shard."""
+def _temporary_file(shard, offset, size, suffix):
+  """The path of a temporary file with a copy of these bytes of a shard."""
   with tempfile.NamedTemporaryFile(suffix=suffix) as out:
     try:
       with open(shard, "rb") as f:
-        f.seek(at)
-        while size and (some := f.read(min(size, 1 << 20))):
-          out.write(some)
-          size -= len(some)
+        f.seek(offset)
+        while size and (chunk := f.read(min(size, 1 << 20))):
+          out.write(chunk)
+          size -= len(chunk)
     except OSError as error:
       raise BadClip("unreadable", error.strerror) from error
     out.flush()

@@ -1,7 +1,7 @@
-"""The embedded world: coloured shapes that move over a calm background, with exact captions. numpy only, seeded.
+"""The embedded world: coloured shapes that move over a plain background, with exact captions. numpy only, seeded.
 
-Every clip is a pure function of (seed, split, index); none is stored. A `Scene` is what a caption says and no more;
-place, speed and background are drawn from the clip's own seed. The grammar (`caption` and `parse` are inverse):
+Every clip is a pure function of (seed, split, index); none is stored. A `Scene` holds exactly what a caption says;
+position, speed and background are drawn from the clip's own seed. The grammar (`caption` and `parse` are inverses):
 
   still     a red ball
   moves     a red ball moves left
@@ -9,16 +9,16 @@ place, speed and background are drawn from the clip's own seed. The grammar (`ca
   behind    a red ball passes behind a blue square
   relation  a red ball left of a blue square
   order     first a red ball moves left, then it moves up
-  pan       the camera pans left over a red ball        (so the scene slides right; its tiled floor shows it)
+  pan       the camera pans left over a red ball        (so the scene moves right, as its tiled floor shows)
   zoom      the camera zooms in on a red ball
 
-Held out: every third combination of (colour, shape, direction), as in a Latin square, and a third or a quarter of those
-of the other kinds, are in no training caption (`held_out`), though every two of the words are. The split `held_out`
-has only those; `held_out_requests` asks a model for them.
+Held out: every third combination of (colour, shape, direction), as in a Latin square, and a third or a quarter of the
+combinations of the other kinds, are in no training caption (`held_out`), but every pair of their words is. The split
+`held_out` has only held-out combinations; `held_out_requests` makes requests of them.
 
-Edges are three pixels soft, as a lens draws them: coverage = clip(1/2 - signed distance / 3, 0, 1). Shapes are 15 to
-29 pixels across (0.3 to 0.45 of the short side) and cross most of the free way, so that a person, or `judge`,
-can tell what moves where.
+Edges are three pixels soft, like those of a lens: coverage = clip(1/2 - signed distance / 3, 0, 1). Shapes are 15 to 29
+pixels across (0.3 to 0.45 of the short side) and cross most of the free space, so that a person, or `judge`, can tell
+how they move.
 """
 
 import collections
@@ -31,105 +31,110 @@ import numpy as np
 from data.clips import Item, RawClip
 
 FPS = 8.0
-SIZES = ((64, 64), (48, 80), (80, 48), (64, 96))   # (height, width) in pixels
-LENGTHS = (1, 9, 17)                               # frames; 1 is an image
-SOFT = 3.0                                         # pixels from all to nothing at an edge
+SIZES = ((64, 64), (48, 80), (80, 48), (64, 96))  # (height, width) in pixels
+LENGTHS = (1, 9, 17)  # frames; 1 is an image
+SOFT = 3.0  # pixels from full coverage to none at an edge
 SPLITS = ("train", "held_out")
 
-COLOURS = {  # sRGB; hues 20 to 90 degrees apart, saturated, so that they outlive yuv420
-    "red": (222, 30, 38), "orange": (255, 136, 10), "yellow": (250, 226, 30),
-    "green": (30, 166, 62), "blue": (30, 92, 232), "purple": (146, 44, 190),
-}
+COLOURS = {  # sRGB; hues 20 to 90 degrees apart, saturated, so that they survive yuv420
+  "red": (222, 30, 38), "orange": (255, 136, 10), "yellow": (250, 226, 30),
+  "green": (30, 166, 62), "blue": (30, 92, 232), "purple": (146, 44, 190),
+}  # fmt: skip
 SHAPES = ("ball", "square", "triangle")
-DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}   # (y, x), y grows downwards
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x), y grows downwards
 AXES = {"up and down": (1, 0), "left and right": (0, 1)}
-RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}   # where the first one is
+# Position of the first object relative to the second.
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 ZOOMS = {"in on": 1, "out from": -1}
 BACKGROUNDS = ((226, 222, 212), (206, 214, 222), (212, 220, 206), (120, 124, 132), (54, 58, 68))
 
-# kind: (template, words that fill it, share of the clips, chances of 1, 9 and 17 frames)
+# kind: (template, tables of the words that fill it, share of the clips, probabilities of 1, 9 and 17 frames)
 KINDS = {
-    "still": ("{a}", (), 0.10, (1.0, 0.0, 0.0)),
-    "moves": ("{a} moves {0}", (DIRECTIONS,), 0.52, (0.0, 0.6, 0.4)),
-    "bounces": ("{a} bounces {0}", (AXES,), 0.08, (0.0, 0.4, 0.6)),
-    "behind": ("{a} passes behind {b}", (), 0.05, (0.0, 0.4, 0.6)),
-    "relation": ("{a} {0} {b}", (RELATIONS,), 0.12, (0.8, 0.2, 0.0)),
-    "order": ("first {a} moves {0}, then it moves {1}", (DIRECTIONS, DIRECTIONS), 0.06, (0.0, 0.0, 1.0)),
-    "pan": ("the camera pans {0} over {a}", (DIRECTIONS,), 0.04, (0.0, 0.6, 0.4)),
-    "zoom": ("the camera zooms {0} {a}", (ZOOMS,), 0.03, (0.0, 0.6, 0.4)),
-}
+  "still": ("{a}", (), 0.10, (1.0, 0.0, 0.0)),
+  "moves": ("{a} moves {0}", (DIRECTIONS,), 0.52, (0.0, 0.6, 0.4)),
+  "bounces": ("{a} bounces {0}", (AXES,), 0.08, (0.0, 0.4, 0.6)),
+  "behind": ("{a} passes behind {b}", (), 0.05, (0.0, 0.4, 0.6)),
+  "relation": ("{a} {0} {b}", (RELATIONS,), 0.12, (0.8, 0.2, 0.0)),
+  "order": ("first {a} moves {0}, then it moves {1}", (DIRECTIONS, DIRECTIONS), 0.06, (0.0, 0.0, 1.0)),
+  "pan": ("the camera pans {0} over {a}", (DIRECTIONS,), 0.04, (0.0, 0.6, 0.4)),
+  "zoom": ("the camera zooms {0} {a}", (ZOOMS,), 0.03, (0.0, 0.6, 0.4)),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What a caption says. kind: a key of KINDS; things: one or two (colour, shape); words: what fills its template."""
+  """What a caption says. kind: a key of KINDS; objects: one or two (colour, shape); words: those of its template."""
   kind: str
-  things: tuple
+  objects: tuple
   words: tuple = ()
 
 
 def caption(scene: Scene) -> str:
-  names = [f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}" for colour, shape in scene.things]
+  """The sentence that describes a scene."""
+  articles = ["an" if colour[0] in "aeiou" else "a" for colour, _ in scene.objects]
+  names = [f"{article} {colour} {shape}" for article, (colour, shape) in zip(articles, scene.objects)]
   return KINDS[scene.kind][0].format(*scene.words, a=names[0], b=names[-1])
 
 
 def _pattern(kind):
+  """The compiled pattern of a kind's captions, with a group for each colour, shape and word."""
   template, words, _, _ = KINDS[kind]
-  thing = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-  groups = {str(i): f"({'|'.join(table)})" for i, table in enumerate(words)}
-  fields = re.split(r"(\{\w\})", template)
-  return re.compile("".join(
-      (thing if f[1] in "ab" else groups[f[1]]) if f.startswith("{") else re.escape(f) for f in fields))
+  named_object = rf"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+  patterns = {"{a}": named_object, "{b}": named_object}
+  patterns |= {f"{{{i}}}": f"({'|'.join(table)})" for i, table in enumerate(words)}
+  parts = re.split(r"(\{\w\})", template)
+  return re.compile("".join(patterns.get(part, re.escape(part)) for part in parts))
 
 
 _PATTERNS = {kind: _pattern(kind) for kind in KINDS}
 
 
 def parse(text: str) -> Scene | None:
-  """The scene that a caption describes; None for a sentence that is not of this world."""
+  """The scene that a caption describes; None for a sentence that is not of the grammar."""
   text = " ".join(text.lower().split()).rstrip(".")
   for kind, pattern in _PATTERNS.items():
     if match := pattern.fullmatch(text):
-      things, words, groups = [], [], list(match.groups())
+      objects, words, groups = [], [], list(match.groups())
       while groups:
         if groups[0] in COLOURS:
-          things.append((groups.pop(0), groups.pop(0)))
+          objects.append((groups.pop(0), groups.pop(0)))
         else:
           words.append(groups.pop(0))
-      return Scene(kind, tuple(things), tuple(words))
+      return Scene(kind, tuple(objects), tuple(words))
   return None
 
 
 def held_out(scene: Scene) -> bool:
-  """Whether this combination of words is kept from training. Sums of the words' indices, as in a Latin square."""
+  """Whether this combination of words is held out. Decided by sums of the words' indices, as in a Latin square."""
   colours, tables = tuple(COLOURS), KINDS[scene.kind][1]
-  things = [colours.index(colour) + SHAPES.index(shape) for colour, shape in scene.things]
+  objects = [colours.index(colour) + SHAPES.index(shape) for colour, shape in scene.objects]
   words = [tuple(table).index(word) for word, table in zip(scene.words, tables, strict=True)]
   if scene.kind == "still":
     return False
-  if len(things) == 2:
-    return (things[0] + 2 * things[1] + sum(words)) % 4 == 0
-  return any((things[0] + word) % 3 == 0 for word in words)
+  if len(objects) == 2:
+    return (objects[0] + 2 * objects[1] + sum(words)) % 4 == 0
+  return any((objects[0] + word) % 3 == 0 for word in words)
 
 
 def draw_scene(rng: np.random.Generator, split: str) -> Scene:
-  """A scene of the split. Kinds as in KINDS, words uniform among those that the split allows."""
+  """A scene of the split. Kinds have the shares in KINDS; words are uniform among those that the split allows."""
   kinds = [kind for kind in KINDS if split == "train" or kind != "still"]
   shares = np.array([KINDS[kind][2] for kind in kinds])
   kind = kinds[np.searchsorted(np.cumsum(shares / shares.sum()), rng.random())]
   colours = tuple(COLOURS)
   while True:
     first = int(rng.integers(6))
-    things = [(colours[first], SHAPES[rng.integers(3)])]
-    if kind in ("behind", "relation"):   # two things never share a colour
-      things.append((colours[(first + 1 + int(rng.integers(5))) % 6], SHAPES[rng.integers(3)]))
+    objects = [(colours[first], SHAPES[rng.integers(3)])]
+    if kind in ("behind", "relation"):  # two objects never share a colour
+      objects.append((colours[(first + 1 + int(rng.integers(5))) % 6], SHAPES[rng.integers(3)]))
     words = tuple(tuple(table)[rng.integers(len(table))] for table in KINDS[kind][1])
-    scene = Scene(kind, tuple(things), words)
+    scene = Scene(kind, tuple(objects), words)
     if len(set(words)) == len(words) and held_out(scene) == (split == "held_out"):
       return scene
 
 
-# --- where things are: tracks in pixels
+# --- tracks of the objects, in pixels
+
 
 def _triangle_wave(phase):
   """Period 1, between 0 and 1."""
@@ -144,17 +149,18 @@ def _stage(scene, size, frames, rng):
   diameter = short * rng.uniform(0.33, 0.42)
   zoom = np.ones(frames)
   shift = np.zeros((frames, 2))
-  low, high = diameter / 2 + 2, size - diameter / 2 - 2          # where a centre may be
-  place = rng.uniform(low, high)
-  centre = np.tile(place, (frames, 1))
+  low, high = diameter / 2 + 2, size - diameter / 2 - 2  # limits of a centre
+  position = rng.uniform(low, high)
+  centre = np.tile(position, (frames, 1))
   first = scene.words[0] if scene.words else None
 
   if scene.kind in ("moves", "pan"):
-    way = np.array(DIRECTIONS[first]) * (-1 if scene.kind == "pan" else 1)   # what a camera leaves moves the other way
+    sign = -1 if scene.kind == "pan" else 1  # the scene moves against the camera
+    way = sign * np.array(DIRECTIONS[first])
     travel = rng.uniform(0.7, 1.0) * (high - low)
     start = rng.uniform(low, high - travel)
     run = np.where(way < 0, start + travel * (1 - u[:, None]), start + travel * u[:, None])
-    centre = np.where(way != 0, run, place)
+    centre = np.where(way != 0, run, position)
     if scene.kind == "pan":
       shift = (centre - centre[0]) * np.abs(way)
   elif scene.kind == "bounces":
@@ -162,11 +168,11 @@ def _stage(scene, size, frames, rng):
     wave = _triangle_wave(cycles * u + rng.integers(2) / 2)[:, None]
     travel = rng.uniform(0.75, 1.0) * (high - low)
     start = rng.uniform(low, high - travel)
-    centre = np.where(np.array(AXES[first]) != 0, start + travel * wave, place)
+    centre = np.where(np.array(AXES[first]) != 0, start + travel * wave, position)
   elif scene.kind == "order":
     ways = np.array([DIRECTIONS[word] for word in scene.words])
-    steps = np.stack([np.minimum(2 * u, 1), np.maximum(2 * u - 1, 0)], axis=1)     # [T, 2 events]
-    path = steps @ ways                                                            # unit path, within [-1, 1]
+    steps = np.stack([np.minimum(2 * u, 1), np.maximum(2 * u - 1, 0)], axis=1)  # [T, 2 events]
+    path = steps @ ways  # unit path, within [-1, 1]
     reach = path.max(0) - path.min(0)
     travel = np.where(reach > 0, rng.uniform(0.75, 1.0) * (high - low), 0)
     begin = rng.uniform(low, high - travel)
@@ -187,7 +193,7 @@ def _stage(scene, size, frames, rng):
 
 
 def _passing(size, u, rng):
-  """The first thing goes along the longer side, behind the second, which stands a little larger in the middle."""
+  """The first object moves along the longer side, behind the second, a slightly larger one at rest in the middle."""
   along = int(size[1] >= size[0]) if size[0] != size[1] else int(rng.integers(2))
   short = size.min()
   small, large = short * rng.uniform(0.30, 0.33), short * rng.uniform(0.40, 0.45)
@@ -205,7 +211,7 @@ def _passing(size, u, rng):
 
 
 def _pair(way, size, u, rng):
-  """Two things, the first on the side `way` of the second; in a third of the clips both drift together across."""
+  """Two objects, the first on the side `way` of the second; in a third of the clips both drift sideways together."""
   axis = int(way[1] != 0)
   short = size.min()
   diameter = short * rng.uniform(0.33, 0.37, 2)
@@ -223,19 +229,20 @@ def _pair(way, size, u, rng):
 
 # --- pixels
 
+
 def distance(shape: str, y, x, diameter):
-  """Signed distance in pixels to the outline of a shape at the origin, negative inside; all look equally large."""
+  """Signed distance in pixels to the outline of a shape at the origin, negative inside. All shapes look equally large."""
   if shape == "ball":
     return np.sqrt(y * y + x * x) - diameter / 2
   if shape == "square":
     return np.maximum(np.abs(y), np.abs(x)) - 0.46 * diameter
-  # equilateral, side 1.12 d: three half planes
+  # Equilateral, side 1.12 d: the intersection of three half planes.
   slope = np.float32(np.sqrt(3) / 2)
   return np.maximum(y - 0.39 * diameter, slope * np.abs(x) - 0.5 * y - 0.29 * diameter)
 
 
 def _background(size, shift, zoom, tiled, rng):
-  """Muted, with a gentle slope of light, and a floor of soft tiles if `tiled`. -> [1 or T, H, W, 3]"""
+  """A muted colour with a slight gradient of light, and a floor of soft tiles if `tiled` -> [1 or T, H, W, 3]."""
   h, w = size
   base = np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], np.float32)
   light = rng.uniform(-9, 9, 2).astype(np.float32)
@@ -247,28 +254,31 @@ def _background(size, shift, zoom, tiled, rng):
     if np.ptp(shift) == 0 and np.ptp(zoom) == 0:
       shift, zoom = shift[:1], zoom[:1]
     step = np.pi / (0.36 * min(size))
-    waves = [np.sin((((axis + 0.5)[None] - n / 2 - shift[:, i, None]) / zoom[:, None]) * step + offset[i])
-             for i, (axis, n) in enumerate(((y, h), (x, w)))]
+    waves = []
+    for i, (axis, n) in enumerate(((y, h), (x, w))):
+      floor = ((axis + 0.5)[None] - n / 2 - shift[:, i, None]) / zoom[:, None]
+      waves.append(np.sin(floor * step + offset[i]))
     tiles = np.clip(4 * waves[0].astype(np.float32)[:, :, None] * waves[1].astype(np.float32)[:, None], -1, 1)
     image = image + 11 * tiles[..., None]
   return image
 
 
 def render(scene: Scene, size: tuple[int, int], frames: int, seed) -> np.ndarray:
-  """The pixels of a scene: uint8 [frames, height, width, 3]. seed: what numpy.random.default_rng takes."""
+  """The pixels of a scene: uint8 [frames, height, width, 3]. seed: as for numpy.random.default_rng."""
   rng = np.random.default_rng(seed)
   centres, diameters, shift, zoom = _stage(scene, size, frames, rng)
   tiled = scene.kind in ("pan", "zoom") or rng.random() < 0.08
   background = np.rint(_background(size, shift, zoom, tiled, rng)).astype(np.uint8)
   video = np.empty((frames, *size, 3), np.uint8)
-  video[:] = background                     # then the things, each in front of those before it
-  for (colour, shape), centre_T2, diameter_T in zip(scene.things, centres, diameters, strict=True):
+  video[:] = background
+  # Later objects are in front of earlier ones.
+  for (colour, shape), centre_T2, diameter_T in zip(scene.objects, centres, diameters, strict=True):
     _paint(video, np.array(COLOURS[colour], np.float32), shape, centre_T2, diameter_T)
   return video
 
 
 def _paint(video, colour, shape, centre_T2, diameter_T):
-  """Draws one thing into all frames, in place, touching only the window around it."""
+  """Draws one object into all frames, in place; only the window around it is touched."""
   frames, h, w, _ = video.shape
   reach = int(np.ceil(0.75 * diameter_T.max() + SOFT / 2))
   n = 2 * reach + 1
@@ -286,9 +296,10 @@ def _paint(video, colour, shape, centre_T2, diameter_T):
 
 # --- the source, as launch.encode and launch.train_vae read it
 
+
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-  """What `render` takes: an item's `where`."""
+class RenderArgs:
+  """The arguments of `render`; the `location` of an item."""
   scene: Scene
   size: tuple[int, int]
   frames: int
@@ -296,18 +307,18 @@ class Drawn:
 
 
 def draw_item(seed: int, split: str, index: int) -> Item:
-  """Clip `index` of (seed, split): what it says, its size in pixels and its length in frames."""
+  """Clip `index` of (seed, split): its scene, its size in pixels and its length in frames."""
   key = (seed, SPLITS.index(split), index)
   rng = np.random.default_rng(key)
   scene = draw_scene(rng, split)
   size = SIZES[rng.integers(len(SIZES))]
   frames = LENGTHS[np.searchsorted(np.cumsum(KINDS[scene.kind][3]), rng.random(), side="right")]
-  return Item(f"shapes/{split}/{seed}/{index:08d}", caption(scene), location=Drawn(scene, size, frames, (*key, 1)))
+  return Item(f"shapes/{split}/{seed}/{index:08d}", caption(scene), location=RenderArgs(scene, size, frames, (*key, 1)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """`count` clips of (seed, split); those of a smaller count are the first of a larger one."""
+  """`count` clips of (seed, split). A smaller count gives the first clips of a larger one."""
   count: int
   seed: int = 0
   split: str = "train"
@@ -321,8 +332,9 @@ class Source:
     return [draw_item(self.seed, self.split, index) for index in range(self.count)]
 
   def read(self, item: Item) -> Iterator[RawClip]:
-    drawn = item.location
-    yield RawClip(render(drawn.scene, drawn.size, drawn.frames, drawn.seed), FPS, item.caption, item.file, 0.0)
+    args = item.location
+    video_THWC = render(args.scene, args.size, args.frames, args.seed)
+    yield RawClip(video_THWC, FPS, item.caption, item.file, 0.0)
 
 
 def open_source(config) -> Source:
@@ -333,25 +345,29 @@ def open_source(config) -> Source:
 def held_out_requests(n: int = 64, seed: int = 0) -> list[dict]:
   """n requests (DESIGN section 3) whose combinations of words no training caption has.
 
-  Seven of eight say "a COLOUR SHAPE moves DIRECTION", going round the held-out combinations, so that colours, shapes
-  and directions are balanced; each eighth is of another kind, in turn. Sizes and lengths go round, too.
+  Seven of eight are "a COLOUR SHAPE moves DIRECTION". They cycle through the held-out combinations, so that colours,
+  shapes and directions are balanced. Every eighth is of another kind, in turn. Sizes and lengths cycle, too.
   """
   rng = np.random.default_rng((seed, 64))
   moves = [Scene("moves", ((colour, shape),), (way,)) for shape in SHAPES for way in DIRECTIONS for colour in COLOURS]
   moves = [scene for scene in moves if held_out(scene)]
-  asked = collections.Counter()                    # how often each combination, and each of its words, was asked for
-  others = ["relation", "order", "bounces", "behind", "pan", "zoom"]
+  counts = collections.Counter()  # requests so far of each combination, and of each of its words
+  other_kinds = ["relation", "order", "bounces", "behind", "pan", "zoom"]
   requests = []
+
+  def requested_so_far(scene):
+    return counts[scene], sum(counts[word] for word in (*scene.objects[0], *scene.words))
+
   for i in range(n):
     if i % 8 == 7:
-      kind = others[i // 8 % len(others)]
+      kind = other_kinds[i // 8 % len(other_kinds)]
       scene = draw_scene(rng, "held_out")
       while scene.kind != kind:
         scene = draw_scene(rng, "held_out")
     else:
       rng.shuffle(moves)
-      scene = min(moves, key=lambda move: (asked[move], sum(asked[word] for word in (*move.things[0], *move.words))))
-      asked.update((scene, *scene.things[0], *scene.words))
+      scene = min(moves, key=requested_so_far)
+      counts.update((scene, *scene.objects[0], *scene.words))
     frames = {"relation": 1, "order": 17}.get(scene.kind, LENGTHS[1 + i % 2])
     requests.append({"id": f"world-{i:03d}", "prompt": caption(scene), "size": list(SIZES[i % len(SIZES)]),
                      "frames": frames, "fps": FPS, "seed": i})

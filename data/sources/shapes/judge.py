@@ -1,6 +1,6 @@
 """Judges of videos of the embedded world, by image processing on decoded frames: no model, and no look at the prompt.
 
-`look` finds the coloured things: by chroma (a pixel minus its grey) relative to the frame's border, so that slopes and
+`look` finds the coloured objects: by chroma (a pixel minus its grey) relative to the frame's border, so that slopes and
 tiles of the background, which are grey, drop out; each strong pixel votes for the nearest of the world's hues, and the
 pixels of a hue, in their largest connected piece, are a thing with a mask and a track. Each judge then answers one
 question with one of a fixed set of words, or None where it cannot tell:
@@ -47,7 +47,7 @@ class Thing:
 @dataclasses.dataclass(frozen=True)
 class Seen:
   """Things, the most visible first, and the pixels, float32 in [0, 1]."""
-  things: tuple
+  objects: tuple
   video_THWC: np.ndarray
 
   @property
@@ -56,7 +56,7 @@ class Seen:
 
 
 def look(video_THWC) -> Seen:
-  """Finds the things in uint8 [T, H, W, 3] frames."""
+  """Finds the objects in uint8 [T, H, W, 3] frames."""
   video = np.asarray(video_THWC, np.float32) / 255
   chroma = video - video.mean(-1, keepdims=True)
   border = np.concatenate([chroma[:, :2].reshape(-1, 3), chroma[:, -2:].reshape(-1, 3),
@@ -71,7 +71,7 @@ def look(video_THWC) -> Seen:
   label[strong] = along.argmax(-1)
   share = np.zeros(strong.shape, np.float32)
   share[strong] = (along / size)[np.arange(len(along)), label[strong]]
-  things = []
+  objects = []
   for index, colour in enumerate(COLOURS):
     votes = (label == index) & (share > STRONG)
     if votes.sum((1, 2)).max() < PRESENT * min(video.shape[1:3]) ** 2:
@@ -81,8 +81,8 @@ def look(video_THWC) -> Seen:
     area = mask.sum((1, 2))
     if area.max() >= PRESENT * min(video.shape[1:3]) ** 2:
       piece = _largest_piece(mask)
-      things.append(Thing(colour, piece, area, _centres(piece)))
-  return Seen(tuple(sorted(things, key=lambda thing: -thing.area_T.sum())), video)
+      objects.append(Thing(colour, piece, area, _centres(piece)))
+  return Seen(tuple(sorted(objects, key=lambda thing: -thing.area_T.sum())), video)
 
 
 def _largest_piece(mask_THW):
@@ -132,7 +132,7 @@ def shape_of(thing: Thing, seen: Seen) -> str:
   frames = np.flatnonzero(thing.area_T >= 0.85 * thing.area_T.max())
   frames = frames[np.unique(np.linspace(0, len(frames) - 1, 6).astype(int))]
   others = np.zeros_like(thing.mask_THW)
-  for other in seen.things:
+  for other in seen.objects:
     if other is not thing:
       others |= other.mask_THW
   covers = _coverage(thing.mask_THW[frames], others[frames], seen.video_THWC[frames])
@@ -229,9 +229,9 @@ def behind(first: Thing, second: Thing) -> bool:
 
 def camera(seen: Seen) -> str | None:
   """Zoom, where the main thing grows or shrinks by a third across; else whence the floor flows."""
-  if not seen.things or len(seen.video_THWC) < 3:
+  if not seen.objects or len(seen.video_THWC) < 3:
     return None
-  across = np.sqrt(seen.things[0].area_T)
+  across = np.sqrt(seen.objects[0].area_T)
   ends = max(1, len(across) // 8)
   growth = across[-ends:].mean() / max(across[:ends].mean(), 1e-6)
   if max(growth, 1 / max(growth, 1e-6)) > 4 / 3:
@@ -248,7 +248,7 @@ def _flow(seen, reach=12):
   t = len(grey_THW)
   step = max(1, (t - 1) // 8)                       # a pan of 17 frames is looked at in every other one
   hidden = np.zeros(grey_THW.shape, bool)
-  for thing in seen.things:
+  for thing in seen.objects:
     hidden |= _grow(thing.mask_THW, 2)
   shifts = [(s, 0) for s in range(-reach, reach + 1)] + [(0, s) for s in range(-reach, reach + 1) if s]
   total = np.zeros(2)
@@ -283,12 +283,12 @@ def judge(video_THWC, caption: str) -> dict[str, bool]:
   if scene is None:
     raise ValueError(f"judge: {caption!r} is not a sentence of the world of shapes")
   seen = look(video_THWC)
-  if len(scene.things) == 2:
+  if len(scene.objects) == 2:
     return _judge_two(scene, seen)
-  (colour, shape), = scene.things
-  if not seen.things:
+  (colour, shape), = scene.objects
+  if not seen.objects:
     return dict.fromkeys(_questions(scene), False)
-  thing = seen.things[0]
+  thing = seen.objects[0]
   answers = {
       "colour": lambda: thing.colour == colour,
       "shape": lambda: shape_of(thing, seen) == shape,
@@ -303,9 +303,9 @@ def judge(video_THWC, caption: str) -> dict[str, bool]:
 def in_view(video_THWC) -> bool:
   """Whether a thing is seen in every frame, uint8 [T, H, W, 3], and never touches its edges."""
   seen = look(video_THWC)
-  if not seen.things:
+  if not seen.objects:
     return False
-  mask = seen.things[0].mask_THW
+  mask = seen.objects[0].mask_THW
   edges = (mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1])
   return bool(mask.any((1, 2)).all() and not any(edge.any() for edge in edges))
 
@@ -316,8 +316,8 @@ def _questions(scene):
 
 
 def _judge_two(scene, seen):
-  by_colour = {thing.colour: thing for thing in seen.things[:2]}
-  (first, first_shape), (second, second_shape) = scene.things
+  by_colour = {thing.colour: thing for thing in seen.objects[:2]}
+  (first, first_shape), (second, second_shape) = scene.objects
   found = set(by_colour) == {first, second}
   results = {"two colours": found, "two shapes": False, scene.kind: False}
   if found:

@@ -50,7 +50,7 @@ def test_a_tree_with_captions_of_both_kinds(tmp_path):
   assert dict(source.ignored).keys() == {"notes.pdf"}
   notes = [f"{file}: {note}" for file, note in source.notes]
   for part in ("silent.mp4: no caption", "latin.mp4: latin.txt: its caption is not UTF-8", "alone.txt: a caption without a clip",
-               "captions.jsonl: line 2 is not", "captions.jsonl: line 4 speaks of gone.mp4", "captions.jsonl: line 5 is not",
+               "captions.jsonl: line 2 is not", "captions.jsonl: line 4 names gone.mp4, which does not exist", "captions.jsonl: line 5 is not",
                "captions.jsonl: line 6 is not", "one.mp4: has two captions"):
     assert sum(part in note for note in notes) == 1, (part, notes)
   assert len(notes) == 8

@@ -79,7 +79,7 @@ def test_rows_that_cannot_be_used(tmp_path):
   assert (item.file, item.caption) == ("a.mp4", "good")
   ignored = dict(source.ignored)
   for number, part in {1: "not JSON", 2: "not an object", 3: "no text `file`", 4: "no text `file`", 5: "'gone.mp4' cannot be opened: No such file",
-                       6: "no clip by its name", 7: "start=-1", 8: "from start=2 to end=1", 9: "start='soon' is not a number",
+                       6: "is not a clip by its name", 7: "start=-1", 8: "from start=2 to end=1", 9: "start='soon' is not a number",
                        10: "not JSON in UTF-8", 11: "cannot be opened: Is a directory", 13: "end=inf is not", 15: "earlier row",
                        16: "not JSON"}.items():
     assert part in ignored.pop(f"m.jsonl, row {number}")
@@ -104,7 +104,7 @@ def test_captions_that_are_none(tmp_path):
     ("m.jsonl", b"{}\n{}", "none of its 2 rows can be used, such as m.jsonl, row 1: has no text `file`"),
     ("m.csv", b"a.mp4,a caption\nb.mp4,another\n", "has no column file and no caption, but 'a.mp4', 'a caption'"),
     ("m.csv", b"", "has no column file and no caption, but none"), ("m.csv", b"file,text\na.mp4,b\n", "has no column caption"),
-    ("m.csv", b'file,caption\na.mp4,"never closed\nb.mp4,x\n', "is no csv from line"), ("m.csv", bytes(range(256)) * 9, "m.csv: "),
+    ("m.csv", b'file,caption\na.mp4,"never closed\nb.mp4,x\n', "is not valid csv from line"), ("m.csv", bytes(range(256)) * 9, "m.csv: "),
     ("m.parquet", b"PAR1 not at all", "cannot be read as parquet"), ("m.parquet", b"", "cannot be read as parquet"),
 ])
 def test_tables_that_are_none(tmp_path, name, content, told):

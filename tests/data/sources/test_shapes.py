@@ -53,16 +53,16 @@ def test_a_caption_says_its_scene_exactly(items):
   assert {item.location.scene.kind for item in drawn} == set(shapes.KINDS)
   assert shapes.parse(" First a red ball moves left,  then it moves up. ") == shapes.Scene(
       "order", (("red", "ball"),), ("left", "up"))
-  assert shapes.parse("an orange ball left of a blue square").things == (("orange", "ball"), ("blue", "square"))
+  assert shapes.parse("an orange ball left of a blue square").objects == (("orange", "ball"), ("blue", "square"))
   for text in ("", "a red ball moves", "a pink ball moves left", "a red ball moves left and up", "a red ball lies"):
     assert shapes.parse(text) is None, text
 
 
 def test_held_out_combinations_are_never_trained(items):
   """No held-out triple of colour, shape and direction stands in a training caption of any kind; every pair does."""
-  held = {(*scene.things[0], scene.words[0]) for scene in MOVES if shapes.held_out(scene)}
+  held = {(*scene.objects[0], scene.words[0]) for scene in MOVES if shapes.held_out(scene)}
   assert len(held) == len(MOVES) // 3
-  trained = {(*item.location.scene.things[0], word) for item in items["train"] for word in item.location.scene.words
+  trained = {(*item.location.scene.objects[0], word) for item in items["train"] for word in item.location.scene.words
              if item.location.scene.kind in ("moves", "order", "pan")}
   assert not held & trained and len(held | trained) == len(MOVES)
   for pair in itertools.combinations(range(3), 2):
@@ -79,7 +79,7 @@ def test_held_out_requests_are_held_out_and_balanced():
   assert all(shapes.held_out(scene) for scene in scenes)
   moves = [scene for scene in scenes if scene.kind == "moves"]
   assert len(moves) == 56 and len({scene.kind for scene in scenes}) == 7
-  for words, most in ((lambda s: s.words[0], 14), (lambda s: s.things[0][0], 10), (lambda s: s.things[0][1], 19)):
+  for words, most in ((lambda s: s.words[0], 14), (lambda s: s.objects[0][0], 10), (lambda s: s.objects[0][1], 19)):
     assert max(collections.Counter(map(words, moves)).values()) <= most
   assert len({request["id"] for request in requests}) == 64
   for request in requests:
@@ -105,7 +105,7 @@ def test_shapes_stay_in_the_frame_and_are_large(items):
   for item in items["train"][:150]:
     where = item.location
     if where.scene.kind in ("still", "moves", "bounces", "order"):
-      (colour, _), = where.scene.things
+      (colour, _), = where.scene.objects
       near = np.abs(video(item).astype(int) - shapes.COLOURS[colour]).max(-1) < 24
       area = near.sum((1, 2))
       assert area.min() > 0.035 * min(where.size) ** 2 and np.ptp(area) < 0.15 * area.max() + 8, item

@@ -70,14 +70,14 @@ def test_wrong_videos_fail(world):
   for found in by_kind.values():
     for (clip, own), (_, other) in itertools.pairwise(found[:30]):
       answers = judge.judge(clip, shapes.caption(other))
-      differ = {"colour": [c for c, _ in own.things] != [c for c, _ in other.things],
-                "shape": [s for _, s in own.things] != [s for _, s in other.things]}
+      differ = {"colour": [c for c, _ in own.objects] != [c for c, _ in other.objects],
+                "shape": [s for _, s in own.objects] != [s for _, s in other.objects]}
       for name, right in answers.items():
         if name in ("colour", "shape"):
           if differ[name]:
             wrong[name].append(right)
-        elif len(own.things) == 2:
-          if {c for c, _ in own.things} != {c for c, _ in other.things}:
+        elif len(own.objects) == 2:
+          if {c for c, _ in own.objects} != {c for c, _ in other.objects}:
             wrong[name].append(right)
         elif own.words != other.words:
           wrong[name].append(right)
@@ -89,8 +89,8 @@ def test_two_things_are_told_apart(world):
   """Exchanged in the caption, who is behind whom and who is left of whom is wrong."""
   for clip, caption in world:
     scene = shapes.parse(caption)
-    if len(scene.things) == 2:
-      answers = judge.judge(clip, shapes.caption(shapes.Scene(scene.kind, scene.things[::-1], scene.words)))
+    if len(scene.objects) == 2:
+      answers = judge.judge(clip, shapes.caption(shapes.Scene(scene.kind, scene.objects[::-1], scene.words)))
       assert answers["two colours"] and not answers[scene.kind], caption
 
 
@@ -136,6 +136,6 @@ def test_whole_subjects_are_in_view():
   assert sum(map(judge.in_view, clips)) >= 0.99 * len(clips)
   assert not judge.in_view(np.full_like(clips[0], 200))
   for clip in clips[:20]:
-    columns = judge.look(clip).things[0].mask_THW.any((0, 1)).nonzero()[0]
+    columns = judge.look(clip).objects[0].mask_THW.any((0, 1)).nonzero()[0]
     middle = (columns[0] + columns[-1]) // 2
     assert not judge.in_view(clip[:, :, :middle]) and not judge.in_view(clip[:, :, middle:])

@@ -86,7 +86,7 @@ def test_samples_that_cannot_be_used(tmp_path, mp4):
   items = {item.file.removeprefix("x.tar/"): item for item in source.items()}
   assert {name: item.caption for name, item in items.items()} == {
       "good.mp4": "good", "latin.mp4": "", "huge.mp4": "", "broken.mp4": "", "other.mp4": "", "deep.mp4": "", "noise.mp4": ""}
-  assert source.ignored == (("x.tar/two.mp4", "2 clips share the key 'two', such as 'two.left.png': none is taken"),)
+  assert source.ignored == (("x.tar/two.mp4", "2 clips share the key 'two', such as 'two.left.png': none is used"),)
   notes = {file.removeprefix("x.tar/"): note for file, note in source.notes}
   assert "not UTF-8" in notes["latin.mp4"] and "more than" in notes["huge.mp4"] and "broken.json is not JSON" in notes["broken.mp4"]
   assert "no caption" in notes["other.mp4"] and "deep.json is not JSON" in notes["deep.mp4"]
@@ -101,10 +101,10 @@ def test_shards_that_are_cut_or_damaged(tmp_path, mp4):
   members = [(f"{k}.{suffix}", content) for k in range(3) for suffix, content in (("txt", b"a caption"), ("mp4", movie))]
   whole = shard(tmp_path / "good.tar", members).read_bytes()
   block = 512 + 512 + 512 + -(-len(movie) // 512) * 512                       # of a sample
-  cases = {"body.tar": (whole[:block * 2 + 1024 + 700], 2, "is cut: of '2.mp4'"), "header.tar": (whole[:block * 2 + 100], 2, "damaged"),
+  cases = {"body.tar": (whole[:block * 2 + 1024 + 700], 2, "is truncated: of '2.mp4'"), "header.tar": (whole[:block * 2 + 100], 2, "damaged"),
            "between.tar": (whole[:block * 2], 2, "no end mark"), "flipped.tar": (whole[:block] + b"!" + whole[block + 1:], 1, "is damaged at byte"),
-           "none.tar": (b"no tar at all" * 100, 0, "is no tar file"), "empty.tar": (b"", 0, "is no tar file"),
-           "gz.tar": (b"\x1f\x8b" + whole[2:], 0, "is no tar file, or a compressed one")}
+           "none.tar": (b"no tar at all" * 100, 0, "is not a tar file"), "empty.tar": (b"", 0, "is not a tar file"),
+           "gz.tar": (b"\x1f\x8b" + whole[2:], 0, "is not a tar file, or a compressed one")}
   for name, (content, _, _) in cases.items():
     (tmp_path / name).write_bytes(content)
   source = open_source(tmp_path / "*.tar")

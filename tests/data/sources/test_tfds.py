@@ -144,7 +144,7 @@ def test_names_and_captions(files, tmp_path):
       ("a", "one"), ("b", ""), ("train/00000001", "two lines"), ("train/00000002", "")]
   assert [f"{file}: {note}" for file, note in source.notes] == [
       "b: its caption is not UTF-8: kept with an empty one",
-      "train/00000001: another example is a, too: this one goes by its position",
+      "train/00000001: another example is also named a: this one is named by its position",
       "train/00000002: no caption: kept with an empty one"]
 
 
