@@ -1,20 +1,20 @@
-"""Judges of videos of the embedded world, by image processing on decoded frames: no model, and no look at the prompt.
+"""Judges of videos of the embedded world: image processing on decoded frames, without a model or the prompt.
 
-`look` finds the coloured objects: by chroma (a pixel minus its grey) relative to the frame's border, so that slopes and
-tiles of the background, which are grey, drop out; each strong pixel votes for the nearest of the world's hues, and the
-pixels of a hue, in their largest connected piece, are a thing with a mask and a track. Each judge then answers one
-question with one of a fixed set of words, or None where it cannot tell:
+`detect` finds the coloured objects. Chroma (a pixel minus its grey) is taken relative to the frame's border, so that
+the gradients and tiles of the background, which are grey, cancel. Each strong pixel votes for the nearest of the world's
+hues; the largest connected piece of the pixels of a hue is an object with a mask and a track. Each judge then answers
+one question with one of a fixed set of words, or None if it cannot tell:
 
   colour     the hue with the most pixels
-  shape      the template, of equal area, that overlaps the thing best
-  direction  of the net way, which must be most of the whole way
+  shape      the template, of equal area, that overlaps the object best
+  direction  of the net displacement, which must be most of the path
   order      the directions of the two halves
   bounce     the axis of the larger range, if the track turns
-  camera     growth of the thing, else the flow of the floor
-  relation   the side of the second on which the first lies
-  behind     whether the first is hidden in the middle, and out on both sides
+  camera     growth of the object, else the flow of the floor
+  relation   the side of the second object on which the first lies
+  behind     whether the first object is hidden in the middle, and visible on both sides
 
-`judge` compares the answers with what the caption says; `chance` is the share that a blind guesser gets right.
+`judge` compares the answers with the caption; `chance` is the share that a blind guesser gets right.
 """
 
 import dataclasses
@@ -23,21 +23,24 @@ import numpy as np
 
 from data.sources.shapes import AXES, COLOURS, DIRECTIONS, RELATIONS, SHAPES, ZOOMS, distance, parse
 
-# One over the number of answers that the grammar allows: pairs of colours and of directions are of two different ones.
+# One over the number of answers that the grammar allows. Pairs of colours, and of directions, are always different.
 CHANCES = {
-    "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "direction": 1 / len(DIRECTIONS), "bounce": 1 / len(AXES),
-    "order": 1 / 12, "camera": 1 / (len(DIRECTIONS) + len(ZOOMS)), "relation": 1 / len(RELATIONS), "behind": 1 / 2,
-    "two colours": 1 / 15, "two shapes": 1 / 9,
-}
-STRONG = 0.30      # share of a colour's full chroma from which a pixel votes
-PRESENT = 0.02     # area of a thing in its best frame, in squares of the short side; the world's smallest has 0.043
-
-SOFT = 2.0         # pixels over which a template's edge fades, as those of a decoded video do
+  "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "direction": 1 / len(DIRECTIONS), "bounce": 1 / len(AXES),
+  "order": 1 / 12, "camera": 1 / (len(DIRECTIONS) + len(ZOOMS)), "relation": 1 / len(RELATIONS), "behind": 1 / 2,
+  "two colours": 1 / 15, "two shapes": 1 / 9,
+}  # fmt: skip
+QUESTIONS = {  # asked of a single object, besides colour and shape
+  "still": (), "moves": ("direction",), "bounces": ("bounce",), "order": ("order",), "pan": ("camera",),
+  "zoom": ("camera",),
+}  # fmt: skip
+STRONG = 0.30  # share of a colour's full chroma from which a pixel votes
+PRESENT = 0.02  # least area of an object in its best frame, in squares of the short side; the world's smallest has 0.043
+SOFT = 2.0  # pixels over which a template's edge fades, as edges of a decoded video do
 
 
 @dataclasses.dataclass(frozen=True)
-class Thing:
-  """What was seen of one colour. mask_THW: its largest piece; area_T: all its pixels; centre_T2: y, x, or NaN."""
+class Detection:
+  """An object of one colour. mask_THW: its largest piece; area_T: all its pixels; centre_T2: y, x, NaN if not visible."""
   colour: str
   mask_THW: np.ndarray
   area_T: np.ndarray
@@ -45,118 +48,125 @@ class Thing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-  """Things, the most visible first, and the pixels, float32 in [0, 1]."""
+class Detections:
+  """The objects, the most visible first, and the pixels, float32 in [0, 1]."""
   objects: tuple
   video_THWC: np.ndarray
 
   @property
   def short(self):
+    """The short side of a frame, in pixels."""
     return min(self.video_THWC.shape[1:3])
 
 
-def look(video_THWC) -> Seen:
+def detect(video_THWC) -> Detections:
   """Finds the objects in uint8 [T, H, W, 3] frames."""
   video = np.asarray(video_THWC, np.float32) / 255
   chroma = video - video.mean(-1, keepdims=True)
   border = np.concatenate([chroma[:, :2].reshape(-1, 3), chroma[:, -2:].reshape(-1, 3),
                            chroma[:, :, :2].reshape(-1, 3), chroma[:, :, -2:].reshape(-1, 3)])
   chroma = chroma - np.median(border, axis=0)
-  wanted = np.array(list(COLOURS.values()), np.float32) / 255
-  wanted = wanted - wanted.mean(-1, keepdims=True) - np.median(border, axis=0)
-  size = np.linalg.norm(wanted, axis=-1)
+  reference = np.array(list(COLOURS.values()), np.float32) / 255
+  reference = reference - reference.mean(-1, keepdims=True) - np.median(border, axis=0)
+  size = np.linalg.norm(reference, axis=-1)
   strong = (chroma ** 2).sum(-1) > (STRONG * size.min()) ** 2
-  along = chroma[strong] @ (wanted / size[:, None]).T               # [strong pixels, colours]
+  projection = chroma[strong] @ (reference / size[:, None]).T  # [strong pixels, colours]
   label = np.full(strong.shape, -1)
-  label[strong] = along.argmax(-1)
+  label[strong] = projection.argmax(-1)
   share = np.zeros(strong.shape, np.float32)
-  share[strong] = (along / size)[np.arange(len(along)), label[strong]]
+  share[strong] = (projection / size)[np.arange(len(projection)), label[strong]]
   objects = []
   for index, colour in enumerate(COLOURS):
     votes = (label == index) & (share > STRONG)
     if votes.sum((1, 2)).max() < PRESENT * min(video.shape[1:3]) ** 2:
       continue
-    full = np.quantile(share[votes], 0.8)       # the edge of a paler thing than ours is at half of its own chroma
+    full = np.quantile(share[votes], 0.8)  # the edge of an object that is paler than ours is at half its own chroma
     mask = votes & (share > 0.5 * full)
     area = mask.sum((1, 2))
     if area.max() >= PRESENT * min(video.shape[1:3]) ** 2:
       piece = _largest_piece(mask)
-      objects.append(Thing(colour, piece, area, _centres(piece)))
-  return Seen(tuple(sorted(objects, key=lambda thing: -thing.area_T.sum())), video)
+      objects.append(Detection(colour, piece, area, _centres(piece)))
+  return Detections(tuple(sorted(objects, key=lambda detection: -detection.area_T.sum())), video)
 
 
 def _largest_piece(mask_THW):
-  """Of each frame, the largest 4-connected piece. Every pixel takes the largest number in reach, until none changes."""
+  """The largest 4-connected piece of each frame. Every pixel takes the largest number in reach, until none changes."""
   number = np.where(mask_THW, np.arange(1, mask_THW[0].size + 1).reshape(mask_THW.shape[1:]), 0)
   while True:
-    grown = _spread(_spread(number).swapaxes(1, 2)).swapaxes(1, 2)     # along the rows, then along the columns
-    if np.array_equal(grown, number):
+    by_rows = _spread_largest(number)
+    by_columns = _spread_largest(by_rows.swapaxes(1, 2)).swapaxes(1, 2)
+    if np.array_equal(by_columns, number):
       break
-    number = grown
+    number = by_columns
   best = [np.bincount(frame.ravel(), minlength=2)[1:].argmax() + 1 for frame in number]
   return (number == np.array(best)[:, None, None]) & mask_THW
 
 
-def _spread(number_THW):
-  """Each run of nonzero numbers along the last axis takes its largest."""
-  line = np.pad(number_THW, ((0, 0), (0, 0), (0, 1))).ravel()           # a zero ends each row
+def _spread_largest(number_THW):
+  """Sets each run of nonzero numbers along the last axis to the largest of them."""
+  line = np.pad(number_THW, ((0, 0), (0, 0), (0, 1))).ravel()  # a zero ends each row
   starts = np.append(0, np.flatnonzero(np.diff(line > 0)) + 1)
   lengths = np.diff(starts, append=len(line))
-  most = np.repeat(np.maximum.reduceat(line, starts), lengths)
-  return most.reshape(*number_THW.shape[:2], -1)[..., :-1]
+  largest = np.repeat(np.maximum.reduceat(line, starts), lengths)
+  return largest.reshape(*number_THW.shape[:2], -1)[..., :-1]
 
 
 def _centres(mask_THW):
+  """The centre of each frame's mask, [T, 2] as y, x; NaN for an empty one."""
   t, h, w = mask_THW.shape
   area = mask_THW.sum((1, 2))
   total = np.stack([mask_THW.sum(2) @ (np.arange(h) + 0.5), mask_THW.sum(1) @ (np.arange(w) + 0.5)], axis=1)
   return np.where(area[:, None] > 0, total / np.maximum(area, 1)[:, None], np.nan)
 
 
-# --- the judges: Seen -> a word, or None
+# --- the judges: detections -> a word, or None
+
 
 def _moments(shape, n=200):
+  """Area of a shape, and height of its centre, at diameter 1."""
   grid = (np.arange(4 * n) + 0.5) / n - 2
   inside = distance(shape, grid[:, None], grid[None], 1.0) < 0
-  return inside.mean() * 16, (inside.sum(1) @ grid) / inside.sum()     # area and height of the centre, at diameter 1
+  return inside.mean() * 16, (inside.sum(1) @ grid) / inside.sum()
 
 
 _MOMENTS = {shape: _moments(shape) for shape in SHAPES}
 
 
-def shape_of(thing: Thing, seen: Seen) -> str:
-  """The shape whose template, of the thing's own area and centre, overlaps it best; a mean over 6 unhidden frames.
+def shape_of(detection: Detection, detections: Detections) -> str:
+  """The shape whose template, of the object's own area and centre, overlaps it best; a mean over 6 unhidden frames.
 
   Overlap: sum of the lesser / sum of the greater of the two coverages, pixel by pixel.
   """
-  frames = np.flatnonzero(thing.area_T >= 0.85 * thing.area_T.max())
+  frames = np.flatnonzero(detection.area_T >= 0.85 * detection.area_T.max())
   frames = frames[np.unique(np.linspace(0, len(frames) - 1, 6).astype(int))]
-  others = np.zeros_like(thing.mask_THW)
-  for other in seen.objects:
-    if other is not thing:
-      others |= other.mask_THW
-  covers = _coverage(thing.mask_THW[frames], others[frames], seen.video_THWC[frames])
+  other_objects = np.zeros_like(detection.mask_THW)
+  for other in detections.objects:
+    if other is not detection:
+      other_objects |= other.mask_THW
+  covers = _coverage(detection.mask_THW[frames], other_objects[frames], detections.video_THWC[frames])
   y, x = (np.arange(n, dtype=float) + 0.5 for n in covers.shape[1:])
   scores = dict.fromkeys(SHAPES, 0.0)
   for cover, centre in zip(covers, _centres(covers), strict=True):
     for shape, (area, middle) in _MOMENTS.items():
       diameter = np.sqrt(cover.sum() / area)
       top = centre[0] - middle * diameter
-      away = distance(shape, (y - top)[:, None], (x - centre[1])[None], diameter)
-      template = np.clip(0.5 - away / SOFT, 0, 1)
+      signed_distance = distance(shape, (y - top)[:, None], (x - centre[1])[None], diameter)
+      template = np.clip(0.5 - signed_distance / SOFT, 0, 1)
       scores[shape] += np.minimum(cover, template).sum() / np.maximum(cover, template).sum()
   return max(scores, key=scores.get)
 
 
-def _coverage(masks_NHW, others_NHW, frames_NHWC):
-  """How much of each pixel near the mask the thing covers, by all of its colour, as yuv420 halves that of chroma:
+def _coverage(masks_NHW, other_masks_NHW, frames_NHWC):
+  """How much of each pixel near the mask the object covers, float32 [N, H, W].
 
-  where the pixel lies on the line from the median colour of a ring around the thing (0) to that of the thing (1).
+  The position of the pixel on the line from the median colour of a ring around the object (0) to that of the object
+  (1). All of the colour is used, because yuv420 halves the resolution of chroma.
   """
   near = _grow(masks_NHW, 2)
-  rings = _grow(masks_NHW, 4) & ~near & ~_grow(others_NHW, 1)
+  rings = _grow(masks_NHW, 4) & ~near & ~_grow(other_masks_NHW, 1)
   covers = masks_NHW.astype(np.float32)
-  for cover, mask, ring, frame, edge in zip(covers, masks_NHW, rings, frames_NHWC, near & ~others_NHW, strict=True):
+  edges = near & ~other_masks_NHW
+  for cover, mask, ring, frame, edge in zip(covers, masks_NHW, rings, frames_NHWC, edges, strict=True):
     if ring.sum() >= 8:
       outside = np.median(frame[ring], axis=0)
       line = np.median(frame[mask], axis=0) - outside
@@ -165,20 +175,21 @@ def _coverage(masks_NHW, others_NHW, frames_NHWC):
 
 
 def _word(way, table):
-  """The word whose (y, x) unit vector is nearest; None where neither axis is twice the other."""
+  """The word whose (y, x) unit vector is nearest; None if neither axis is twice the other."""
   y, x = np.abs(way)
   if max(y, x) < 2 * min(y, x) or max(y, x) == 0:
     return None
   return max(table, key=lambda word: np.dot(table[word], way))
 
 
-def _seen(centre_T2):
+def _visible(centre_T2):
+  """The centres of the frames in which the object is visible."""
   return centre_T2[~np.isnan(centre_T2[:, 0])]
 
 
 def direction(centre_T2, short) -> str | None:
-  """Of the way from first frames to last: at least an eighth of the short side, and 0.7 of the track's range."""
-  track = _seen(centre_T2)
+  """Direction from the first frames to the last. None below an eighth of the short side or 0.7 of the track's range."""
+  track = _visible(centre_T2)
   if len(track) < 3:
     return None
   ends = max(1, len(track) // 8)
@@ -190,8 +201,8 @@ def direction(centre_T2, short) -> str | None:
 
 
 def bounce(centre_T2, short) -> str | None:
-  """Axis of a track that turns: it goes back by 0.4 of its range, which is at least an eighth of the short side."""
-  track = _seen(centre_T2)
+  """Axis of a track that turns: it goes back by 0.4 of its range, which must be an eighth of the short side or more."""
+  track = _visible(centre_T2)
   if len(track) < 4:
     return None
   span = np.ptp(track, axis=0)
@@ -200,56 +211,74 @@ def bounce(centre_T2, short) -> str | None:
     return None
   line = track[:, axis]
   back = 0.4 * span[axis]
-  up = any(line[:i].max() - line[i] >= back and line[:i].max() - line[0] >= back for i in range(2, len(line)))
-  down = any(line[i] - line[:i].min() >= back and line[0] - line[:i].min() >= back for i in range(2, len(line)))
-  return (tuple(AXES)[axis == 1]) if up or down else None
+  if not _turns_back(line, back) and not _turns_back(-line, back):
+    return None
+  return "left and right" if axis == 1 else "up and down"
+
+
+def _turns_back(line, least):
+  """Whether a track along an axis rises by `least` and then falls by `least`."""
+  for i in range(2, len(line)):
+    peak = line[:i].max()
+    if peak - line[i] >= least and peak - line[0] >= least:
+      return True
+  return False
 
 
 def order(centre_T2, short) -> tuple:
+  """The directions of the two halves of a track."""
   middle = len(centre_T2) // 2
   return direction(centre_T2[:middle + 1], short), direction(centre_T2[middle:], short)
 
 
-def relation(first: Thing, second: Thing) -> str | None:
-  """Where the first is, seen from the second, on the mean of the frames that show both."""
+def relation(first: Detection, second: Detection) -> str | None:
+  """Position of the first relative to the second, as a mean over the frames that show both."""
   return _word(np.nan_to_num(np.nanmean(first.centre_T2 - second.centre_T2, axis=0)), RELATIONS)
 
 
-def behind(first: Thing, second: Thing) -> bool:
-  """Whether the first passes behind: seen on both sides of the second, between them hidden, while the second is not."""
+def behind(first: Detection, second: Detection) -> bool:
+  """Whether the first passes behind: visible on both sides of the second, hidden in between, while the second is not."""
   both = np.flatnonzero(~np.isnan(first.centre_T2[:, 0]) & ~np.isnan(second.centre_T2[:, 0]))
   if len(both) < 3:
     return False
-  way = first.centre_T2[both[[0, -1]]] - second.centre_T2[both[[0, -1]]]
-  axis = int(np.abs(way[1] - way[0]).argmax())
-  third = max(1, len(first.area_T) // 5)
-  hidden = [thing.area_T[third:-third].min() / max(thing.area_T[0], thing.area_T[-1], 1) for thing in (first, second)]
-  return bool(way[0, axis] * way[1, axis] < 0 and hidden[0] < 0.75 and hidden[0] + 0.15 < hidden[1] > 0.7)
+  ends = both[[0, -1]]
+  offset = first.centre_T2[ends] - second.centre_T2[ends]
+  axis = int(np.abs(offset[1] - offset[0]).argmax())
+  crosses = offset[0, axis] * offset[1, axis] < 0
+  first_share, second_share = _least_visible(first), _least_visible(second)
+  first_is_hidden = first_share < 0.75 and first_share + 0.15 < second_share
+  return bool(crosses and first_is_hidden and second_share > 0.7)
 
 
-def camera(seen: Seen) -> str | None:
-  """Zoom, where the main thing grows or shrinks by a third across; else whence the floor flows."""
-  if not seen.objects or len(seen.video_THWC) < 3:
+def _least_visible(detection):
+  """The least area in the middle of the clip, relative to that at its ends."""
+  margin = max(1, len(detection.area_T) // 5)
+  return detection.area_T[margin:-margin].min() / max(detection.area_T[0], detection.area_T[-1], 1)
+
+
+def camera(detections: Detections) -> str | None:
+  """Zoom, if the width of the main object grows or shrinks by a third; else the direction the floor comes from."""
+  if not detections.objects or len(detections.video_THWC) < 3:
     return None
-  across = np.sqrt(seen.objects[0].area_T)
-  ends = max(1, len(across) // 8)
-  growth = across[-ends:].mean() / max(across[:ends].mean(), 1e-6)
+  width = np.sqrt(detections.objects[0].area_T)
+  ends = max(1, len(width) // 8)
+  growth = width[-ends:].mean() / max(width[:ends].mean(), 1e-6)
   if max(growth, 1 / max(growth, 1e-6)) > 4 / 3:
     return "in on" if growth > 1 else "out from"
-  flow = _flow(seen)
-  if np.abs(flow).max() < seen.short / 8:
+  flow = _flow(detections)
+  if np.abs(flow).max() < detections.short / 8:
     return None
   return _word(-flow, DIRECTIONS)
 
 
-def _flow(seen, reach=12):
-  """The floor's whole way in pixels (y, x): at each step, the shift along an axis that leaves the least variance."""
-  grey_THW = seen.video_THWC.mean(-1)
+def _flow(detections, reach=12):
+  """Displacement of the floor in pixels (y, x): the sum of each step's shift along an axis of the least variance."""
+  grey_THW = detections.video_THWC.mean(-1)
   t = len(grey_THW)
-  step = max(1, (t - 1) // 8)                       # a pan of 17 frames is looked at in every other one
+  step = max(1, (t - 1) // 8)  # of 17 frames, every other one is used
   hidden = np.zeros(grey_THW.shape, bool)
-  for thing in seen.objects:
-    hidden |= _grow(thing.mask_THW, 2)
+  for detection in detections.objects:
+    hidden |= _grow(detection.mask_THW, 2)
   shifts = [(s, 0) for s in range(-reach, reach + 1)] + [(0, s) for s in range(-reach, reach + 1) if s]
   total = np.zeros(2)
   for i in range(0, t - step, step):
@@ -258,8 +287,8 @@ def _flow(seen, reach=12):
       now = (slice(max(-y, 0), min(-y, 0) or None), slice(max(-x, 0), min(-x, 0) or None))
       later = (slice(max(y, 0), min(y, 0) or None), slice(max(x, 0), min(x, 0) or None))
       clear = ~(hidden[i][now] | hidden[i + step][later])
-      gap = (grey_THW[i + step][later] - grey_THW[i][now])[clear]
-      errors.append(np.var(gap) if gap.size else np.inf)
+      difference = (grey_THW[i + step][later] - grey_THW[i][now])[clear]
+      errors.append(np.var(difference) if difference.size else np.inf)
     total += shifts[int(np.argmin(errors))]
   return total
 
@@ -272,68 +301,69 @@ def _grow(mask_THW, by):
   return np.logical_or.reduce([tall[:, :, x:x + w] for x in range(2 * by + 1)])
 
 
-# --- answers against the caption
+# --- comparison with the caption
+
 
 def judge(video_THWC, caption: str) -> dict[str, bool]:
-  """Score name -> whether the video, uint8 [T, H, W, 3], shows it. ValueError for a caption that is not of this world.
+  """Score name -> whether the video, uint8 [T, H, W, 3], shows it. ValueError for a caption that is not of the grammar.
 
   The kind of the caption decides which questions are asked, never what the answers are.
   """
   scene = parse(caption)
   if scene is None:
     raise ValueError(f"judge: {caption!r} is not a sentence of the world of shapes")
-  seen = look(video_THWC)
+  detections = detect(video_THWC)
   if len(scene.objects) == 2:
-    return _judge_two(scene, seen)
-  (colour, shape), = scene.objects
-  if not seen.objects:
-    return dict.fromkeys(_questions(scene), False)
-  thing = seen.objects[0]
+    return _judge_two(scene, detections)
+  ((colour, shape),) = scene.objects
+  questions = ("colour", "shape", *QUESTIONS[scene.kind])
+  if not detections.objects:
+    return dict.fromkeys(questions, False)
+  main = detections.objects[0]
   answers = {
-      "colour": lambda: thing.colour == colour,
-      "shape": lambda: shape_of(thing, seen) == shape,
-      "direction": lambda: direction(thing.centre_T2, seen.short) == scene.words[0],
-      "bounce": lambda: bounce(thing.centre_T2, seen.short) == scene.words[0],
-      "order": lambda: order(thing.centre_T2, seen.short) == scene.words,
-      "camera": lambda: camera(seen) == scene.words[0],
+      "colour": lambda: main.colour == colour,
+      "shape": lambda: shape_of(main, detections) == shape,
+      "direction": lambda: direction(main.centre_T2, detections.short) == scene.words[0],
+      "bounce": lambda: bounce(main.centre_T2, detections.short) == scene.words[0],
+      "order": lambda: order(main.centre_T2, detections.short) == scene.words,
+      "camera": lambda: camera(detections) == scene.words[0],
   }
-  return {name: bool(answers[name]()) for name in _questions(scene)}
+  return {name: bool(answers[name]()) for name in questions}
+
+
+def _judge_two(scene, detections):
+  by_colour = {detection.colour: detection for detection in detections.objects[:2]}
+  (first_colour, first_shape), (second_colour, second_shape) = scene.objects
+  colours_match = set(by_colour) == {first_colour, second_colour}
+  results = {"two colours": colours_match, "two shapes": False, scene.kind: False}
+  if colours_match:
+    first, second = by_colour[first_colour], by_colour[second_colour]
+    shapes = (shape_of(first, detections), shape_of(second, detections))
+    results["two shapes"] = shapes == (first_shape, second_shape)
+    if scene.kind == "behind":
+      results[scene.kind] = behind(first, second)
+    else:
+      results[scene.kind] = relation(first, second) == scene.words[0]
+  return results
 
 
 def in_view(video_THWC) -> bool:
-  """Whether a thing is seen in every frame, uint8 [T, H, W, 3], and never touches its edges."""
-  seen = look(video_THWC)
-  if not seen.objects:
+  """Whether an object is visible in every frame, uint8 [T, H, W, 3], and never touches the frame's edges."""
+  detections = detect(video_THWC)
+  if not detections.objects:
     return False
-  mask = seen.objects[0].mask_THW
+  mask = detections.objects[0].mask_THW
   edges = (mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1])
   return bool(mask.any((1, 2)).all() and not any(edge.any() for edge in edges))
 
 
-def _questions(scene):
-  last = {"moves": ["direction"], "bounces": ["bounce"], "order": ["order"], "pan": ["camera"], "zoom": ["camera"]}
-  return ["colour", "shape"] + last.get(scene.kind, [])
-
-
-def _judge_two(scene, seen):
-  by_colour = {thing.colour: thing for thing in seen.objects[:2]}
-  (first, first_shape), (second, second_shape) = scene.objects
-  found = set(by_colour) == {first, second}
-  results = {"two colours": found, "two shapes": False, scene.kind: False}
-  if found:
-    one, other = by_colour[first], by_colour[second]
-    results["two shapes"] = (shape_of(one, seen), shape_of(other, seen)) == (first_shape, second_shape)
-    results[scene.kind] = behind(one, other) if scene.kind == "behind" else relation(one, other) == scene.words[0]
-  return results
-
-
 def chance(name: str) -> float:
-  """The share of right answers of a guesser who knows the grammar and nothing else."""
+  """The share of right answers of a guesser who knows only the grammar."""
   return CHANCES[name]
 
 
 def summary(results) -> dict[str, dict]:
-  """Many `judge` answers -> {score: {"right", "of", "share", "chance"}}, in the order of CHANCES."""
+  """Results of many calls of `judge` -> {score: {"right", "of", "share", "chance"}}, in the order of CHANCES."""
   table = {}
   for name in CHANCES:
     answers = [result[name] for result in results if name in result]

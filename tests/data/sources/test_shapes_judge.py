@@ -136,6 +136,6 @@ def test_whole_subjects_are_in_view():
   assert sum(map(judge.in_view, clips)) >= 0.99 * len(clips)
   assert not judge.in_view(np.full_like(clips[0], 200))
   for clip in clips[:20]:
-    columns = judge.look(clip).objects[0].mask_THW.any((0, 1)).nonzero()[0]
+    columns = judge.detect(clip).objects[0].mask_THW.any((0, 1)).nonzero()[0]
     middle = (columns[0] + columns[-1]) // 2
     assert not judge.in_view(clip[:, :, :middle]) and not judge.in_view(clip[:, :, middle:])
