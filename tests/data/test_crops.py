@@ -1,4 +1,4 @@
-"""Laws of the crops: a function of the step number; every file in turn; few readings; bounded memory."""
+"""Laws of the crops: a function of the step number; every file is used; few readings; bounded memory."""
 
 import collections
 import dataclasses
@@ -14,8 +14,11 @@ from sora_jax.errors import BadInput
 
 @dataclasses.dataclass
 class Source:
-  """Files of pieces of given lengths whose pixels tell (file, frame within the file, place): red, green, blue."""
-  files: list           # one a file: lengths of its pieces; a string instead of a length: a BadClip with that reason
+  """Files of pieces of given lengths. A pixel holds (file, frame within the file, position) as red, green, blue.
+
+  files: for each file, the lengths of its pieces; a string instead of a length raises BadClip with that reason.
+  """
+  files: list
   size: tuple = (12, 16)
   name: str = "test"
 
@@ -49,7 +52,7 @@ def steps(source, count, **options):
 
 
 def test_batches_are_a_function_of_seed_and_step():
-  """From any step on, with any threads, the same batches; another seed, others."""
+  """The same batches from any step on and with any number of threads; another seed gives other batches."""
   source = Source([[9], [1], [17, 9], [5]] * 5)
   whole = steps(source, 12)
   assert whole[0]["clips"].shape == (3, 5, 8, 8, 3) and whole[0]["images"].shape == (2, 1, 8, 8, 3)
@@ -70,22 +73,22 @@ def test_a_crop_is_a_piece_of_one_clip():
     crop = stream[j].astype(int)
     file, frames, corner = crop[0, 0, 0, 0], crop[:, 0, 0, 1], crop[0, 0, 0, 2]
     assert (crop[..., 0] == file).all() and (np.diff(frames) == 1).all()
-    assert file != 0 or not (frames[0] < 9 <= frames[-1])                      # never across a cut
+    assert file != 0 or not (frames[0] < 9 <= frames[-1])  # never across a cut
     np.testing.assert_array_equal(crop[0, ..., 2], corner + np.arange(8)[:, None] * 16 + np.arange(8))
 
 
-def test_times_and_places_are_uniform():
-  stream = make_stream(Source([[9, 13]], size=(8, 10)), size=(5, 8, 8))       # 5 + 9 times, 1 x 3 places
+def test_times_and_positions_are_uniform():
+  stream = make_stream(Source([[9, 13]], size=(8, 10)), size=(5, 8, 8))  # 5 + 9 times, 1 x 3 positions
   crops = np.array([stream[j][0, 0, 0] for j in range(2800)])
-  times, places = np.unique(crops[:, 1], return_counts=True), np.unique(crops[:, 2], return_counts=True)
+  times, positions = np.unique(crops[:, 1], return_counts=True), np.unique(crops[:, 2], return_counts=True)
   np.testing.assert_array_equal(times[0], [*range(5), *range(9, 18)])
   np.testing.assert_allclose(times[1], 200, atol=60)
-  np.testing.assert_array_equal(places[0], range(3))
-  np.testing.assert_allclose(places[1], 933, atol=120)
+  np.testing.assert_array_equal(positions[0], range(3))
+  np.testing.assert_allclose(positions[1], 933, atol=120)
 
 
-def test_every_file_has_its_turn():
-  """In an epoch of readings each file gives equally many crops; a step mixes many files."""
+def test_every_file_is_used_equally():
+  """In an epoch of readings each file gives the same number of crops; a step mixes many files."""
   source = Source([[7]] * 200)
   stream = make_stream(source)
   files = np.array([stream[j][0, 0, 0, 0] for j in range(64 * 40)])
@@ -93,7 +96,7 @@ def test_every_file_has_its_turn():
   counts = np.bincount(files, minlength=200)
   assert counts.max() - counts.min() <= 2 * 4 and counts.mean() == 12.8
   assert len(np.unique(files[:16])) >= 14
-  assert sum(source.readings.values()) <= 64 * 40 / 4 + 64                     # 4 crops a reading
+  assert sum(source.readings.values()) <= 64 * 40 / 4 + 64  # 4 crops a reading
 
 
 def test_few_files_are_read_seldom_and_memory_is_bounded():
@@ -110,13 +113,16 @@ def test_few_files_are_read_seldom_and_memory_is_bounded():
   assert small.lanes == 1 and small[0].shape == (5, 8, 8, 3)
 
 
-def test_bad_and_short_files_are_passed_over():
-  """Bad ones are named once; what was read before the damage serves; short ones serve as images."""
+def test_bad_and_short_files_are_skipped():
+  """Bad files are named once, and what was read before the damage is used. Short files give images."""
   lines = []
   source = Source([[9], ["not a video"], [9, "truncated"], [1]])
   stream = Crops(source, seed=0, clips=6, images=6, frames=5, size=(8, 8), on_bad=lines.append)
   batches = list(itertools.islice(stream, 40))
-  red = lambda name: set(np.concatenate([np.rint((b[name][:, 0, 0, 0, 0] + 1) * 127.5) for b in batches]))  # noqa: E731
+
+  def red(name):
+    return set(np.concatenate([np.rint((batch[name][:, 0, 0, 0, 0] + 1) * 127.5) for batch in batches]))
+
   assert red("clips") == {0, 2} and red("images") == {0, 2, 3}
   assert sorted(lines) == ["001: not a video", "002: truncated"] and sorted(stream.bad) == ["001", "002"]
   assert stream.short == {"003": 1}

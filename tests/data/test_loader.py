@@ -1,4 +1,4 @@
-"""Laws of the pipeline: batches are a function of (index, seed, cursor), whatever the hosts, threads or damage."""
+"""Laws of the pipeline: batches are a function of (index, seed, cursor), for any hosts, threads or damage."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ SHAPE = RowShape(length=40, clips=6, text=48)
 
 
 def make_record(i, embedded=False, conditions=False):
-  """Latents that tell the record and the place: i + t / 10 + y / 100, which bfloat16 rounds."""
+  """Latents that encode the record and the position: i + t / 10 + y / 100, which bfloat16 rounds."""
   t, h, w = (1, 2, 3)[i % 3], (2, 3)[i % 2], (2, 3, 4)[i // 3 % 3]
   latents = i + np.arange(t).reshape(-1, 1, 1, 1) / 10 + np.arange(h).reshape(-1, 1, 1) / 100
   latents = np.broadcast_to(latents, (t, h, w, CHANNELS))
@@ -61,28 +61,29 @@ def assert_same(a, b):
 
 
 def clips(batch):
-  """Each clip of a batch: (uid, epoch) -> its arrays, wherever it stands."""
-  found = {}
+  """{(uid, epoch): arrays} of the clips of a batch, whatever their positions."""
+  by_key = {}
   for b, g in np.argwhere(batch.size_BG3[..., 0] > 0):
-    mine, span = batch.segment_BL[b] == g + 1, batch.prompt_BL[b][batch.segment_BL[b] == g + 1]
+    mine = batch.segment_BL[b] == g + 1
+    span = batch.prompt_BL[b][mine]
     uid = int(batch.uid_BG2[b, g, 0]) << 32 | int(batch.uid_BG2[b, g, 1])
-    found[uid, int(batch.epoch_BG[b, g])] = {
+    by_key[uid, int(batch.epoch_BG[b, g])] = {
         "tokens": batch.tokens_BLP[b, mine], "coords": batch.coords_BL3[b, mine], "given": batch.given_BL[b, mine],
         "text": (batch.text_BS if batch.text_BSE is None else batch.text_BSE)[b, batch.prompt_BS[b] == span[0]],
         "size": tuple(batch.size_BG3[b, g]), "fps": batch.fps_BG[b, g], "source": batch.source_BG[b, g]}
-  return found
+  return by_key
 
 
 def test_an_epoch_holds_every_record_as_it_was_written(index):
-  found = {}
+  by_key = {}
   for batch, _ in batches(index, make_plan(index), seed=3, caption_dropout=0, epochs=2):
     assert batch.tokens_BLP.shape == (6, 40, CHANNELS) and batch.tokens_BLP.dtype == np.float32
     new = clips(batch)
-    assert not new.keys() & found.keys()
-    found |= new
+    assert not new.keys() & by_key.keys()
+    by_key |= new
   records = {record.uid: record for record in map(make_record, range(COUNT))}
-  assert found.keys() == set(itertools.product(records, range(2)))
-  for (uid, _), clip in found.items():
+  assert by_key.keys() == set(itertools.product(records, range(2)))
+  for (uid, _), clip in by_key.items():
     record = records[uid]
     np.testing.assert_allclose(unpatchify(clip["tokens"], clip["size"], (1, 1, 1)), record.latents_THWC, rtol=2**-8)
     np.testing.assert_array_equal(clip["text"], record.text_ids_S)
@@ -92,7 +93,7 @@ def test_an_epoch_holds_every_record_as_it_was_written(index):
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 6])
 def test_hosts_have_slices_of_the_same_batches(index, hosts):
-  """And go on from a cursor of another number of hosts with the very next batch."""
+  """They also resume, with the next batch, from a cursor of another number of hosts."""
   whole = take(12, index, image_to_video=0.4)
   cursor = Cursor.from_json(whole[4][1].to_json())
   parts = [take(7, index, cursor=cursor, host=h, hosts=hosts, image_to_video=0.4, threads=1 + h) for h in range(hosts)]
@@ -104,12 +105,17 @@ def test_hosts_have_slices_of_the_same_batches(index, hosts):
     take(1, index, hosts=4)
 
 
-def test_chance_depends_on_neither_neighbours_nor_rows(index):
-  """The same clip in the same epoch has its caption and mask in any plan; another epoch or seed draws again."""
-  draw = lambda seed, rows: {  # noqa: E731
-      key: (tuple(clip["text"]), clip["given"].any()) for batch, _ in batches(
-          index, make_plan(index, rows, seed=rows), seed=seed, caption_dropout=0.3, image_to_video=0.5, epochs=8)
-      for key, clip in clips(batch).items()}
+def test_draws_depend_on_neither_neighbours_nor_rows(index):
+  """A clip has the same caption and mask in an epoch in any plan; another epoch or seed draws again."""
+
+  def draw(seed, rows):
+    texts_and_given = {}
+    plan = make_plan(index, rows, seed=rows)
+    for batch, _ in batches(index, plan, seed=seed, caption_dropout=0.3, image_to_video=0.5, epochs=8):
+      for key, clip in clips(batch).items():
+        texts_and_given[key] = tuple(clip["text"]), clip["given"].any()
+    return texts_and_given
+
   drawn = draw(3, 6)
   assert len(drawn) == 8 * COUNT and drawn == draw(3, 4) and drawn != draw(4, 6)
   dropped = np.array([text == (1,) for text, _ in drawn.values()])
@@ -123,7 +129,7 @@ def test_chance_depends_on_neither_neighbours_nor_rows(index):
   assert abs(np.corrcoef(dropped[[uid in several for uid, _ in drawn]], given)[0, 1]) < 0.2
 
 
-def test_chance_is_uniform():
+def test_draws_are_uniform():
   u = draw_uniform(0, CAPTION, np.arange(20_000, dtype=np.uint64), np.zeros(20_000, np.int64))
   np.testing.assert_allclose(np.histogram(u, 10, (0, 1))[0], 2000, atol=200)
 
@@ -135,7 +141,7 @@ def test_the_first_latent_frame_is_given_whole(index):
 
 
 def test_time_scale(index):
-  """With base_fps, t counts frames of that rate: a clip of 24 a second moves on by a third for each of its own."""
+  """With base_fps=8, t counts frames of that rate: a frame of a clip of 24 a second adds a third."""
   for (plain, _), (scaled, _) in zip(take(3, index), take(3, index, base_fps=8.0), strict=True):
     plain, scaled = clips(plain), clips(scaled)
     for key, clip in scaled.items():
@@ -144,7 +150,7 @@ def test_time_scale(index):
 
 
 def test_embeddings_and_their_padding(tmp_path, index):
-  """Texts of embeddings; those shorter than text_pad have a zero after them, which the plan counts."""
+  """Texts are embeddings. Those shorter than text_pad are followed by a zero, which the plan counts."""
   embedded = write(tmp_path, embedded=True)
   (batch, _), = take(1, embedded, embedded=True, caption_dropout=0)
   assert batch.text_BS is None and batch.text_BSE.shape == (6, 48, 5)
@@ -158,7 +164,7 @@ def test_embeddings_and_their_padding(tmp_path, index):
 
 
 def test_channels_of_an_image(tmp_path, index):
-  """Records of a model that takes its image as channels: four that say which frames are given, then the latents; zeros in padding."""
+  """For a model that takes its image as channels: four that mark given frames, then the latents; zeros in padding."""
   (batch, _), = take(1, write(tmp_path, conditions=True), cond_channels=4 + CHANNELS)
   real = batch.segment_BL > 0
   assert batch.cond_BLQ.shape == (*real.shape, 4 + CHANNELS) and not batch.cond_BLQ[~real].any() and not batch.given_BL.any()
@@ -181,7 +187,7 @@ def damage(directory, names):
 
 
 def test_damaged_records_are_named_and_become_padding(tmp_path):
-  """Their neighbours stay as they were; the next epoch does not count them again; one too many stops the run."""
+  """Their neighbours do not change; the next epoch does not count them again; one too many stops the run."""
   good = write(tmp_path)
   before = [clips(batch) for batch, _ in batches(good, make_plan(good), seed=3, epochs=2)]
   index, lines = damage(tmp_path, ["007.mp4", "031.mp4"]), []
@@ -199,7 +205,7 @@ def test_damaged_records_are_named_and_become_padding(tmp_path):
 
 
 def test_a_host_without_clips_has_empty_rows(index):
-  """At the end of the last epoch: the batch of such a host is of the usual shape, and all padding."""
+  """At the end of the last epoch, the batch of such a host has the usual shape and is all padding."""
   last = [list(batches(index, make_plan(index), seed=3, epochs=1, host=h, hosts=6))[-1][0] for h in range(6)]
   empty = [batch for batch in last if not batch.segment_BL.any()]
   assert empty and len(empty) < 6
@@ -215,10 +221,10 @@ def test_an_error_of_the_plan_comes_through_the_threads(index):
 
 
 def test_a_mixture_of_directories(tmp_path, index):
-  """Clips of both as they were written, by their shares, sources told apart; hosts have slices of it, and resume."""
+  """Clips of both are as written, in their shares, with their own sources; hosts have slices of it, and resume."""
   mixture = Mixture([index, write(tmp_path, source="film")])
-  plan = lambda rows=6: Plan(mixture.rows, rows_per_step=rows, shape=SHAPE, patch=(1, 1, 1), seed=3, window_clips=100, weights=(1, 3))  # noqa: E731
-  steps = take(12, mixture, plan(), caption_dropout=0)
+  plan = make_plan(mixture, weights=(1, 3))
+  steps = take(12, mixture, plan, caption_dropout=0)
   sources = np.concatenate([batch.source_BG[batch.size_BG3[..., 0] > 0] for batch, _ in steps])
   assert mixture.header["sources"] == ["ours", "theirs", "film"] and set(sources) == {0, 1, 2}
   assert 0.65 < (sources == 2).mean() < 0.85
@@ -227,15 +233,15 @@ def test_a_mixture_of_directories(tmp_path, index):
     for (uid, _), clip in clips(batch).items():
       np.testing.assert_allclose(unpatchify(clip["tokens"], clip["size"], (1, 1, 1)), records[uid].latents_THWC, rtol=2**-8)
   for host in range(2):
-    for (batch, cursor), (whole, after) in zip(take(4, mixture, plan(), cursor=steps[3][1], host=host, hosts=2, caption_dropout=0), steps[4:8],
-                                               strict=True):
+    resumed = take(4, mixture, plan, cursor=steps[3][1], host=host, hosts=2, caption_dropout=0)
+    for (batch, cursor), (whole, after) in zip(resumed, steps[4:8], strict=True):
       assert cursor == after
       for name, array in arrays(whole).items():
         np.testing.assert_array_equal(arrays(batch)[name], array[3 * host:3 * host + 3], name)
 
 
 def test_an_index_of_other_records_stops_the_run(tmp_path):
-  """Every record is whole, but another: nothing is passed over as damaged."""
+  """The records are not damaged, but they are not those of the index: none is skipped."""
   write(tmp_path / "a")
   write(tmp_path / "b", start=1.0)
   (shard,) = (path.name for path in (tmp_path / "a").glob("*.array_record"))

@@ -1,4 +1,4 @@
-"""Laws of the plan: every clip once an epoch, within budgets, the same from any cursor on."""
+"""Laws of the plan: every clip once an epoch, within budgets, the same from any cursor."""
 
 import itertools
 import json
@@ -48,7 +48,7 @@ indexes = st.lists(st.tuples(st.integers(1, 5), sides, sides, st.integers(0, 20)
        epochs=st.integers(1, 3))
 @settings(max_examples=60, deadline=None)
 def test_every_clip_exactly_once_an_epoch(sizes, rows_per_step, window, seed, epochs):
-  """Whatever the sizes: none dropped, none repeated, all rows within their three budgets."""
+  """For any sizes: no clip is dropped or repeated, and all rows are within their three budgets."""
   sizes = np.array(sizes)
   index = make_index(sizes[:, :3], sizes[:, 3])
   plan = make_plan(index, rows_per_step, 80, clips=4, text=40, seed=seed, null_text_tokens=2, window_clips=window)
@@ -59,18 +59,21 @@ def test_every_clip_exactly_once_an_epoch(sizes, rows_per_step, window, seed, ep
   for _, step in steps:
     assert len(step.rows) == rows_per_step
     for row, load, cost in zip(step.rows, step.tokens, step.costs, strict=True):
-      places = [position for position, _ in row]
-      assert load == tokens[places].sum() <= 80 and len(row) <= 4 and text[places].sum() <= 40
-      assert cost == (tokens[places] ** 2).sum()
-  assert all(all(step.rows) for _, step in steps[:-1])       # the last step alone has empty rows
+      positions = [position for position, _ in row]
+      assert load == tokens[positions].sum() <= 80 and len(row) <= 4 and text[positions].sum() <= 40
+      assert cost == (tokens[positions] ** 2).sum()
+  assert all(all(step.rows) for _, step in steps[:-1])  # only the last step has empty rows
 
 
 @given(n=st.integers(1, 60), rows_per_step=st.integers(1, 4), window=st.integers(8, 60), data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_resumes_from_any_cursor(n, rows_per_step, window, data):
-  """The steps after a cursor do not depend on how one came to it; it survives JSON; nothing is lost between windows."""
+  """The steps after a cursor depend on the cursor alone; it survives JSON; no clip is lost between windows."""
   index, weights = data.draw(st.sampled_from([(world_index(n), None), (mixture(n, 17), (1, 2))]))
-  make = lambda: make_plan(index, rows_per_step, length=130, seed=5, window_clips=window, weights=weights)  # noqa: E731
+
+  def make():
+    return make_plan(index, rows_per_step, length=130, seed=5, window_clips=window, weights=weights)
+
   steps = list(itertools.islice(make().steps(), 30))
   at = data.draw(st.integers(0, 28))
   cursor = Cursor.from_json(json.loads(json.dumps(steps[at][0].to_json())))
@@ -79,14 +82,14 @@ def test_resumes_from_any_cursor(n, rows_per_step, window, data):
   seen = clips_of(steps)
   assert len(set(seen)) == len(seen)
   for k, (cursor, _) in enumerate(steps):
-    if cursor.step == 0:       # at the end of a window, all that was drawn is done, or carried over
+    if cursor.step == 0:  # at the end of a window, all clips drawn are used or carried over
       drawn = range(cursor.window * window)
       positions, epochs = make().clips([d for d in drawn if d not in cursor.carried])
       assert sorted(zip(positions.tolist(), epochs.tolist(), strict=True)) == sorted(clips_of(steps[:k + 1]))
 
 
 def test_nothing_waits_for_ever():
-  """A clip that no other goes with is always in the emptiest row; it is carried over once, not for ever."""
+  """A clip that shares its row with no other is always in the emptiest row. It is carried over once, not for ever."""
   index = make_index([(1, 1, 20)] + [(1, 1, 64)] * 200)
   plan = make_plan(index, rows_per_step=3, window_clips=50)
   waits, carried_twice = {}, set()
@@ -139,20 +142,20 @@ def test_shuffle_is_a_permutation_and_another_one_each_epoch(n):
 
 
 def test_shuffle_is_fair():
-  """Each of 5 clips is at each place about equally often, over 4,000 epochs; neighbours do not stay neighbours."""
+  """Over 4,000 epochs each of 5 clips is at each position about equally often; neighbours do not stay neighbours."""
   epochs = np.repeat(np.arange(4000), 5)
   order = shuffle(np.tile(np.arange(5), 4000), 5, 0, 1, epochs).reshape(4000, 5)
-  counts = np.array([np.bincount(order[:, place], minlength=5) for place in range(5)])
-  assert ((counts - 800) ** 2 / 800).sum() < 45         # chi-squared, 16 degrees of freedom: 39 at one in a thousand
+  counts = np.array([np.bincount(order[:, position], minlength=5) for position in range(5)])
+  assert ((counts - 800) ** 2 / 800).sum() < 45  # chi-squared, 16 degrees of freedom: 39 at one in a thousand
   large = shuffle(np.arange(100_000), 100_000, 0, 1, 0)
   assert abs(np.corrcoef(large, np.arange(100_000))[0, 1]) < 0.02
   assert (np.abs(np.diff(large)) < 100).mean() < 0.005
 
 
 def test_a_thousand_million_clips():
-  """No array of that size is made: neither a permutation, nor a copy of the index (here one clip, 10^9 times over)."""
-  places = shuffle(np.arange(999_990_000, 1_000_000_000), 10**9, 3, 1, 0)
-  assert len(np.unique(places)) == 10_000 and places.min() >= 0 and places.max() < 10**9
+  """No array of that size is made: neither a permutation nor a copy of the index (here one clip, 10^9 times)."""
+  positions = shuffle(np.arange(999_990_000, 1_000_000_000), 10**9, 3, 1, 0)
+  assert len(np.unique(positions)) == 10_000 and positions.min() >= 0 and positions.max() < 10**9
   index = np.broadcast_to(make_index([(2, 3, 4)]), 10**9)
   first = list(itertools.islice(make_plan(index).steps(), 2))
   assert len(set(clips_of(first))) == 2 * 4 * 2
@@ -160,25 +163,30 @@ def test_a_thousand_million_clips():
   assert len(set(clips_of(itertools.islice(later, 2)))) == 2 * 4 * 2
 
 
-def test_hash_tells_its_words_apart():
+def test_hash_depends_on_every_word():
   hashes = {int(mix64(*words)[0]) for words in itertools.product(range(8), repeat=3)}
   assert len(hashes) == 512
   assert mix64(-1, 2**63) == mix64(2**64 - 1, 2**63)
 
 
 @pytest.mark.parametrize("index, length, clips, text, patch, rows, padding, balance", [
-    (world_index(3000), 300, 12, 160, (1, 1, 1), 20, 0.01, 1.02),          # goal of the quickstart: 0.02
+    (world_index(3000), 300, 12, 160, (1, 1, 1), 20, 0.01, 1.02),  # goal of the quickstart: 0.02
     (world_index(3000), 256, 12, 128, (1, 1, 1), 20, 0.015, 1.02),
     (reference.index(20000), 81920, 64, 8192, (1, 2, 2), 32, 0.005, 1.02)])
 def test_rows_are_full_and_ranks_finish_together(index, length, clips, text, patch, rows, padding, balance):
-  """Padding, and the dearest row of a step over its mean row, on the embedded world and on a mixture as on the web."""
+  """Padding, and max / mean cost of a step's rows, on the embedded world and on a mixture like that of the web."""
   plan = make_plan(index, rows, length, clips, text, patch, seed=1)
   steps = [step for _, step in itertools.islice(plan.steps(), 60)]
   costs_BR = np.array([step.costs for step in steps])
-  dearest = lambda costs_BR: np.mean(costs_BR.max(axis=1) / costs_BR.mean(axis=1))  # noqa: E731
   assert 1 - np.mean([step.tokens for step in steps]) / length < padding
-  assert dearest(costs_BR) < balance
-  assert dearest(np.random.default_rng(0).permuted(costs_BR.ravel()).reshape(costs_BR.shape)) > 1.05    # not grouped
+  assert imbalance(costs_BR) < balance
+  not_grouped_BR = np.random.default_rng(0).permuted(costs_BR.ravel()).reshape(costs_BR.shape)
+  assert imbalance(not_grouped_BR) > 1.05
+
+
+def imbalance(costs_BR):
+  """The mean over steps of max / mean cost."""
+  return np.mean(costs_BR.max(axis=1) / costs_BR.mean(axis=1))
 
 
 def test_a_small_dataset_fills_its_rows():
@@ -198,7 +206,7 @@ weight_lists = st.lists(st.one_of(st.integers(1, 2**30), st.integers(1, 9)), min
 @given(weights=weight_lists, start=st.integers(0, 2**40), count=st.integers(1, 300))
 @settings(max_examples=60, deadline=None)
 def test_shares_of_a_mixture_are_right_in_every_stretch(weights, start, count):
-  """To less than one clip of two datasets, two of several; a dataset's own draws follow each other; each draw is dealt alone."""
+  """Within one clip for two datasets, two for more; own draws are consecutive; each draw can be dealt alone."""
   which, own = deal(np.arange(start, start + count), weights)
   for dataset, weight in enumerate(weights):
     mine = own[which == dataset]
@@ -206,9 +214,9 @@ def test_shares_of_a_mixture_are_right_in_every_stretch(weights, start, count):
     assert (np.diff(mine) == 1).all()
     if len(mine):
       assert abs(mine[0] - start * weight / sum(weights)) < 2
-  at = np.random.default_rng(0).permutation(count)
-  for all_at_once, alone in zip((which, own), deal(start + at, weights), strict=True):
-    np.testing.assert_array_equal(all_at_once[at], alone)
+  order = np.random.default_rng(0).permutation(count)
+  for in_order, permuted in zip((which, own), deal(start + order, weights), strict=True):
+    np.testing.assert_array_equal(in_order[order], permuted)
   total = sum(weights)
   if total < 2000:
     assert np.bincount(deal(np.arange(3 * total), weights)[0]).tolist() == [3 * weight for weight in weights]
@@ -217,7 +225,7 @@ def test_shares_of_a_mixture_are_right_in_every_stretch(weights, start, count):
 @given(counts=st.lists(st.integers(1, 40), min_size=2, max_size=4), data=st.data(), window=st.integers(8, 60))
 @settings(max_examples=15, deadline=None)
 def test_every_clip_of_a_mixture_once_an_epoch_of_its_dataset(counts, data, window):
-  """Whatever the weights; and without any, an epoch of all is an epoch of each."""
+  """For any weights. Without weights, an epoch of the mixture is an epoch of each dataset."""
   weights = data.draw(st.none() | st.tuples(*[st.floats(0.05, 20) for _ in counts]))
   index = mixture(*counts)
   plan = make_plan(index, 3, length=130, window_clips=window, weights=weights, seed=7)
@@ -234,7 +242,7 @@ def test_every_clip_of_a_mixture_once_an_epoch_of_its_dataset(counts, data, wind
 
 
 def test_a_mixture_of_one_is_the_dataset():
-  """Draws of a single dataset are what they always were: a run goes on with its cursor. (Numbers from this code, 2026-11.)"""
+  """The draws of a single dataset never change, so that runs can resume. (Numbers from this code, 2026-11.)"""
   index = world_index(50)
   alone, joined = make_plan(index, length=130), make_plan(Joined([index]), length=130, weights=(2.5,))
   assert alone.name == joined.name
@@ -246,7 +254,7 @@ def test_a_mixture_of_one_is_the_dataset():
 @pytest.mark.parametrize("weights, match", [
     ((1,), "1 of them for 2 datasets"), ((1, 0), "weights: 0; a finite number above 0"), ((1, -2.0), "-2.0"), ((float("nan"), 1), "nan"),
     ((1, float("inf")), "inf"), (("a", 1), "weights: a; a finite")])
-def test_weights_that_are_none(weights, match):
+def test_invalid_weights(weights, match):
   with pytest.raises(BadInput, match=match):
     make_plan(mixture(5, 6), weights=weights)
   with pytest.raises(BadInput, match="holds no clips"):
@@ -254,7 +262,8 @@ def test_weights_that_are_none(weights, match):
 
 
 def test_memory_does_not_grow_with_the_index(tmp_path):
-  """A window of 10^9 clips takes what one of 10^5 takes; an index is read through in pieces, from the disk."""
+  """A window of 10^9 clips takes no more than one of 10^5; an index is read from the disk in pieces."""
+
   def peak(run):
     tracemalloc.start()
     run()
@@ -263,15 +272,25 @@ def test_memory_does_not_grow_with_the_index(tmp_path):
     return most
 
   one = make_index([(2, 3, 4)])
-  alone = lambda n: np.broadcast_to(one, n)  # noqa: E731
-  mixed = lambda n: Joined([np.broadcast_to(one, n), np.broadcast_to(one, n // 10)])  # noqa: E731
-  for index in (alone, mixed):
-    window = lambda n: peak(lambda: make_plan(index(n), window_clips=500).window(n // 500))  # noqa: B023, E731
-    window(10**5)                                    # what is imported on the way
-    assert window(10**9) < 1.3 * window(10**5)
+
+  def alone(n):
+    return np.broadcast_to(one, n)
+
+  def mixed(n):
+    return Joined([alone(n), alone(n // 10)])
+
+  def peak_of_window(make, n):
+    return peak(lambda: make_plan(make(n), window_clips=500).window(n // 500))
+
+  def peak_of_reading(index):
+    return peak(lambda: (make_plan(index, patch=(1, 2, 2)).trimmed, make_plan(index).misfits))
+
+  for make in (alone, mixed):
+    peak_of_window(make, 10**5)  # the first call also imports modules
+    assert peak_of_window(make, 10**9) < 1.3 * peak_of_window(make, 10**5)
   index = np.lib.format.open_memmap(tmp_path / "index.npy", "w+", INDEX_DTYPE, (3 * plan_module.CHUNK,))
   index["t"] = index["h"] = index["w"] = 3
   index["h"][-1] = 0
-  look = lambda index: peak(lambda: (make_plan(index, patch=(1, 2, 2)).trimmed, make_plan(index).misfits))  # noqa: E731
-  assert make_plan(index, patch=(1, 2, 2)).trimmed == len(index) and [m.position for m in make_plan(index).misfits] == [len(index) - 1]
-  assert look(index) < 1.3 * look(index[:plan_module.CHUNK])
+  assert make_plan(index, patch=(1, 2, 2)).trimmed == len(index)
+  assert [m.position for m in make_plan(index).misfits] == [len(index) - 1]
+  assert peak_of_reading(index) < 1.3 * peak_of_reading(index[:plan_module.CHUNK])
