@@ -1,12 +1,16 @@
-"""Raw clips: pixels and a caption, before the VAE. The interface of a source; cutting and cropping for all of them.
+"""Raw clips: pixels and a caption, before the VAE.
+
+The interface of a source; cutting and cropping for all of them.
 
 A source module (data/sources/NAME.py) has `open_source(config) -> source`. A source has
 
   source.name                 str, stored in every record
   source.items()              list of Item, sorted by file; cheap: it decodes nothing
-  source.read(item)           iterator of RawClip, the pieces in order, one in memory at a time; raises BadClip. If
-                              the rules drop pieces (data/curation.py), it yields a Dropped for each of them
-  source.notes                optional list of (file, text): problems found while listing, e.g. a caption not in UTF-8
+  source.read(item)           iterator of RawClip, the pieces in order, one in memory at a time; raises
+                              BadClip. If the rules drop pieces (data/curation.py), it yields a Dropped for
+                              each of them
+  source.notes                optional list of (file, text): problems found while listing, e.g. a caption not
+                              in UTF-8
   source.ignored              optional list of (file, reason): files that are not clips
 """
 
@@ -35,7 +39,8 @@ CHUNK = 64  # the most files that a thread takes at a time
 class Item:
   """A file of a source, not opened yet.
 
-  version: changes with the content of the file.  location: what the source needs to read it; only the source uses it.
+  version: changes with the content of the file.  location: what the source needs to read it; only the source
+  uses it.
   """
   file: str
   caption: str
@@ -62,14 +67,17 @@ class RawClip:
 
 @dataclasses.dataclass(frozen=True)
 class Dropped:
-  """A piece that is not used. start, seconds: its range in the file. why: `black`, `frozen` or `too short`."""
+  """A piece that is not used.
+
+  start, seconds: its range in the file. why: `black`, `frozen` or `too short`.
+  """
   start: float
   seconds: float
   why: str
 
 
 def version(f: BinaryIO, offset: int, size: int) -> str:
-  """Names the content of `size` bytes at `offset` in an open file, by their number and a CRC of the first and last 64 KiB."""
+  """Identifies `size` bytes at `offset` in a file: their number, and a CRC of the first and last 64 KiB."""
   f.seek(offset)
   crc = zlib.crc32(f.read(min(END_BYTES, size)))
   f.seek(offset + max(0, size - END_BYTES))
@@ -77,7 +85,7 @@ def version(f: BinaryIO, offset: int, size: int) -> str:
 
 
 def map_in_threads(function: Callable, items: Sequence) -> list:
-  """[function(item) for item in items], in threads: files on a network disk are slow to open one after the other."""
+  """[function(item) for item in items], in threads: a network disk is slow to open files one by one."""
   size = min(CHUNK, max(1, len(items) // THREADS))
 
   def apply(start):
@@ -89,9 +97,12 @@ def map_in_threads(function: Callable, items: Sequence) -> list:
 
 
 def read_caption(text: bytes | str | None) -> tuple[str, str]:
-  """-> (caption, what is wrong with it or ""). UTF-8, with or without a byte order mark; runs of white space become one space.
+  """-> (caption, what is wrong with it or "").
 
-  A text that cannot be read gives an empty caption. In a str, "surrogateescape" marks bytes that were not decoded.
+  UTF-8, with or without a byte order mark; runs of white space become one space.
+
+  A text that cannot be read gives an empty caption. In a str, "surrogateescape" marks bytes that were not
+  decoded.
   """
   try:
     raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text or b""
@@ -106,21 +117,24 @@ def read_caption(text: bytes | str | None) -> tuple[str, str]:
 
 
 def whole_frames(frames, stride):
-  """The largest 1 + stride * n <= frames: how many frames a causal VAE of this temporal stride encodes without a rest."""
+  """The largest 1 + stride * n <= frames: the frames that a causal VAE of this temporal stride encodes."""
   return 1 + stride * ((frames - 1) // stride)
 
 
 def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float, stride: int,
            first: int = 0) -> Iterator[tuple[np.ndarray, float, int]]:
-  """Cuts images [H, W, 3] at a constant rate into consecutive pieces -> (video_THWC, start, frames left out after it).
+  """Cuts images [H, W, 3] at a constant rate into pieces -> (video_THWC, start, frames left out after it).
 
-  A piece has 1 + stride * n frames and lasts at most `max_seconds`, but has at least one frame; 0 sets no limit and
-  gives one piece. `start` is in seconds; `first` is the number of frames before these. Frames are left out only at the
-  end: fewer than `stride`, or exactly `stride` if they would make a piece without motion. One piece and stride + 1
-  frames are in memory at a time. If `frames` raises BadClip, the pieces that are complete by then are yielded first.
+  A piece has 1 + stride * n frames and lasts at most `max_seconds`, but has at least one frame; 0 sets no
+  limit and gives one piece. `start` is in seconds; `first` is the number of frames before these. Frames are
+  left out only at the end:
+  fewer than `stride`, or exactly `stride` if they would make a piece without motion. One piece and stride + 1
+  frames are in memory at a time. If `frames` raises BadClip, the pieces that are complete by then
+  are yielded first.
   """
   length = whole_frames(max(1, math.floor(max_seconds * fps + 1e-3)), stride) if max_seconds else None
-  lookahead = 1 if length is None or length < stride + 1 else stride + 1  # frames of the shortest last piece with motion
+  # The frames of the shortest last piece with motion.
+  lookahead = 1 if length is None or length < stride + 1 else stride + 1
   held, start, frames = [], first, iter(frames)
   while True:
     try:

@@ -1,18 +1,18 @@
 """Crops of raw clips, for training the VAE: step number -> clips and images in [-1, 1].
 
-A pure function of the step number, the seed and the settings. Reading a file is expensive (a video is decoded from its
-start) and crops are small, so each reading of a file gives several crops, from random positions and times, which are
-spread over many steps:
+A pure function of the step number, the seed and the settings. Reading a file is expensive (a video is decoded
+from its start) and crops are small, so each reading of a file gives several crops, from random positions and
+times, which are spread over many steps:
 
-  lanes    crop j of the stream comes from lane j mod V. A lane takes K crops from one file, then goes on to the next of
-           an endless list of files, which is shuffled anew each epoch. Lanes change files at different times, so the
-           load of reading is even.
-  memory   the crops of about 1.5 V files, as uint8, within `pool_bytes`, and one piece of a video for each reading
-           thread, whatever the length of the videos. If there are few files, K grows until the pool is full: four
-           clips are read once in some hundred crops, not at each step.
+  lanes    crop j of the stream comes from lane j mod V. A lane takes K crops from one file, then goes on to
+           the next of an endless list of files, which is shuffled anew each epoch. Lanes change files at
+           different times, so the load of reading is even.
+  memory   the crops of about 1.5 V files, as uint8, within `pool_bytes`, and one piece of a video for each
+           reading thread, whatever the length of the videos. If there are few files, K grows until the pool
+           is full: four clips are read once in some hundred crops, not at each step.
 
-Positions and times are uniform. Nothing is flipped or scaled; frames are only cropped. A clip smaller than the crop is
-reflected at its edges. A clip with fewer frames than a crop gives images only.
+Positions and times are uniform. Nothing is flipped or scaled; frames are only cropped. A clip smaller than
+the crop is reflected at its edges. A clip with fewer frames than a crop gives images only.
 """
 
 import collections
@@ -33,9 +33,10 @@ LANES = 64  # the most files that are mixed at a time
 class CropStream:
   """An endless list of crops [T, H, W, 3] uint8 of one size: `stream[j]`.
 
-  reads: the least number of crops that one reading of a file gives. pool_bytes: memory for crops read in advance.
-  bad: {file: reason} of the files that could not be read, or not to their end. short: {file: frames} of the files that
-  are too short. Both hold the files met so far.
+  reads: the least number of crops that one reading of a file gives. pool_bytes: memory for crops read in
+  advance.
+  bad: {file: reason} of the files that could not be read, or not to their end. short: {file: frames} of the
+  files that are too short. Both hold the files met so far.
   """
 
   def __init__(self, source, items, size_THW, *, seed, reads, pool_bytes, on_bad):
@@ -95,7 +96,8 @@ class CropStream:
   def _read(self, item, number):
     """Reads a file once -> (crops [K, T, H, W, 3] or None, frames of its longest piece).
 
-    Each crop is uniform over all times of all pieces. Reservoir sampling draws it in one pass with one piece in memory.
+    Each crop is uniform over all times of all pieces. Reservoir sampling draws it in one pass with one piece
+    in memory.
     """
     T, crops, starts, longest = self.size[0], None, 0, 0
     index_K = np.arange(self.reads)
@@ -124,7 +126,10 @@ class CropStream:
 
 
 def crop_at_random(video_THWC, size, random_y, random_x):
-  """A crop of `size` (height, width). Two random integers choose its position. Frames smaller than it are reflected."""
+  """A crop of `size` (height, width).
+
+  Two random integers choose its position. Frames smaller than it are reflected.
+  """
   for axis, length in zip((1, 2), size, strict=True):
     missing = length - video_THWC.shape[axis]
     if missing > 0:
@@ -137,7 +142,7 @@ def crop_at_random(video_THWC, size, random_y, random_x):
 
 
 class Crops:
-  """Iterator over {"clips": float32 [clips, frames, H, W, 3], "images": float32 [images, 1, H, W, 3]} in [-1, 1].
+  """Iterator over {"clips": [clips, frames, H, W, 3], "images": [images, 1, H, W, 3]}, float32 in [-1, 1].
 
   bad: as in CropStream, of clips and images.  short: as in CropStream, of the clips.
   """
@@ -147,8 +152,8 @@ class Crops:
     """Begins at step number `step`; has no end.
 
     source: see data/clips.py. size: (height, width) in pixels. frames: of each clip.
-    reads: the least number of crops that one reading of a file gives. pool_bytes: memory for crops read in advance.
-    on_bad(line): called once for each file that cannot be read, from a reading thread.
+    reads: the least number of crops that one reading of a file gives. pool_bytes: memory for crops read in
+    advance. on_bad(line): called once for each file that cannot be read, from a reading thread.
     threads: how many threads read. prefetch: how many steps they read ahead.
     Raises BadInput if the source is empty; while reading, if no file has enough frames.
     """

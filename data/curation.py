@@ -1,24 +1,29 @@
-"""From a file to the clips that are worth training on: rate, size, scenes, pieces. Shared by the sources of real files.
+"""From a file to the clips that are worth training on: rate, size, scenes, pieces.
+
+Shared by the sources of real files.
 
 In the order of processing, with one piece in memory at a time:
 
-  scenes   a cut is a frame that FFmpeg's filter `scdet` scores at `scene_threshold` or more, in per cent of the full
-           range. The score is min(d, |d - d before|), where d is the mean absolute difference of luma from the frame
-           before; the authors of the filter advise 8 to 14. The filter gets a grid of at most GRID pixels of each
-           frame, as stored, not averaged: their mean is an estimate of the mean of the whole frame, while a scaled
-           copy would lose the motion of fine detail. No piece spans a cut. Fades and dissolves score low and are not
-           detected; neither are cuts between frames of similar brightness (a score of 7 was seen).
-  rate     the average rate of the file, by presentation times, or `fps`; a rate above `max_fps` becomes `max_fps`.
-  size     the size of the file. Frames of more than `max_pixels` are averaged down, with their aspect ratio kept to a
-           pixel, and this is noted.
-  pieces   consecutive pieces of 1 + s n frames, as in data/clips.py, from `min_seconds` to `max_seconds`; an image is
-           never too short.
+  scenes   a cut is a frame that FFmpeg's filter `scdet` scores at `scene_threshold` or more, in per cent of
+           the full range. The score is min(d, |d - d before|), where d is the mean absolute difference of
+           luma from the frame before; the authors of the filter advise 8 to 14. The filter gets a grid of at
+           most GRID pixels of each frame, as stored, not averaged: their mean is an estimate of the mean of
+           the whole frame, while a scaled copy would lose the motion of fine detail. No piece spans a cut.
+           Fades and dissolves score low and are not detected; neither are cuts between frames of similar
+           brightness (a score of 7 was seen).
+  rate     the average rate of the file, by presentation times, or `fps`; a rate above `max_fps` becomes
+           `max_fps`.
+  size     the size of the file. Frames of more than `max_pixels` are averaged down, with their aspect ratio
+           kept to a pixel, and this is noted.
+  pieces   consecutive pieces of 1 + s n frames, as in data/clips.py, from `min_seconds` to `max_seconds`; an
+           image is never too short.
   dull     `drop_dull` drops a piece that is, throughout,
-             black    as in FFmpeg's `blackdetect`: 98 % of the pixels of each frame have a luma of at most 10 %
-             frozen   as in FFmpeg's `freezedetect`: no frame differs from the first by more than -60 dB, which is a
-                      thousandth of the full range, on average
-           Both run in numpy on the piece itself and stop at the first frame that is neither. A piece of which only a
-           part is dull is kept.
+             black    as in FFmpeg's `blackdetect`: 98 % of the pixels of each frame have a luma of
+                      at most 10 %
+             frozen   as in FFmpeg's `freezedetect`: no frame differs from the first by more than -60 dB,
+                      which is a thousandth of the full range, on average
+           Both run in numpy on the piece itself and stop at the first frame that is neither. A piece of which
+           only a part is dull is kept.
 
 A piece that is not kept is yielded as a `Dropped` in its place, so that a report can name it.
 """
@@ -40,8 +45,8 @@ from sora_jax.errors import BadInput
 
 STILL_FPS = 1.0  # the rate of an image, which has no motion, unless `fps` sets another
 GRID = 1 << 16  # pixels of a frame that decide whether it begins a scene
-# The grid has this many pixels in a line, or a multiple. For other widths scdet (FFmpeg 8) also sums the memory behind
-# the end of each line.
+# The grid has this many pixels in a line, or a multiple. For other widths scdet (FFmpeg 8) also sums the
+# memory behind the end of each line.
 LINE = 64
 BLACK_LUMA, BLACK_SHARE = 0.10, 0.98  # FFmpeg's defaults for blackdetect: pix_th and pic_th
 FROZEN = 0.001  # FFmpeg's default for freezedetect: noise
@@ -50,7 +55,9 @@ _LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)  # ITU-R BT.709
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """How a file is processed; see the head of this module. A limit of 0 is no limit. The defaults change nothing.
+  """How a file is processed; see the head of this module.
+
+  A limit of 0 is no limit. The defaults change nothing.
 
   temporal_stride: s of the VAE that will encode the pieces; they have 1 + s n frames.
   """
@@ -78,13 +85,16 @@ class Rules:
 
   @classmethod
   def of(cls, config):
-    """The rules that a config (a ConfigDict or dict) sets; a field that is missing or None has its default."""
+    """The rules of a config (a ConfigDict or dict). A field that is missing or None has its default."""
     return cls(**{field.name: field.type(config.get(field.name) or field.default) for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSource:
-  """The common part of the sources of real files. listed: sorted by file. notes, ignored: see data/clips.py."""
+  """The common part of the sources of real files.
+
+  listed: sorted by file. notes, ignored: see data/clips.py.
+  """
   name: str
   listed: tuple[Item, ...]
   notes: tuple[tuple[str, str], ...]
@@ -96,7 +106,10 @@ class FileSource:
 
 
 def read(path, item: Item, rules: Rules, start=0.0, end=math.inf) -> Iterator[RawClip | Dropped]:
-  """The pieces of a file, or of its frames shown from `start` to before `end`, in seconds. BadClip if it is damaged."""
+  """The pieces of a file, or of its frames shown from `start` to before `end`, in seconds.
+
+  BadClip if it is damaged.
+  """
   reader = video.Reader(path)
   fps = _output_fps(reader.fps, rules)
   in_range = _frames_in_range(reader, start, end)
@@ -206,7 +219,7 @@ def _scaled(frames: Iterable[np.ndarray], size) -> Iterator[np.ndarray]:
 
 
 def scaled_size(height, width, max_pixels):
-  """The largest size (height, width) of the same aspect ratio, to a pixel, that has at most `max_pixels` pixels."""
+  """The largest size (height, width) of the same aspect ratio, to a pixel, of at most `max_pixels` pixels."""
   scale = math.sqrt(max_pixels / (height * width))
   return max(1, int(height * scale)), max(1, int(width * scale))
 

@@ -1,11 +1,13 @@
-"""The input pipeline: step number -> this host's rows of a PackedBatch, as a Grain MapDataset of the plan's steps.
+"""The input pipeline: step number -> this host's rows of a PackedBatch.
 
-The plan says which clips share a row; threads here read, patchify and pack them. The only state is the plan's cursor.
-It is returned with each batch and stored in the checkpoint, and `batches` resumes from it on any number of hosts. What
-is random about a clip (whether its caption is dropped, whether its first frame is given) is a hash of (seed, uid,
-epoch), so it depends on neither the neighbours, nor the hosts, nor the order of reading.
+It is a Grain MapDataset over the steps of the plan. The plan says which clips share a row; threads here read,
+patchify and pack them. The only state is the plan's cursor. It is returned with each batch and stored in the
+checkpoint, and `batches` resumes from it on any number of hosts. What is random about a clip (whether its
+caption is dropped, whether its first frame is given) is a hash of (seed, uid, epoch), so it depends on
+neither the neighbours, nor the hosts, nor the order of reading.
 
-A damaged record is reported once and counted, and its place in the row is padding. Too many of them stop the run.
+A damaged record is reported once and counted, and its place in the row is padding. Too many of them stop the
+run.
 """
 
 import collections.abc
@@ -31,20 +33,21 @@ def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, 
             base_fps=None, cond_channels=0, max_damaged=10, on_damage=print, epochs=None, threads=2, prefetch=4):
   """Iterator over (PackedBatch of numpy with this host's rows, Cursor after the step), starting at `cursor`.
 
-  index: RecordIndex or Mixture. plan: Plan over index.rows. Its rows_per_step, R, counts the rows of all hosts: host h of
-    H has the rows [h R / H, (h + 1) R / H) of each step.
+  index: RecordIndex or Mixture. plan: Plan over index.rows. Its rows_per_step, R, counts the rows of all
+    hosts: host h of H has the rows [h R / H, (h + 1) R / H) of each step.
   embedded: texts are the embeddings in the records, not the token ids.
   caption_dropout: share of the clips whose text is the null text.
   image_to_video: share of the clips of more than one latent frame whose first latent frame is given.
-  base_fps: coordinate t counts latent frames of a video of this rate (`time_scale`); None: of the clip's own rate.
+  base_fps: coordinate t counts latent frames of a video of this rate (`time_scale`); None: of the clip's own
+  rate.
   cond_channels: channels joined to the latents, for models that take their image this way (Wan I2V); 0: none.
-  max_damaged: how many records may be damaged, on each host. on_damage(line): called once for each, from a reading
-    thread.
+  max_damaged: how many records may be damaged, on each host. on_damage(line): called once for each, from a
+    reading thread.
   epochs: stop after this many; the last step is filled up with empty rows. None: never stop.
   threads: how many threads read. prefetch: how many steps they read ahead.
 
-  Raises BadInput if hosts do not divide the rows, if embeddings are asked for and the records hold none, or (from
-  `next`) if too many records are damaged.
+  Raises BadInput if hosts do not divide the rows, if embeddings are asked for and the records hold none, or
+  (from `next`) if too many records are damaged.
   """
   if plan.rows_per_step % hosts:
     raise BadInput(f"rows a step: {plan.rows_per_step}; a multiple of the {hosts} hosts; change either")
@@ -57,15 +60,15 @@ def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, 
 
 
 def draw_uniform(seed, purpose, uid, epoch):
-  """Uniform in [0, 1), one number a clip: a hash of (seed, uid, epoch) and a salt. uid uint64 [N], epoch int [N]."""
+  """Uniform in [0, 1), one a clip: a hash of (seed, uid, epoch) and a salt. uid uint64 [N], epoch int [N]."""
   return (mix64(seed, purpose, uid, epoch) >> np.uint64(11)) * 2.0 ** -53
 
 
 class _Steps:
   """A plan's steps as Grain's random access source: entry i is the i-th step after the cursor.
 
-  Entries after the last step are (): Grain skips None and would search for ever. A step is planned when it is asked for
-  and dropped once it is returned, so about one window is in memory.
+  Entries after the last step are (): Grain skips None and would search for ever. A step is planned when it is
+  asked for and dropped once it is returned, so about one window is in memory.
   """
 
   def __init__(self, steps):
@@ -84,7 +87,10 @@ class _Steps:
 
 @dataclasses.dataclass
 class _Loader:
-  """(cursor, StepPlan) -> (PackedBatch of a slice of the step's rows, cursor). The fields are as in `batches`."""
+  """(cursor, StepPlan) -> (PackedBatch of a slice of the step's rows, cursor).
+
+  The fields are as in `batches`.
+  """
   index: RecordIndex | Mixture
   plan: Plan
   seed: int

@@ -14,7 +14,10 @@ SHARED = {  # fields of the header that all directories must agree on: name for 
 
 
 def open_all(path):
-  """"A" or "A,B,...", directories of records -> RecordIndex, or a Mixture of several. BadInput if one is incomplete."""
+  """"A" or "A,B,...", directories of records -> RecordIndex, or a Mixture of several.
+
+  BadInput if one is incomplete.
+  """
   directories = [directory.strip() for directory in path.split(",")]
   if not all(directories) or len(set(directories)) < len(directories):
     raise BadInput(f"{path}: give a directory of records, or several different ones separated by commas")
@@ -23,10 +26,12 @@ def open_all(path):
 
 
 class Mixture:
-  """Several `RecordIndex` used as one. Records are numbered through all of them in order; sources are renumbered.
+  """Several `RecordIndex` used as one.
 
-  directory: their names, for messages.  header: the fields they share, and the sources of all.  rows: a `Joined` of
-  their indexes, for the plan.
+  Records are numbered through all of them in order; sources are renumbered.
+
+  directory: their names, for messages.  header: the fields they share, and the sources of all.  rows: a
+  `Joined` of their indexes, for the plan.
   Raises BadInput, naming two directories, if they differ in VAE, text encoder, latent channels or null text.
   """
 

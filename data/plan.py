@@ -1,23 +1,26 @@
 """The plan: which clips share a row, and which rows share a step, from the index of sizes alone. numpy only.
 
-A plan is a pure function of (index, seed, cursor); it opens no record. It knows `rows_per_step`, never hosts, devices
-or ranks: every host computes the same plan and loads its own rows, so any number of hosts may resume from a cursor.
+A plan is a pure function of (index, seed, cursor); it opens no record. It knows `rows_per_step`, never hosts,
+devices or ranks: every host computes the same plan and loads its own rows, so any number of hosts may resume
+from a cursor.
 
-  draws    an endless list of clips: draw k is clip `shuffle(k mod n)` of epoch k // n. The shuffle differs in each
-           epoch and is computed for a single k (a Feistel network), so 10^9 clips need no permutation in memory. A
-           draw number therefore identifies a clip and its epoch. Every clip is drawn exactly once an epoch.
-  datasets if several are mixed, draw k is draw j of dataset d, computed in integers for a single k (`deal`). In any
-           range of draws the shares are right to one or two clips, and every clip of a dataset is drawn exactly once
-           in an epoch of that dataset.
-  windows  window w is the draws [w * window_clips, (w + 1) * window_clips) and those carried over from the window
-           before. It runs past the end of an epoch, and over many epochs of a small dataset, so rows are full whatever
-           the size of the dataset.
+  draws    an endless list of clips: draw k is clip `shuffle(k mod n)` of epoch k // n. The shuffle differs in
+           each epoch and is computed for a single k (a Feistel network), so 10^9 clips need no permutation in
+           memory. A draw number therefore identifies a clip and its epoch. Every clip is drawn exactly once
+           an epoch.
+  datasets if several are mixed, draw k is draw j of dataset d, computed in integers for a single k (`deal`).
+           In any range of draws the shares are right to one or two clips, and every clip of a dataset is
+           drawn exactly once in an epoch of that dataset.
+  windows  window w is the draws [w * window_clips, (w + 1) * window_clips) and those carried over from the
+           window before. It runs past the end of an epoch, and over many epochs of a small dataset, so rows
+           are full whatever the size of the dataset.
   rows     rows of similar content, under three budgets: tokens, clips, text tokens (data/rows.py).
-  steps    rows of similar attention cost (sum of n^2) are in one step, so that ranks finish together. The order of the
-           steps is shuffled. The rows that do not make a whole step are the emptiest; their clips are carried over.
+  steps    rows of similar attention cost (sum of n^2) are in one step, so that ranks finish together. The
+           order of the steps is shuffled. The rows that do not make a whole step are the emptiest; their
+           clips are carried over.
 
-Sources: Patch n' Pack, arXiv:2307.06304; cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary finite
-domains".
+Sources: Patch n' Pack, arXiv:2307.06304; cycle walking: Black and Rogaway 2002, "Ciphers with arbitrary
+finite domains".
 """
 
 import dataclasses
@@ -36,7 +39,7 @@ CHUNK = 1 << 20  # entries of an index that are read at a time
 
 
 def mix64(*words):
-  """Hash of integers (or of integer arrays, elementwise) -> uint64 [N]; splitmix64's finaliser after each word."""
+  """Hash of integers (or integer arrays, elementwise) -> uint64 [N]: splitmix64's finaliser for each word."""
   h = np.zeros((1,), np.uint64)
   for word in words:
     if not isinstance(word, np.ndarray):
@@ -49,7 +52,7 @@ def mix64(*words):
 
 
 def shuffle(rank, n, *key, rounds=6):
-  """Entries `rank` (int array, each in [0, n)) of a permutation of range(n) chosen by the `key` words (ints or arrays).
+  """Entries `rank` (int array, each in [0, n)) of a permutation of range(n) chosen by `key` (ints or arrays).
 
   A Feistel network over a square of side ceil(sqrt(n)), applied again while its output is outside [0, n).
   """
@@ -67,10 +70,10 @@ def shuffle(rank, n, *key, rounds=6):
 
 
 def deal(draws, weights):
-  """Deals draw numbers [N] to datasets in proportion to positive ints -> (dataset [N], draw of that dataset [N]).
+  """Deals draws [N] to datasets in proportion to positive ints -> (dataset [N], number of its own draw [N]).
 
-  A tree of two-way splits: of the first k draws, round(k a / (a + b)) go to the left side. So shares are right to half a
-  clip at each split, over any range of draws, and exact after sum(weights) draws.
+  A tree of two-way splits: of the first k draws, round(k a / (a + b)) go to the left side. So shares are
+  right to half a clip at each split, over any range of draws, and exact after sum(weights) draws.
   """
   datasets, own_draws = np.zeros(len(draws), np.int64), np.array(draws, np.int64)
 
@@ -99,7 +102,9 @@ def deal(draws, weights):
 
 
 def whole_weights(sizes, weights=None):
-  """The sizes of datasets, and weights or None -> ints for `deal`, of a sum below 2^31. None: in proportion to the sizes.
+  """The sizes of datasets, and weights or None -> ints for `deal`, of a sum below 2^31.
+
+  None: in proportion to the sizes.
 
   Raises BadInput unless there is one weight for each dataset, finite and above zero.
   """
@@ -116,7 +121,9 @@ def whole_weights(sizes, weights=None):
 
 
 class Joined:
-  """Several indexes of sizes as one. Entries are numbered through all of them; only the entries asked for are copied.
+  """Several indexes of sizes as one.
+
+  Entries are numbered through all of them; only the entries asked for are copied.
 
   sources: for each index, an array that renumbers its sources; None: they stay as they are.
   """
@@ -134,7 +141,7 @@ class Joined:
     return which, positions - self.starts[which]
 
   def __getitem__(self, key):
-    """Entries at an int, an int array or a slice -> structured array; the name of a field -> all of it, copied."""
+    """An int, an int array or a slice -> those entries; the name of a field -> the whole field, copied."""
     if isinstance(key, str):
       return self[:][key]
     positions = np.arange(*key.indices(len(self))) if isinstance(key, slice) else np.asarray(key)
@@ -173,7 +180,10 @@ class Cursor:
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
-  """One step. rows: of each row, its clips as (index position, epoch). tokens, costs: sums of n and of n^2 of each row."""
+  """One step.
+
+  rows: of each row, its clips as (index position, epoch). tokens, costs: sums of n and of n^2 of each row.
+  """
   rows: tuple[tuple[tuple[int, int], ...], ...]
   tokens: tuple[int, ...]
   costs: tuple[int, ...]
@@ -190,14 +200,14 @@ class Misfit:
 class Plan:
   """Steps of rows of clips, from an index of sizes, or from several that are mixed.
 
-  index: structured array (may be memory-mapped) with fields uid, t, h, w (latent size) and text_tokens; several of them
-  as a `Joined`.
+  index: structured array (may be memory-mapped) with fields uid, t, h, w (latent size) and text_tokens;
+  several of them as a `Joined`.
   weights: shares of the draws, above 0, one for each index of a `Joined`; None: in proportion to their sizes.
-  shape: RowShape(length, clips, text), the budgets of a row. patch: (pt, ph, pw) of the model; latents at the lower and
-  the right edge that do not fill a patch are left out.
+  shape: RowShape(length, clips, text), the budgets of a row. patch: (pt, ph, pw) of the model; latents at the
+  lower and the right edge that do not fill a patch are left out.
   null_text_tokens: length of the null text, which may replace any caption (caption dropout).
-  text_pad: a prompt of fewer tokens is followed by one zero that stands for its padding to this length (Wan: 512); None:
-  no padding.
+  text_pad: a prompt of fewer tokens is followed by one zero that stands for its padding to this length (Wan:
+  512); None: no padding.
   window_clips: draws of a window; None: 256 for each row of a step.
   Raises BadInput if an index is empty, or for invalid weights.
   """
@@ -216,7 +226,10 @@ class Plan:
     self.name = self._fingerprint()
 
   def _fingerprint(self):
-    """16 hexadecimal digits from all that the plan depends on; of the index, up to 4,096 entries. Cursors carry it."""
+    """16 hexadecimal digits from all that the plan depends on; of the index, up to 4,096 entries.
+
+    Cursors carry it.
+    """
     positions = np.linspace(0, len(self.index) - 1, num=min(len(self.index), 4096)).astype(np.int64)
     clips = self.index[positions]
     fields = [clips[name] for name in ("uid", "t", "h", "w", "text_tokens")]
@@ -227,7 +240,7 @@ class Plan:
     return f"{int(name):016x}"
 
   def sizes(self, positions):
-    """Positions in the index (array or slice) -> tokens, text tokens (int64), whether a row can hold the clip (bool)."""
+    """Positions (array or slice) -> tokens, text tokens (int64), whether a row can hold the clip (bool)."""
     tokens, text, whole = self._measure(positions)
     return tokens, text, whole & (tokens <= self.shape.length) & (text <= self.shape.text)
 
@@ -242,7 +255,10 @@ class Plan:
 
   @functools.cached_property
   def misfits(self):
-    """The clips that no row can hold: a list of `Misfit` in the order of the index. Reads the whole index, once."""
+    """The clips that no row can hold: a list of `Misfit` in the order of the index.
+
+    Reads the whole index, once.
+    """
     misfits = []
     for start in range(0, len(self.index), CHUNK):
       _, _, fits = self.sizes(slice(start, start + CHUNK))
@@ -285,8 +301,8 @@ class Plan:
   def window(self, number, carried=(), end=None):
     """Steps of one window -> (list of StepPlan, draws carried over).
 
-    end: draws from this number on are left out. The window that reaches it carries nothing over: the rows that do not
-    make a whole step become a last step, with empty rows.
+    end: draws from this number on are left out. The window that reaches it carries nothing over: the rows
+    that do not make a whole step become a last step, with empty rows.
     """
     start, stop = number * self.window_clips, (number + 1) * self.window_clips
     last = end is not None and stop >= end
@@ -298,8 +314,8 @@ class Plan:
     loads = np.array([tokens[row].sum() for row in rows], np.int64)
     costs = np.array([(tokens[row] ** 2).sum() for row in rows], np.int64)
 
-    # The emptiest rows are carried over. Rows with a clip that was carried over before are chosen last, so that no clip
-    # waits for ever.
+    # The emptiest rows are carried over. Rows with a clip that was already carried over are chosen last, so that
+    # no clip waits for ever.
     waited = np.array([(draws[row] < start).any() for row in rows], bool)
     leftover = np.lexsort((loads, waited))[:len(rows) % self.rows_per_step]
     by_cost = np.argsort(costs, kind="stable")
@@ -319,7 +335,7 @@ class Plan:
     return [step(group) for group in groups], carried_over
 
   def steps(self, cursor=None, *, epochs=None):
-    """Yields (cursor after the step, StepPlan), starting at a cursor; without end, or for that many epochs in all.
+    """Yields (cursor after the step, StepPlan) from a cursor on, without end or to the end of `epochs`.
 
     Raises BadInput if no clip fits a row, or if the cursor belongs to another plan.
     """

@@ -2,18 +2,23 @@
 
 A directory of records holds
 
-  shard-000-00000.array_record   one blob a clip (group_size 1: a flipped byte costs one record, and is detected)
-  shard-000-00000.json       what the shard holds; written after it, by rename: a shard without it was never finished
-  index.npy                  INDEX_DTYPE, a row a clip, sorted by (file, start): all that planning needs, memory-mapped
-  index.json                 header: format_version, shards, sources, latent channels, stride, fingerprints, null text
+  shard-000-00000.array_record   one blob a clip (group_size 1: a flipped byte costs one record, and is
+                                 detected)
+  shard-000-00000.json       what the shard holds; written after it, by rename: a shard without it was never
+                             finished
+  index.npy                  INDEX_DTYPE, a row a clip, sorted by (file, start): all that planning needs,
+                             memory-mapped
+  index.json                 header: format_version, shards, sources, latent channels, stride, fingerprints,
+                             null text
   null_text.safetensors      the encoder's output for the empty string, if texts are embedded
 
-A blob is safetensors: `latents` bfloat16 [T, H, W, C], `text_ids` int32 [S], `text_embedding` bfloat16 [S, E] if texts
-are embedded, `condition` bfloat16 [T, H, W, C] if the model takes one, and the metadata strings caption, file, start,
-fps, source, format_version. Latents are posterior means, normalised.
+A blob is safetensors: `latents` bfloat16 [T, H, W, C], `text_ids` int32 [S], `text_embedding` bfloat16 [S, E]
+if texts are embedded, `condition` bfloat16 [T, H, W, C] if the model takes one, and the metadata strings
+caption, file, start, fps, source, format_version. Latents are posterior means, normalised.
 
-The writer works in shards. A finished shard is safe; a killed run loses only the open one. Several processes may write
-at once, each its own shards (the first number is that of the process), and any number of them may resume.
+The writer works in shards. A finished shard is safe; a killed run loses only the open one. Several processes
+may write at once, each its own shards (the first number is that of the process), and any number of them may
+resume.
 """
 
 import contextlib
@@ -50,15 +55,16 @@ class DamagedRecord(Exception):
 
 
 def uid(file, start):
-  """uint64 of a clip: a hash of the name of its file and its start (to the microsecond); the same on every machine."""
+  """uint64 of a clip, the same on every machine: a hash of its file name and start (to the microsecond)."""
   name = f"{file}\0{round(start * 1e6)}".encode("utf-8", "surrogateescape")
   return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One clip, ready for training. fps: frames a second of the pixels. start: seconds from the start of the file.
+  """One clip, ready for training.
 
+  fps: frames a second of the pixels. start: seconds from the start of the file.
   cond_THWC: latents of the first frame followed by grey frames, for models that are given these (Wan I2V).
   """
   latents_THWC: np.ndarray
@@ -77,7 +83,10 @@ class Record:
 
 
 def to_blob(record):
-  """Record -> bytes. Equal records give equal bytes (the writer of safetensors itself shuffles the metadata)."""
+  """Record -> bytes.
+
+  Equal records give equal bytes (the writer of safetensors itself shuffles the metadata).
+  """
   arrays = {"latents": np.asarray(record.latents_THWC, ml_dtypes.bfloat16)}
   if record.text_SE is not None:
     arrays["text_embedding"] = np.asarray(record.text_SE, ml_dtypes.bfloat16)
@@ -103,7 +112,9 @@ def from_blob(blob):
 
 
 class RecordWriter:
-  """Writes a directory of records. Opened on a directory that a killed run left, it resumes after the last finished shard.
+  """Writes a directory of records.
+
+  Opened on a directory that a killed run left, it resumes after the last finished shard.
 
     with RecordWriter(directory, settings) as writer:
       writer.add(record)                      # unless record.uid in writer.uids
@@ -111,13 +122,13 @@ class RecordWriter:
       writer.commit()                         # finishes the shard: safe from here on
       index = writer.finish(header)           # writes the index, of the shards of all processes
 
-  process: the number of this process, of several that write here. Process 0 opens its writer first, the others open
-  theirs afterwards, and process 0 calls `finish` last.
-  settings: what decides the contents of records (JSON values). Raises BadInput if the directory was begun with other
-  settings, or if another writer has it open.
+  process: the number of this process, of several that write here. Process 0 opens its writer first, the
+  others open theirs afterwards, and process 0 calls `finish` last.
+  settings: what decides the contents of records (JSON values). Raises BadInput if the directory was begun
+  with other settings, or if another writer has it open.
 
-  uids: of the records in finished shards.  files: {file: dict of close_file} in finished shards. Both are of all
-  processes, as of the last call of `load`.
+  uids: of the records in finished shards.  files: {file: dict of close_file} in finished shards. Both are of
+  all processes, as of the last call of `load`.
   """
 
   def __init__(self, directory, settings: Mapping | None = None, shard_bytes=SHARD_BYTES, process=0):
@@ -183,7 +194,10 @@ class RecordWriter:
       self.commit()
 
   def close_file(self, file, entry):
-    """Declares that all records of `file` are added (none if it was skipped). It is done once this shard is finished."""
+    """Declares that all records of `file` are added (none if it was skipped).
+
+    It is done once this shard is finished.
+    """
     self._open_files[file] = entry
 
   @property
@@ -269,13 +283,16 @@ class RecordIndex:
     self.directory, self.header, self.rows = pathlib.Path(directory), header, rows
     counts = [shard["records"] for shard in header["shards"]]
     self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    # [0:n] gives the source the number of records, so that it opens a shard only when one of its records is read
+    # [0:n] gives the source the number of records, so that it opens a shard only to read one of its records
     self._blobs = ArrayRecordDataSource([f"{self.directory / shard['name']}[0:{shard['records']}]"
                                          for shard in header["shards"]])
 
   @classmethod
   def open(cls, directory):
-    """Opens a directory. Raises BadInput, which names the fault, if it is incomplete, damaged or of another format."""
+    """Opens a directory.
+
+    Raises BadInput, which names the fault, if it is incomplete, damaged or of another format.
+    """
     directory = local(directory)
     path = directory / "index.json"
     if not path.exists():
@@ -331,8 +348,8 @@ class RecordIndex:
 def read(index, i) -> Record:
   """Record number i of a RecordIndex; safe from many threads.
 
-  Raises DamagedRecord, which names it, if it cannot be read back. Raises BadInput if it can, but is not the record that
-  the index describes: then no other record can be trusted either.
+  Raises DamagedRecord, which names it, if it cannot be read back. Raises BadInput if it can, but is not the
+  record that the index describes: then no other record can be trusted either.
   """
   if not 0 <= i < len(index):
     raise IndexError(f"record {i} of {len(index)}")
@@ -352,7 +369,10 @@ def read(index, i) -> Record:
 
 
 def local(directory):
-  """The path of a directory on a file system. Raises BadInput for other URLs: records are memory-mapped and renamed."""
+  """The path of a directory on a file system.
+
+  Raises BadInput for other URLs: records are memory-mapped and renamed.
+  """
   if "://" in str(directory):
     raise BadInput(f"{directory}: records are read and written on a file system; mount the bucket (gcsfuse does), and "
                    "give its path there")
@@ -384,7 +404,10 @@ def _full_disk(directory):
 
 
 def _check_settings(path, settings):
-  """Writes the settings of a new directory; compares them with those of an old one. A value that is off counts as absent."""
+  """Writes the settings of a new directory; compares them with those of an old one.
+
+  A value that is off counts as absent.
+  """
   settings = json.loads(json.dumps(settings))
   if not path.exists():
     files.write_json(path, settings, depth=2)

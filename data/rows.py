@@ -1,17 +1,19 @@
 """Packs clips into rows: bin packing under three budgets (tokens, clips, text tokens). numpy only.
 
-Best-fit decreasing alone fills rows with large clips first and packs the small ones together at the end. Those rows
-reach the budgets of clips and of text before they are full of tokens, and their attention costs a fraction of that of
-other rows. So the largest clips are dealt first, each to the emptiest of the least number of rows that can hold all
-clips (longest processing time, Graham 1969), until `1 - share` of the tokens are placed. This makes rows of similar
-content. The other clips complete the rows, in one of two ways:
+Best-fit decreasing alone fills rows with large clips first and packs the small ones together at the end.
+Those rows reach the budgets of clips and of text before they are full of tokens, and their attention costs a
+fraction of that of other rows. So the largest clips are dealt first, each to the emptiest of the least number
+of rows that can hold all clips (longest processing time, Graham 1969), until `1 - share` of the tokens are
+placed. This makes rows of similar content. The other clips complete the rows, in one of two ways:
 
-  best fit   each clip, largest first, goes to the row that it leaves fullest (Johnson et al. 1974): 10 us a clip;
-  exact      row by row, the subset of some 20 waiting clips that fills it best (subset sums as bits of an integer):
-             30 us a clip.
+  best fit   each clip, largest first, goes to the row that it leaves fullest (Johnson et al. 1974): 10 us a
+             clip;
+  exact      row by row, the subset of some 20 waiting clips that fills it best (subset sums as bits of an
+             integer): 30 us a clip.
 
-Best fit is enough for many different sizes. For few (six frame sizes, three lengths) it cannot close the gaps, and
-subset sums can. `fill_rows` tries these in turn and keeps the first result with little enough padding, else the best.
+Best fit is enough for many different sizes. For few (six frame sizes, three lengths) it cannot close the
+gaps, and subset sums can. `fill_rows` tries these in turn and keeps the first result with little enough
+padding, else the best.
 """
 
 import bisect
@@ -25,10 +27,12 @@ SAMPLE = 20  # waiting clips from which a subset is chosen
 
 
 def fill_rows(tokens, text, shape, spare=0):
-  """Assigns clips to rows -> lists of clip indices in [0, N), one a row. No row is empty; each clip is in one row.
+  """Assigns clips to rows -> lists of clip indices in [0, N), one a row.
 
-  tokens, text: int arrays [N], each entry within `shape`, a RowShape. spare: how many of the emptiest rows do not count
-  when the padding of a result is measured.
+  No row is empty; each clip is in one row.
+
+  tokens, text: int arrays [N], each entry within `shape`, a RowShape. spare: how many of the emptiest rows do
+  not count when the padding of a result is measured.
   """
   if not len(tokens):
     return []
@@ -48,7 +52,10 @@ def fill_rows(tokens, text, shape, spare=0):
 
 
 class _Rows:
-  """Rows being filled. One entry a row: `clips` (indices), `room` (tokens left), `text_room` (text tokens left)."""
+  """Rows being filled.
+
+  One entry a row: `clips` (indices), `room` (tokens left), `text_room` (text tokens left).
+  """
 
   def __init__(self, tokens, text, shape):
     self.tokens, self.text, self.shape = tokens.tolist(), text.tolist(), shape
@@ -78,7 +85,7 @@ class _Rows:
 
 
 def _deal(rows, share):
-  """Deals the largest clips, each to the emptiest row, until `share` of the tokens is left -> the clips not placed."""
+  """Deals the largest clips, each to the emptiest row, until `share` of the tokens is left -> other clips."""
   left, keep, rest = sum(rows.tokens), share * sum(rows.tokens), []
   heap = [(-rows.room[row], row) for row in range(len(rows.clips))]
   for i, clip in enumerate(rows.order):
@@ -117,7 +124,7 @@ class _OpenRows:
     self._rooms = sorted(self._by_room)
 
   def take(self, clip):
-    """Removes and returns the row that the clip leaves fullest, of equal ones the last added; None if it fits none."""
+    """Pops the row that the clip leaves fullest, the last added of equal ones; None if it fits none."""
     size, text = self._rows.tokens[clip], self._rows.text[clip]
     for i in range(bisect.bisect_left(self._rooms, size), len(self._rooms)):
       candidates = self._by_room[self._rooms[i]]
@@ -139,8 +146,9 @@ class _OpenRows:
 
 
 def _exact(rows, waiting):
-  """Fills row after row, the fullest first, each with the subset of some waiting clips that leaves the least room."""
-  queue, smallest = collections.deque(sorted(waiting)), min(rows.tokens)  # in the order of drawing: a fair sample
+  """Fills the rows, fullest first, each with the subset of SAMPLE clips that leaves the least room."""
+  smallest = min(rows.tokens)
+  queue = collections.deque(sorted(waiting))  # in the order of drawing: a fair sample
   for row in sorted(range(len(rows.clips)), key=rows.room.__getitem__):
     while rows.room[row] >= smallest and len(rows.clips[row]) < rows.shape.clips and queue:
       sample = [queue.popleft() for _ in range(min(SAMPLE, len(queue)))]
@@ -158,7 +166,7 @@ def _exact(rows, waiting):
 
 
 def _subset(sizes, room):
-  """Indices of sizes, given in descending order, whose sum is the largest that is <= room; larger sizes preferred."""
+  """Indices of the sizes, given in descending order, of the largest sum <= room; larger ones preferred."""
   if sum(sizes) <= room:
     return range(len(sizes))
   mask, reached = (1 << (room + 1)) - 1, [1]  # bit s of reached[i]: some of the first i sizes sum to s

@@ -3,20 +3,23 @@
   from data.tfds_builder import SoraRecords, to_record
   builder = SoraRecords(data_dir="out/tfds", records="out/records")     # records: the output of launch.encode
   builder.download_and_prepare()
-  source = builder.as_data_source("train[:90%]")                       # random access; can be pickled; works with Grain
-  record = to_record(source[0])                                        # a data.records.Record, equal bit for bit
+  source = builder.as_data_source("train[:90%]")                       # random access; can be pickled; works
+  with Grain record = to_record(source[0])                                        # a data.records.Record,
+  equal bit for bit
 
-A prepared dataset opens without this class: tfds.data_source("sora_records", data_dir="out/tfds"). The header of the
-index (stride and fingerprint of the VAE, null text, ...) is in `builder.info.metadata`. So are, under `damaged`, the
-records that could not be read and were skipped. Examples are in the order of the records' shards; nothing is shuffled.
+A prepared dataset opens without this class: tfds.data_source("sora_records", data_dir="out/tfds"). The header
+of the index (stride and fingerprint of the VAE, null text, ...) is in `builder.info.metadata`. So are, under
+`damaged`, the records that could not be read and were skipped. Examples are in the order of the records'
+shards; nothing is shuffled.
 
-The schema is one that TFDS 4.9 stores exactly without TensorFlow. Arrays are raw bytes, little-endian, with their shape
-beside them (TFDS has no bfloat16, and takes at most one unknown dimension). float64 is stored as bytes (otherwise it
-becomes float32). A uid is 16 hexadecimal digits (unsigned 64-bit integers overflow when they are read).
+The schema is one that TFDS 4.9 stores exactly without TensorFlow. Arrays are raw bytes, little-endian, with
+their shape beside them (TFDS has no bfloat16, and takes at most one unknown dimension). float64 is stored as
+bytes (otherwise it becomes float32). A uid is 16 hexadecimal digits (unsigned 64-bit integers overflow when
+they are read).
 
-Examples are written to disk one by one, shard by shard. tfds.core.GeneratorBasedBuilder would first collect all of them,
-in memory and, from 1 GB on, in files that it needs TensorFlow to write. A run that was killed begins again; TFDS leaves
-what it had written in a folder incomplete.*, which may be deleted.
+Examples are written to disk one by one, shard by shard. tfds.core.GeneratorBasedBuilder would first collect
+all of them, in memory and, from 1 GB on, in files that it needs TensorFlow to write. A run that was killed
+begins again; TFDS leaves what it had written in a folder incomplete.*, which may be deleted.
 """
 
 import functools
@@ -60,7 +63,10 @@ def from_record(record: Record) -> dict:
 
 
 def to_record(example: dict) -> Record:
-  """Example, as a data source returns it -> the Record it was made from. ValueError if bytes and shapes disagree."""
+  """Example, as a data source returns it -> the Record it was made from.
+
+  ValueError if bytes and shapes disagree.
+  """
   arrays = {}
   for name in RANKS:
     shape = example[f"{name}_shape"]
@@ -74,12 +80,12 @@ def to_record(example: dict) -> Record:
 class SoraRecords(tfds.core.ShardBasedBuilder):
   """Records of video latents and captions, written by launch.encode.
 
-  records: the directory that launch.encode wrote; not needed if the dataset is already prepared. Raises BadInput if its
-  records are incomplete, or if the dataset in `data_dir` was made from other records.
+  records: the directory that launch.encode wrote; not needed if the dataset is already prepared. Raises
+  BadInput if its records are incomplete, or if the dataset in `data_dir` was made from other records.
   """
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "First schema; record format 1."}
-  # Nothing is downloaded. To look for checksums, TFDS 4.9 imports a package that it does not declare as a dependency.
+  # Nothing is downloaded. To look for checksums, TFDS 4.9 imports a package that is not a dependency of it.
   url_infos = None
 
   def __init__(self, *, records=None, **kwargs):
@@ -132,7 +138,7 @@ class SoraRecords(tfds.core.ShardBasedBuilder):
 
 
 def _header(index):
-  """What training needs besides the records: JSON values of the header of the index, and the null text's embedding."""
+  """What training needs besides the records: JSON values of the index's header, with the null text's embedding."""
   _, null_SE = index.null_text
   header = {name: value for name, value in index.header.items() if name != "shards"}
   header["null_text_embedding"] = None if null_SE is None else null_SE.astype(float).tolist()

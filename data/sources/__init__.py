@@ -1,4 +1,7 @@
-"""Sources of clips, one module each; data/clips.py defines the interface. For real files the path decides the module."""
+"""Sources of clips, one module each; data/clips.py defines the interface.
+
+For real files the path decides the module.
+"""
 
 import importlib
 import pathlib
@@ -34,5 +37,8 @@ def kind_of(path) -> str | None:
 
 
 def open_files(config):
-  """A source of the files at config.path. `open_source` of the module that reads them takes the rest of the config."""
+  """A source of the files at config.path.
+
+  `open_source` of the module that reads them takes the rest of the config.
+  """
   return importlib.import_module(f"data.sources.{kind_of(config.path) or 'folder'}").open_source(config)

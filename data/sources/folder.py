@@ -1,10 +1,11 @@
 """A folder of a user: any tree of videos and images, with captions beside them.
 
   videos     mp4 mkv webm mov gif avi;  images  png jpg jpeg webp
-  captions   NAME.txt beside NAME.mp4, or captions.jsonl ({"file": "a/b.mp4", "caption": "..."}, with paths relative to
-             the folder of captions.jsonl); if a file has both, NAME.txt is used
+  captions   NAME.txt beside NAME.mp4, or captions.jsonl ({"file": "a/b.mp4", "caption": "..."}, with paths
+             relative to the folder of captions.jsonl); if a file has both, NAME.txt is used
 
-A file without a caption is kept with an empty one, and this is noted. data/curation.py turns files into clips.
+A file without a caption is kept with an empty one, and this is noted. data/curation.py turns files into
+clips.
 """
 
 import dataclasses

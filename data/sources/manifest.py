@@ -1,12 +1,14 @@
-"""A manifest: a table of clips anywhere on disk, one a row. NAME.jsonl, NAME.csv (with a header) or NAME.parquet.
+"""A manifest: a table of clips anywhere on disk, one a row.
+
+NAME.jsonl, NAME.csv (with a header) or NAME.parquet.
 
   file         path, absolute or relative to the folder of the manifest
   caption      text; if it is empty, the clip is kept with an empty caption
   start, end   seconds, optional: a range of a longer file, the frames shown from `start` to before `end`
 
 Several rows may use ranges of one file. Each is a clip of its own, named as in W3C Media Fragments
-(film.mp4#t=12.5,17); its `start` in records counts seconds from the start of the whole file. Other columns are not
-read. A row that cannot be used is named in `ignored`. data/curation.py turns files into clips.
+(film.mp4#t=12.5,17); its `start` in records counts seconds from the start of the whole file. Other columns
+are not read. A row that cannot be used is named in `ignored`. data/curation.py turns files into clips.
 """
 
 import csv
@@ -33,7 +35,10 @@ class Source(curation.FileSource):
   """Clips of a manifest; item.location: (path, start, end)."""
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
-    """The pieces in order. Raises BadClip where the file cannot be read any further, or if its range is empty."""
+    """The pieces in order.
+
+    Raises BadClip where the file cannot be read any further, or if its range is empty.
+    """
     path, start, end = item.location
     return curation.read(path, item, self.rules, start, end)
 
@@ -118,7 +123,7 @@ def _short(seconds):
   return f"{seconds:.6f}".rstrip("0").rstrip(".")
 
 
-# --- readers of rows, one at a time: (number of the row, from 1; a dict, or a str that names the fault of the row)
+# --- readers: they yield (number of the row, from 1; a dict, or a str that names the fault of the row)
 
 def _jsonl(path):
   with open(path, "rb") as f:

@@ -1,6 +1,7 @@
 """The embedded world in square crops: the central square of each clip of data/sources/shapes.
 
-This is how clips are cropped for models of a single frame shape. launch.framing compares it with clips at native sizes.
+This is how clips are cropped for models of a single frame shape. launch.framing compares it with clips at
+native sizes.
 """
 
 import dataclasses

@@ -1,13 +1,15 @@
 """Tar shards as WebDataset writes them: the members of one key make a clip.
 
   PATH       one NAME.tar, a folder of them, or a pattern: shards-{00000..00099}.tar, shards-*.tar
-  key        the name of a member up to the first dot of its base name. The members of one key, in one shard, are
-             one video or image   (suffixes of sora_jax.video)
-             its caption          KEY.txt, or KEY.json with "caption" or "text"; if both exist, KEY.txt is used
+  key        the name of a member up to the first dot of its base name. The members of one key, in one shard,
+             are one video or image   (suffixes of sora_jax.video)
+             its caption          KEY.txt, or KEY.json with "caption" or "text"; if both exist, KEY.txt is
+                                  used
 
-Shards are not unpacked and must not be compressed. Listing walks the headers and reads the captions. The bytes of a clip
-are copied to a temporary file while it is read. Members of other kinds are counted, shard by shard. Truncated or
-damaged members are named; only what follows them in their shard is lost. data/curation.py turns files into clips.
+Shards are not unpacked and must not be compressed. Listing walks the headers and reads the captions. The
+bytes of a clip are copied to a temporary file while it is read. Members of other kinds are counted, shard by
+shard. Truncated or damaged members are named; only what follows them in their shard is lost. data/curation.py
+turns files into clips.
 """
 
 import contextlib
@@ -76,7 +78,10 @@ def open_source(config) -> Source:
 
 
 def find_shards(spec) -> list[str]:
-  """Absolute paths of the shards that a path or pattern names, sorted. A numbered range includes the missing ones."""
+  """Absolute paths of the shards that a path or pattern names, sorted.
+
+  A numbered range includes the missing ones.
+  """
   if os.path.isdir(spec):
     spec = os.path.join(glob.escape(spec), "*" + SUFFIX)
   patterns = [glob.escape(spec)] if os.path.exists(spec) else _expand_ranges(spec)

@@ -1,17 +1,18 @@
-"""A TFDS dataset of raw clips, encoded videos or images with captions, in ArrayRecord; read without TensorFlow.
+"""A TFDS dataset of raw clips, videos or images with captions, in ArrayRecord. Read without TensorFlow.
 
   PATH/dataset_info.json   PATH is a version (NAME/1.0.0), or the folder that holds it
   the clip                 bytes of a file, in the first of the fields CLIPS that an example has
   its caption              in one of the fields CAPTIONS
   its name                 in one of the fields NAMES, else its position, SPLIT/00000123
 
-Examples are parsed as tf.train.Example messages, not through features.json: its Image and Video need TensorFlow, and it
-may name any class of any package to import. So a tfds.features.Image is read as the file that it was made from. A
-features.Video, a sequence of PNG or JPEG images, becomes a file of these images, unchanged, at the rate that the
-example has under `fps`, else at the rate of the rules.
+Examples are parsed as tf.train.Example messages, not through features.json: its Image and Video need
+TensorFlow, and it may name any class of any package to import. So a tfds.features.Image is read as the file
+that it was made from. A features.Video, a sequence of PNG or JPEG images, becomes a file of these images,
+unchanged, at the rate that the example has under `fps`, else at the rate of the rules.
 
-Captions are in the examples, beside the bytes. Opening a source reads each example once (0.3 GB a second on one core),
-decodes nothing, and keeps caption, name, size and checksum. data/curation.py turns files into clips.
+Captions are in the examples, beside the bytes. Opening a source reads each example once (0.3 GB a second on
+one core), decodes nothing, and keeps caption, name, size and checksum. data/curation.py turns files into
+clips.
 """
 
 import dataclasses
@@ -41,7 +42,10 @@ NAMES = ("file", "filename", "file_name", "id")
 
 @dataclasses.dataclass(frozen=True)
 class Source(curation.FileSource):
-  """Clips of a split; item.location: the position in it. Examples without a readable clip are in `ignored`."""
+  """Clips of a split; item.location: the position in it.
+
+  Examples without a readable clip are in `ignored`.
+  """
   blobs: ArrayRecordDataSource
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
@@ -58,9 +62,10 @@ class Source(curation.FileSource):
 
 
 def open_source(config) -> Source:
-  """config: path, and, each optional, split (default: train; it may be a slice, train[:10%]) and the fields of Rules.
+  """config: path. Optional: split (default: train; may be a slice, train[:10%]), the fields of Rules.
 
-  Raises BadInput if there is no such dataset or split, if reading it needs TensorFlow, or if no example holds a clip.
+  Raises BadInput if there is no such dataset or split, if reading it needs TensorFlow, or if no example holds
+  a clip.
   """
   directory, split, rules = find_dataset(config.path), config.get("split") or "train", curation.Rules.of(config)
   name, blobs = _open(directory, split)
@@ -101,7 +106,10 @@ def open_source(config) -> Source:
 
 
 def find_dataset(path) -> pathlib.Path:
-  """The directory of the dataset at `path`, or directly below it. Raises BadInput if there is none, or several."""
+  """The directory of the dataset at `path`, or directly below it.
+
+  Raises BadInput if there is none, or several.
+  """
   root = pathlib.Path(path)
   if (root / INFO).exists():
     return root

@@ -14,9 +14,12 @@ from sora_jax.errors import BadInput
 
 @dataclasses.dataclass
 class Source:
-  """Files of pieces of given lengths. A pixel holds (file, frame within the file, position) as red, green, blue.
+  """Files of pieces of given lengths.
 
-  files: for each file, the lengths of its pieces; a string instead of a length raises BadClip with that reason.
+  A pixel holds (file, frame within the file, position) as red, green, blue.
+
+  files: for each file, the lengths of its pieces; a string instead of a length raises BadClip with that
+  reason.
   """
   files: list
   size: tuple = (12, 16)

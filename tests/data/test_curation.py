@@ -1,4 +1,4 @@
-"""Scenes, rates, sizes and dull pieces, on real clips where it can be; FFmpeg's own filters are the judges."""
+"""Scenes, rates, sizes and dull pieces, on real clips if possible, compared with FFmpeg's own filters."""
 
 import importlib.util
 import itertools
@@ -46,7 +46,7 @@ def cuts_of(images, threshold=10.0):
 
 def filtered(images_or_frames, name, **options):
   """Metadata that a filter of FFmpeg gives to each frame."""
-  graph, found = None, []
+  graph, metadata = None, []
   for k, frame in enumerate(images_or_frames):
     if isinstance(frame, np.ndarray):
       frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
@@ -57,11 +57,12 @@ def filtered(images_or_frames, name, **options):
               graph.add(name, **options), graph.add("buffersink"))
       graph.link_nodes(*ends).configure()
     graph.vpush(frame)
-    found.append(dict(graph.vpull().metadata))
-  return found
+    metadata.append(dict(graph.vpull().metadata))
+  return metadata
 
 
 # --- scenes
+
 
 def test_a_hard_cut_is_found_to_the_frame(joined):
   path, shots = joined
@@ -72,7 +73,7 @@ def test_a_hard_cut_is_found_to_the_frame(joined):
 @pytest.mark.parametrize(("name", "cuts"), [("bigbuckbunny", []), ("bikes", [30, 76, 137, 187, 242]),
                                               ("carphone_pristine", []), ("carphone_distorted", [])])
 def test_real_clips_are_cut_where_the_eye_sees_it(name, cuts):
-  """All their frames: five cuts, between six shots in a street, the least of which scores 10.7; no other frame has more than 3.6."""
+  """Five cuts between six shots in a street, the least scores 10.7; no other frame exceeds 3.6."""
   assert cuts_of(frame.image_HWC for frame in video.read(REAL / f"{name}.mp4")) == cuts
 
 
@@ -91,24 +92,27 @@ def test_the_score_is_that_of_ffmpeg_on_the_file_itself(name, within):
 
 @pytest.mark.parametrize("width", [8, 50, 58, 100])
 def test_a_score_is_of_the_frame_alone(width):
-  """Of lines that are no multiple of 64 pixels scdet sums up what lies behind them in memory, too."""
+  """If a line is not a multiple of 64 pixels, scdet also sums the memory behind it."""
   dark, light = (np.full((48, width, 3), level, np.uint8) for level in (60, 100))
   for seed in range(20):
-    held = [np.random.default_rng(seed + i).bytes(7000 + 997 * i) for i in range(20)]       # noqa: F841 (memory that is no longer zero)
+    # Fills memory, so that what is allocated next is not zero.
+    held = [np.random.default_rng(seed + i).bytes(7000 + 997 * i) for i in range(20)]  # noqa: F841
     cuts = curation.Cuts(50)
     for image in (dark, light):
       cuts(image)
-    assert cuts.score == pytest.approx(100 * 40 / 255 * 219 / 255, abs=0.3)         # mean difference of limited-range luma, in per cent
+    # The mean difference of limited-range luma, in per cent.
+    assert cuts.score == pytest.approx(100 * 40 / 255 * 219 / 255, abs=0.3)
 
 
 @pytest.mark.parametrize("fps", [0.0, 12.5, 50.0])
 def test_no_piece_spans_a_cut(joined, fps):
-  """At any rate, each piece shows one of the shots, from where it begins; together they show all but what is counted."""
+  """At any rate, each piece shows one shot, from its start; together they show all but those counted."""
   path, shots = joined
-  found, ends = read(path, max_seconds=0.68, scene_threshold=10.0, fps=fps), np.cumsum([len(shot) for shot in shots]) / 25
+  clips = read(path, max_seconds=0.68, scene_threshold=10.0, fps=fps)
+  ends = np.cumsum([len(shot) for shot in shots]) / 25
   written = np.concatenate(shots).astype(np.float32)
   at = 0.0
-  for clip in found:
+  for clip in clips:
     assert clip.start == pytest.approx(at)
     frames = len(clip.video_THWC)
     scene = np.searchsorted(ends, clip.start + 1e-6, side="right")
@@ -118,7 +122,7 @@ def test_no_piece_spans_a_cut(joined, fps):
       assert np.abs(image - shown).mean() < 12
     at = clip.start + (frames + clip.left_out) / clip.fps
   assert at == pytest.approx(ends[-1], abs=0.1)
-  assert len(found) > 3
+  assert len(clips) > 3
   (whole,) = read(path, fps=fps)
   assert len(whole.video_THWC) > 1.2 * whole.fps + 1, "which without cuts is one piece"
 
@@ -144,13 +148,14 @@ def test_a_cut_in_a_file_of_variable_rate(tmp_path):
 
 # --- dull pieces
 
+
 def moving(frames=21):
   return frames_of("carphone_pristine", frames)
 
 
 @pytest.mark.parametrize(("level", "share"), [(0, 0.0), (24, 0.0), (27, 0.0), (0, 0.015), (0, 0.025), (24, 0.015), (80, 0.0)])
 def test_black_is_what_blackdetect_says(level, share):
-  """Frames of one grey, some pixels of which are bright; FFmpeg says where black begins."""
+  """Frames of one grey with a share of bright pixels; FFmpeg decides which are black."""
   images = np.full((3, 60, 80, 3), level, np.uint8)
   bright = np.random.default_rng(0).permutation(60 * 80)[:round(share * 60 * 80)]
   images.reshape(3, -1, 3)[:, bright] = 200
@@ -166,12 +171,12 @@ def test_frozen_is_what_freezedetect_says(noise, frozen):
   rng = np.random.default_rng(0)
   for image in images[1:]:
     image += (rng.random(image.shape) < noise * 255).astype(np.uint8)
-  found = filtered(images, "freezedetect", d="0.3")
-  assert ("lavfi.freezedetect.freeze_start" in found[-1]) == frozen == curation.is_frozen(images)
+  metadata = filtered(images, "freezedetect", d="0.3")
+  assert ("lavfi.freezedetect.freeze_start" in metadata[-1]) == frozen == curation.is_frozen(images)
 
 
 def test_a_slow_drift_is_not_frozen():
-  """Neighbours are nearly the same, as freezedetect knows; the last is not the first."""
+  """Neighbours are nearly equal, but the last frame differs from the first; freezedetect agrees."""
   images = np.stack([np.full((32, 32, 3), 100, np.uint8)] * 40)
   for k, image in enumerate(images):
     image[:, :k // 2] += 3
@@ -194,10 +199,10 @@ def test_dull_pieces_are_dropped_by_name(tmp_path):
 
 def test_too_short(joined, tmp_path):
   path, _ = joined
-  found = read(path, max_seconds=0.68, min_seconds=0.5, scene_threshold=10.0)
-  assert [(type(piece).__name__, round(piece.start, 6)) for piece in found] == [
+  pieces = read(path, max_seconds=0.68, min_seconds=0.5, scene_threshold=10.0)
+  assert [(type(piece).__name__, round(piece.start, 6)) for piece in pieces] == [
       ("RawClip", 0), ("RawClip", 0.68), ("RawClip", 1.2), ("RawClip", 1.88), ("Dropped", 2.4)]
-  assert found[-1] == Dropped(2.4, pytest.approx(12 / 25), "too short"), "with the frames that are in no piece"
+  assert pieces[-1] == Dropped(2.4, pytest.approx(12 / 25), "too short"), "with the frames that are in no piece"
   video.write_png(tmp_path / "a.png", moving(1)[0])
   (picture,) = read(tmp_path / "a.png", max_seconds=5.0, min_seconds=2.0, scene_threshold=10.0, drop_dull=True)
   assert picture.video_THWC.shape == (1, 144, 176, 3), "a picture is never too short, nor frozen"
@@ -206,6 +211,7 @@ def test_too_short(joined, tmp_path):
 
 
 # --- rate and size
+
 
 def test_a_rate_above_the_limit(tmp_path):
   video.write_mp4(tmp_path / "a.mp4", moving(41), 50)
@@ -237,9 +243,10 @@ def test_a_smaller_size_keeps_the_shape(height, width, limit):
 
 # --- ranges of a file
 
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.mov", "a.avi", "a.gif", "a.webm"])
 def test_a_range_holds_the_frames_of_the_whole(tmp_path, name):
-  """Bit by bit, from key frames and between them, in every format, though a seek may land where it likes."""
+  """Bit for bit, from key frames and between them, in every format, wherever a seek lands."""
   path = tmp_path / name
   codec = {"avi": "mpeg4", "gif": "gif", "webm": "libvpx-vp9"}.get(name[2:], "libx264")
   with av.open(str(path), "w") as out:

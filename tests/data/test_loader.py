@@ -164,7 +164,7 @@ def test_embeddings_and_their_padding(tmp_path, index):
 
 
 def test_channels_of_an_image(tmp_path, index):
-  """For a model that takes its image as channels: four that mark given frames, then the latents; zeros in padding."""
+  """An image as channels: four mark the given frames, then come the latents; zeros in padding."""
   (batch, _), = take(1, write(tmp_path, conditions=True), cond_channels=4 + CHANNELS)
   real = batch.segment_BL > 0
   assert batch.cond_BLQ.shape == (*real.shape, 4 + CHANNELS) and not batch.cond_BLQ[~real].any() and not batch.given_BL.any()
@@ -221,7 +221,7 @@ def test_an_error_of_the_plan_comes_through_the_threads(index):
 
 
 def test_a_mixture_of_directories(tmp_path, index):
-  """Clips of both are as written, in their shares, with their own sources; hosts have slices of it, and resume."""
+  """Clips of both are as written, in their shares, with their own sources; hosts have slices and resume."""
   mixture = Mixture([index, write(tmp_path, source="film")])
   plan = make_plan(mixture, weights=(1, 3))
   steps = take(12, mixture, plan, caption_dropout=0)

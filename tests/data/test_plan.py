@@ -68,7 +68,7 @@ def test_every_clip_exactly_once_an_epoch(sizes, rows_per_step, window, seed, ep
 @given(n=st.integers(1, 60), rows_per_step=st.integers(1, 4), window=st.integers(8, 60), data=st.data())
 @settings(max_examples=15, deadline=None)
 def test_resumes_from_any_cursor(n, rows_per_step, window, data):
-  """The steps after a cursor depend on the cursor alone; it survives JSON; no clip is lost between windows."""
+  """The steps after a cursor depend on it alone; it survives JSON; no clip is lost between windows."""
   index, weights = data.draw(st.sampled_from([(world_index(n), None), (mixture(n, 17), (1, 2))]))
 
   def make():
@@ -89,7 +89,10 @@ def test_resumes_from_any_cursor(n, rows_per_step, window, data):
 
 
 def test_nothing_waits_for_ever():
-  """A clip that shares its row with no other is always in the emptiest row. It is carried over once, not for ever."""
+  """A clip that shares its row with no other is always in the emptiest row.
+
+  It is carried over once, not for ever.
+  """
   index = make_index([(1, 1, 20)] + [(1, 1, 64)] * 200)
   plan = make_plan(index, rows_per_step=3, window_clips=50)
   waits, carried_twice = {}, set()
@@ -142,7 +145,7 @@ def test_shuffle_is_a_permutation_and_another_one_each_epoch(n):
 
 
 def test_shuffle_is_fair():
-  """Over 4,000 epochs each of 5 clips is at each position about equally often; neighbours do not stay neighbours."""
+  """Over 4,000 epochs, 5 clips are at each position about equally often; neighbours do not stay together."""
   epochs = np.repeat(np.arange(4000), 5)
   order = shuffle(np.tile(np.arange(5), 4000), 5, 0, 1, epochs).reshape(4000, 5)
   counts = np.array([np.bincount(order[:, position], minlength=5) for position in range(5)])
@@ -153,7 +156,7 @@ def test_shuffle_is_fair():
 
 
 def test_a_thousand_million_clips():
-  """No array of that size is made: neither a permutation nor a copy of the index (here one clip, 10^9 times)."""
+  """No array of that size is made: no permutation, no copy of the index (here one clip, 10^9 times)."""
   positions = shuffle(np.arange(999_990_000, 1_000_000_000), 10**9, 3, 1, 0)
   assert len(np.unique(positions)) == 10_000 and positions.min() >= 0 and positions.max() < 10**9
   index = np.broadcast_to(make_index([(2, 3, 4)]), 10**9)
@@ -174,7 +177,7 @@ def test_hash_depends_on_every_word():
     (world_index(3000), 256, 12, 128, (1, 1, 1), 20, 0.015, 1.02),
     (reference.index(20000), 81920, 64, 8192, (1, 2, 2), 32, 0.005, 1.02)])
 def test_rows_are_full_and_ranks_finish_together(index, length, clips, text, patch, rows, padding, balance):
-  """Padding, and max / mean cost of a step's rows, on the embedded world and on a mixture like that of the web."""
+  """Padding, and max / mean cost of a step's rows, on the embedded world and on a mixture like the web's."""
   plan = make_plan(index, rows, length, clips, text, patch, seed=1)
   steps = [step for _, step in itertools.islice(plan.steps(), 60)]
   costs_BR = np.array([step.costs for step in steps])
@@ -206,7 +209,7 @@ weight_lists = st.lists(st.one_of(st.integers(1, 2**30), st.integers(1, 9)), min
 @given(weights=weight_lists, start=st.integers(0, 2**40), count=st.integers(1, 300))
 @settings(max_examples=60, deadline=None)
 def test_shares_of_a_mixture_are_right_in_every_stretch(weights, start, count):
-  """Within one clip for two datasets, two for more; own draws are consecutive; each draw can be dealt alone."""
+  """Within one clip for two datasets, two for more; own draws are consecutive; any can be dealt alone."""
   which, own = deal(np.arange(start, start + count), weights)
   for dataset, weight in enumerate(weights):
     mine = own[which == dataset]
@@ -242,7 +245,10 @@ def test_every_clip_of_a_mixture_once_an_epoch_of_its_dataset(counts, data, wind
 
 
 def test_a_mixture_of_one_is_the_dataset():
-  """The draws of a single dataset never change, so that runs can resume. (Numbers from this code, 2026-11.)"""
+  """The draws of a single dataset never change, so that runs can resume.
+
+  (Numbers from this code, 2026-11.)
+  """
   index = world_index(50)
   alone, joined = make_plan(index, length=130), make_plan(Joined([index]), length=130, weights=(2.5,))
   assert alone.name == joined.name

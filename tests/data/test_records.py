@@ -1,4 +1,4 @@
-"""Records: what was written comes back, whatever is killed; what is damaged is named."""
+"""Records are read back as written, after any kill; damaged ones are named."""
 
 import concurrent.futures
 import errno
@@ -37,7 +37,7 @@ def equal(a, b):
 
 
 def write(directory, wanted, per_shard=4, settings=None, **null):
-  """What launch.encode does: adds what is missing, a shard every `per_shard` records, then the index."""
+  """As launch.encode: adds the missing records, a shard every `per_shard` of them, then the index."""
   with RecordWriter(directory, settings) as writer:
     add_missing(writer, wanted, per_shard)
     return writer.finish(HEADER, null_text=[1], **null)
@@ -75,7 +75,10 @@ def test_what_was_written_comes_back(tmp_path, embedded):
 
 
 def test_uids_are_of_file_and_start():
-  """The same on every machine and in every version: training draws its noise from them. (Number from this code, 2026-11.)"""
+  """The same on every machine and in every version: training draws its noise from them.
+
+  (Number from this code, 2026-11.)
+  """
   assert records.uid("a/b.mp4", 1.5) == records.uid("a/b.mp4", 1.5000000001)
   assert len({records.uid(f, s) for f in ("a", "b", "a\0b") for s in (0, 0.04, 1)}) == 9
   assert records.uid("a/b.mp4", 1.5) == 10552471034892410136
@@ -85,9 +88,9 @@ def test_threads_and_processes_may_read(tmp_path):
   wanted = sorted((record(i) for i in range(40)), key=lambda one: (one.file, one.start))
   index = pickle.loads(pickle.dumps(write(tmp_path, wanted)))
   with concurrent.futures.ThreadPoolExecutor(16) as pool:
-    places = np.random.default_rng(0).integers(0, 40, 400)
-    for i, got in zip(places, pool.map(lambda i: read(index, i), places)):
-      assert equal(got, wanted[i])
+    positions = np.random.default_rng(0).integers(0, 40, 400)
+    for i, result in zip(positions, pool.map(lambda i: read(index, i), positions)):
+      assert equal(result, wanted[i])
 
 
 class Killed(BaseException):
@@ -96,14 +99,14 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("before", [True, False])
 def test_killed_at_any_moment_it_ends_the_same(tmp_path, monkeypatch, before):
-  """Killed just before or after any of its renames, a second run makes of it what it would have been without."""
+  """After a kill just before or after any rename, a second run gives the same files as one without it."""
   wanted = [record(i) for i in range(10)]
   write(tmp_path / "whole", wanted)
   names = {path.name for path in (tmp_path / "whole").iterdir()}
   rename = os.replace
 
   def run(directory, kill_at):
-    """False if it was killed. No clean-up then, as after SIGKILL; only the lock goes with the process."""
+    """Returns False if it was killed. As after SIGKILL, nothing is cleaned up; only the lock is released."""
     calls = 0
 
     def replace(source, target):
@@ -174,7 +177,7 @@ def test_a_flipped_byte_costs_one_record_and_is_named(tmp_path):
 
 
 def test_a_record_of_another_place_is_noticed(tmp_path):
-  """Shards of another directory, of the same size: every record is whole, but not the one that the index means."""
+  """Shards of another directory, of the same size: no record is damaged, but none is that of the index."""
   for name, first in (("a", 0), ("b", 6)):
     write(tmp_path / name, [record(i) for i in range(first, first + 4)])
   (tmp_path / "b" / "shard-000-00000.array_record").write_bytes((tmp_path / "a" / "shard-000-00000.array_record").read_bytes())

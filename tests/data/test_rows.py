@@ -1,4 +1,4 @@
-"""Laws of packing: each clip in one row, within three budgets; full rows even where budgets are tight."""
+"""Laws of packing: each clip in one row, within three budgets; rows are full even with tight budgets."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def test_subset_is_the_best(sizes, room):
 
 
 def test_few_sizes_and_tight_budgets():
-  """Best-fit decreasing leaves the small clips to rows of their own, which are full of clips before of tokens."""
+  """Best-fit decreasing packs small clips into rows of their own, which reach the budget of clips first."""
   rng = np.random.default_rng(0)
   tokens = rng.choice([12, 15, 16, 24, 36, 45, 48, 60, 72, 75, 80, 120], 4000)
   text, shape = rng.integers(4, 12, 4000), RowShape(300, 12, 120)

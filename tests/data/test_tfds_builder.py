@@ -1,4 +1,4 @@
-"""Our records as a TFDS dataset: bit by bit, one at a time, and without TensorFlow."""
+"""Our records as a TFDS dataset: equal bit for bit, one at a time, and without TensorFlow."""
 
 import importlib.abc
 import importlib.machinery
@@ -23,7 +23,7 @@ tfds.disable_progress_bar()
 
 
 class Watch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-  """A TensorFlow that is installed, and notes who imports it. (To look whether it is there is no import.)"""
+  """Pretends that TensorFlow is installed, and records imports of it. (A search for it is not an import.)"""
 
   def __init__(self):
     self.imported = False
@@ -48,7 +48,7 @@ def watch(monkeypatch):
 
 
 def record(i, **more):
-  """Of many sizes; the numbers are not those of float32, and the bits those of any bfloat16, NaN and all."""
+  """Records of many sizes. Start and fps are no float32 numbers; latents are any bfloat16 bits, even NaN."""
   rng = np.random.default_rng(i)
   bits = rng.integers(0, 1 << 16, (1 + i % 3, 2 + i % 2, 3, 4), np.uint16)
   return Record(bits.view(ml_dtypes.bfloat16), np.arange(i % 4, dtype=np.int32), f"eine Katze, naïve 猫 {i}", f"b/{i * 7 % 13:02d}.mp4",
@@ -66,7 +66,7 @@ def write(directory, wanted, null_SE=None, **header):
 
 
 def bits(record):
-  """All that a record is, comparable."""
+  """All fields of a record, comparable."""
   arrays = (record.latents_THWC, record.text_ids_S, record.text_SE, record.cond_THWC)
   return [None if a is None else (str(a.dtype), a.shape, a.tobytes()) for a in arrays] + [
       record.caption, record.file, record.start, record.fps, record.source, record.uid]
@@ -83,7 +83,7 @@ def test_records_come_back_bit_by_bit(tmp_path, watch):
   text = np.random.default_rng(0).normal(size=(5, 6)).astype(ml_dtypes.bfloat16)
   wanted = [record(i, text_SE=text[:i % 5] if i > 3 else None, cond_THWC=record(i).latents_THWC if i > 6 else None) for i in range(10)]
   builder = prepared(tmp_path, wanted, null_SE=text[:1])
-  assert len({record.uid >> 63 for record in wanted}) == 2          # those too that no int64 holds
+  assert len({record.uid >> 63 for record in wanted}) == 2  # also uids that int64 cannot hold
   for source in (builder.as_data_source("train"), tfds.data_source("sora_records", data_dir=tmp_path / "tfds", split="train"),
                  tfds.builder_from_directory(builder.data_dir).as_data_source("train")):
     assert [bits(to_record(example)) for example in source] == [bits(one) for one in wanted]
@@ -113,12 +113,12 @@ def test_slices_grain_and_pickling(tmp_path, watch):
   assert bits(to_record(again[4])) == wanted[7]
   assert len(pickle.loads(pickle.dumps(builder)).as_data_source("train")) == 10
   read = grain.MapDataset.source(builder.as_data_source("train")).shuffle(seed=1).map(lambda example: bits(to_record(example))).to_iter_dataset()
-  found = list(read)
-  assert found != wanted and sorted(found, key=lambda one: one[6]) == wanted
+  shuffled = list(read)
+  assert shuffled != wanted and sorted(shuffled, key=lambda fields: fields[6]) == wanted
 
 
 def test_one_record_at_a_time(tmp_path, watch, monkeypatch):
-  """Of 24 MB of latents in a shard few are in memory at once, and more than TFDS's own buffer holds do not need TensorFlow."""
+  """Few of a shard's 24 MB are in memory at once; more than TFDS's buffer holds needs no TensorFlow."""
   monkeypatch.setattr(shuffle, "MAX_MEM_BUFFER_SIZE", 1 << 20)
   large = [Record(np.full((4, 64, 128, 16), i, ml_dtypes.bfloat16), np.arange(3, dtype=np.int32), "a", f"{i:02d}", 0.0, 8.0, "x") for i in range(24)]
   with RecordWriter(tmp_path / "records") as writer:
@@ -136,7 +136,7 @@ def test_one_record_at_a_time(tmp_path, watch, monkeypatch):
 
 
 def flip(path, needle):
-  """One wrong byte where `needle` stands."""
+  """Flips a bit at the position of `needle`."""
   content = bytearray(path.read_bytes())
   content[content.index(needle)] ^= 1
   path.write_bytes(content)
@@ -169,7 +169,7 @@ def test_nothing_is_made_of_damaged_records_alone(tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_stopped_is_run_again(tmp_path, monkeypatch):
-  """It leaves nothing that looks like a dataset; the next one begins anew, and a third has nothing to do."""
+  """It leaves nothing that looks like a dataset. The second run begins again; the third has nothing to do."""
   wanted = [record(i) for i in range(10)]
   write(tmp_path / "records", wanted)
   builder = SoraRecords(data_dir=tmp_path / "tfds", records=tmp_path / "records")
@@ -206,8 +206,8 @@ def test_bad_input(tmp_path):
       SoraRecords(data_dir=tmp_path / "tfds", records=tmp_path / name)
 
 
-def test_an_example_is_as_the_schema_says(watch):
-  """Without a disk: what from_record gives, TFDS takes, and gives back."""
+def test_an_example_follows_the_schema(watch):
+  """Without a disk: TFDS serialises what from_record returns, and reads it back."""
   schema = tfds_builder.features()
   one = record(7, text_SE=np.zeros((0, 6), ml_dtypes.bfloat16))
   assert bits(to_record(schema.deserialize_example_np(schema.serialize_example(from_record(one))))) == bits(one)

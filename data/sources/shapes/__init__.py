@@ -1,7 +1,8 @@
-"""The embedded world: coloured shapes that move over a plain background, with exact captions. numpy only, seeded.
+"""The embedded world: coloured shapes moving over a plain background, with exact captions.
 
-Every clip is a pure function of (seed, split, index); none is stored. A `Scene` holds exactly what a caption says;
-position, speed and background are drawn from the clip's own seed. The grammar (`caption` and `parse` are inverses):
+numpy only, seeded. Every clip is a pure function of (seed, split, index); none is stored. A `Scene` holds
+exactly what a caption says; position, speed and background are drawn from the clip's own seed. The grammar
+(`caption` and `parse` are inverses):
 
   still     a red ball
   moves     a red ball moves left
@@ -12,13 +13,14 @@ position, speed and background are drawn from the clip's own seed. The grammar (
   pan       the camera pans left over a red ball        (so the scene moves right, as its tiled floor shows)
   zoom      the camera zooms in on a red ball
 
-Held out: every third combination of (colour, shape, direction), as in a Latin square, and a third or a quarter of the
-combinations of the other kinds, are in no training caption (`held_out`), but every pair of their words is. The split
-`held_out` has only held-out combinations; `held_out_requests` makes requests of them.
+Held out: every third combination of (colour, shape, direction), as in a Latin square, and a third or a
+quarter of the combinations of the other kinds, are in no training caption (`held_out`), but every pair of
+their words is. The split `held_out` has only held-out combinations; `held_out_requests` makes requests of
+them.
 
-Edges are three pixels soft, like those of a lens: coverage = clip(1/2 - signed distance / 3, 0, 1). Shapes are 15 to 29
-pixels across (0.3 to 0.45 of the short side) and cross most of the free space, so that a person, or `judge`, can tell
-how they move.
+Edges are three pixels soft, like those of a lens: coverage = clip(1/2 - signed distance / 3, 0, 1). Shapes
+are 15 to 29 pixels across (0.3 to 0.45 of the short side) and cross most of the free space, so that a person,
+or `judge`, can tell how they move.
 """
 
 import collections
@@ -63,7 +65,10 @@ KINDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What a caption says. kind: a key of KINDS; objects: one or two (colour, shape); words: those of its template."""
+  """What a caption says.
+
+  kind: a key of KINDS. objects: one or two (colour, shape). words: those that fill the template of the kind.
+  """
   kind: str
   objects: tuple
   words: tuple = ()
@@ -105,7 +110,10 @@ def parse(text: str) -> Scene | None:
 
 
 def held_out(scene: Scene) -> bool:
-  """Whether this combination of words is held out. Decided by sums of the words' indices, as in a Latin square."""
+  """Whether this combination of words is held out.
+
+  Decided by sums of the words' indices, as in a Latin square.
+  """
   colours, tables = tuple(COLOURS), KINDS[scene.kind][1]
   objects = [colours.index(colour) + SHAPES.index(shape) for colour, shape in scene.objects]
   words = [tuple(table).index(word) for word, table in zip(scene.words, tables, strict=True)]
@@ -117,7 +125,10 @@ def held_out(scene: Scene) -> bool:
 
 
 def draw_scene(rng: np.random.Generator, split: str) -> Scene:
-  """A scene of the split. Kinds have the shares in KINDS; words are uniform among those that the split allows."""
+  """A scene of the split.
+
+  Kinds have the shares in KINDS; words are uniform among those that the split allows.
+  """
   kinds = [kind for kind in KINDS if split == "train" or kind != "still"]
   shares = np.array([KINDS[kind][2] for kind in kinds])
   kind = kinds[np.searchsorted(np.cumsum(shares / shares.sum()), rng.random())]
@@ -142,7 +153,7 @@ def _triangle_wave(phase):
 
 
 def _stage(scene, size, frames, rng):
-  """-> (centres [n, T, 2] as y, x; diameters [n, T]; camera shift [T, 2]; camera zoom [T]); pixels of the frame."""
+  """-> (centres [n, T, 2] as y, x; diameters [n, T]; camera shift [T, 2]; camera zoom [T]), in pixels."""
   size = np.array(size, float)
   short = size.min()
   u = np.arange(frames) / (frames - 1) if frames > 1 else np.array([0.5])
@@ -193,7 +204,7 @@ def _stage(scene, size, frames, rng):
 
 
 def _passing(size, u, rng):
-  """The first object moves along the longer side, behind the second, a slightly larger one at rest in the middle."""
+  """The first object moves along the longer side, behind the second, a larger one at rest in the middle."""
   along = int(size[1] >= size[0]) if size[0] != size[1] else int(rng.integers(2))
   short = size.min()
   small, large = short * rng.uniform(0.30, 0.33), short * rng.uniform(0.40, 0.45)
@@ -211,7 +222,7 @@ def _passing(size, u, rng):
 
 
 def _pair(way, size, u, rng):
-  """Two objects, the first on the side `way` of the second; in a third of the clips both drift sideways together."""
+  """Two objects, the first on the side `way` of the second. In a third of the clips both drift sideways."""
   axis = int(way[1] != 0)
   short = size.min()
   diameter = short * rng.uniform(0.33, 0.37, 2)
@@ -231,7 +242,10 @@ def _pair(way, size, u, rng):
 
 
 def distance(shape: str, y, x, diameter):
-  """Signed distance in pixels to the outline of a shape at the origin, negative inside. All shapes look equally large."""
+  """Signed distance in pixels to the outline of a shape at the origin, negative inside.
+
+  All shapes look equally large.
+  """
   if shape == "ball":
     return np.sqrt(y * y + x * x) - diameter / 2
   if shape == "square":
@@ -242,7 +256,7 @@ def distance(shape: str, y, x, diameter):
 
 
 def _background(size, shift, zoom, tiled, rng):
-  """A muted colour with a slight gradient of light, and a floor of soft tiles if `tiled` -> [1 or T, H, W, 3]."""
+  """A muted colour with a slight gradient, and a floor of soft tiles if `tiled` -> [1 or T, H, W, 3]."""
   h, w = size
   base = np.array(BACKGROUNDS[rng.integers(len(BACKGROUNDS))], np.float32)
   light = rng.uniform(-9, 9, 2).astype(np.float32)
@@ -345,8 +359,9 @@ def open_source(config) -> Source:
 def held_out_requests(n: int = 64, seed: int = 0) -> list[dict]:
   """n requests (DESIGN section 3) whose combinations of words no training caption has.
 
-  Seven of eight are "a COLOUR SHAPE moves DIRECTION". They cycle through the held-out combinations, so that colours,
-  shapes and directions are balanced. Every eighth is of another kind, in turn. Sizes and lengths cycle, too.
+  Seven of eight are "a COLOUR SHAPE moves DIRECTION". They cycle through the held-out combinations, so that
+  colours, shapes and directions are balanced. Every eighth is of another kind, in turn. Sizes and lengths
+  cycle, too.
   """
   rng = np.random.default_rng((seed, 64))
   moves = [Scene("moves", ((colour, shape),), (way,)) for shape in SHAPES for way in DIRECTIONS for colour in COLOURS]

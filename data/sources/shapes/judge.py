@@ -1,9 +1,9 @@
 """Judges of videos of the embedded world: image processing on decoded frames, without a model or the prompt.
 
-`detect` finds the coloured objects. Chroma (a pixel minus its grey) is taken relative to the frame's border, so that
-the gradients and tiles of the background, which are grey, cancel. Each strong pixel votes for the nearest of the world's
-hues; the largest connected piece of the pixels of a hue is an object with a mask and a track. Each judge then answers
-one question with one of a fixed set of words, or None if it cannot tell:
+`detect` finds the coloured objects. Chroma (a pixel minus its grey) is taken relative to the frame's border,
+so that the gradients and tiles of the background, which are grey, cancel. Each strong pixel votes for the
+nearest of the world's hues; the largest connected piece of the pixels of a hue is an object with a mask and a
+track. Each judge then answers one question with one of a fixed set of words, or None if it cannot tell:
 
   colour     the hue with the most pixels
   shape      the template, of equal area, that overlaps the object best
@@ -23,7 +23,7 @@ import numpy as np
 
 from data.sources.shapes import AXES, COLOURS, DIRECTIONS, RELATIONS, SHAPES, ZOOMS, distance, parse
 
-# One over the number of answers that the grammar allows. Pairs of colours, and of directions, are always different.
+# One over the number of answers that the grammar allows. The colours, or directions, of a pair always differ.
 CHANCES = {
   "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "direction": 1 / len(DIRECTIONS), "bounce": 1 / len(AXES),
   "order": 1 / 12, "camera": 1 / (len(DIRECTIONS) + len(ZOOMS)), "relation": 1 / len(RELATIONS), "behind": 1 / 2,
@@ -34,13 +34,17 @@ QUESTIONS = {  # asked of a single object, besides colour and shape
   "zoom": ("camera",),
 }  # fmt: skip
 STRONG = 0.30  # share of a colour's full chroma from which a pixel votes
-PRESENT = 0.02  # least area of an object in its best frame, in squares of the short side; the world's smallest has 0.043
+# The least area of an object in its best frame, in squares of the short side. The world's smallest: 0.043.
+PRESENT = 0.02
 SOFT = 2.0  # pixels over which a template's edge fades, as edges of a decoded video do
 
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-  """An object of one colour. mask_THW: its largest piece; area_T: all its pixels; centre_T2: y, x, NaN if not visible."""
+  """An object of one colour.
+
+  mask_THW: its largest piece. area_T: all its pixels. centre_T2: y, x, or NaN if it is not visible.
+  """
   colour: str
   mask_THW: np.ndarray
   area_T: np.ndarray
@@ -80,7 +84,7 @@ def detect(video_THWC) -> Detections:
     votes = (label == index) & (share > STRONG)
     if votes.sum((1, 2)).max() < PRESENT * min(video.shape[1:3]) ** 2:
       continue
-    full = np.quantile(share[votes], 0.8)  # the edge of an object that is paler than ours is at half its own chroma
+    full = np.quantile(share[votes], 0.8)  # a paler object than ours has its edge at half of its own chroma
     mask = votes & (share > 0.5 * full)
     area = mask.sum((1, 2))
     if area.max() >= PRESENT * min(video.shape[1:3]) ** 2:
@@ -90,7 +94,10 @@ def detect(video_THWC) -> Detections:
 
 
 def _largest_piece(mask_THW):
-  """The largest 4-connected piece of each frame. Every pixel takes the largest number in reach, until none changes."""
+  """The largest 4-connected piece of each frame.
+
+  Every pixel takes the largest number in reach, until none changes.
+  """
   number = np.where(mask_THW, np.arange(1, mask_THW[0].size + 1).reshape(mask_THW.shape[1:]), 0)
   while True:
     by_rows = _spread_largest(number)
@@ -133,7 +140,9 @@ _MOMENTS = {shape: _moments(shape) for shape in SHAPES}
 
 
 def shape_of(detection: Detection, detections: Detections) -> str:
-  """The shape whose template, of the object's own area and centre, overlaps it best; a mean over 6 unhidden frames.
+  """The shape whose template, of the object's area and centre, overlaps it best in a mean over 6 frames.
+
+  The frames are those in which the object is not hidden.
 
   Overlap: sum of the lesser / sum of the greater of the two coverages, pixel by pixel.
   """
@@ -159,8 +168,8 @@ def shape_of(detection: Detection, detections: Detections) -> str:
 def _coverage(masks_NHW, other_masks_NHW, frames_NHWC):
   """How much of each pixel near the mask the object covers, float32 [N, H, W].
 
-  The position of the pixel on the line from the median colour of a ring around the object (0) to that of the object
-  (1). All of the colour is used, because yuv420 halves the resolution of chroma.
+  The position of the pixel on the line from the median colour of a ring around the object (0) to that of the
+  object (1). All of the colour is used, because yuv420 halves the resolution of chroma.
   """
   near = _grow(masks_NHW, 2)
   rings = _grow(masks_NHW, 4) & ~near & ~_grow(other_masks_NHW, 1)
@@ -188,7 +197,10 @@ def _visible(centre_T2):
 
 
 def direction(centre_T2, short) -> str | None:
-  """Direction from the first frames to the last. None below an eighth of the short side or 0.7 of the track's range."""
+  """Direction from the first frames to the last.
+
+  None below an eighth of the short side or 0.7 of the track's range.
+  """
   track = _visible(centre_T2)
   if len(track) < 3:
     return None
@@ -201,7 +213,10 @@ def direction(centre_T2, short) -> str | None:
 
 
 def bounce(centre_T2, short) -> str | None:
-  """Axis of a track that turns: it goes back by 0.4 of its range, which must be an eighth of the short side or more."""
+  """Axis of a track that turns: it goes back by 0.4 of its range.
+
+  The range must be at least an eighth of the short side.
+  """
   track = _visible(centre_T2)
   if len(track) < 4:
     return None
@@ -237,7 +252,7 @@ def relation(first: Detection, second: Detection) -> str | None:
 
 
 def behind(first: Detection, second: Detection) -> bool:
-  """Whether the first passes behind: visible on both sides of the second, hidden in between, while the second is not."""
+  """Whether the first passes behind: visible on both sides and hidden in between, while the second is not."""
   both = np.flatnonzero(~np.isnan(first.centre_T2[:, 0]) & ~np.isnan(second.centre_T2[:, 0]))
   if len(both) < 3:
     return False
@@ -257,7 +272,7 @@ def _least_visible(detection):
 
 
 def camera(detections: Detections) -> str | None:
-  """Zoom, if the width of the main object grows or shrinks by a third; else the direction the floor comes from."""
+  """Zoom, if the main object's width grows or shrinks by a third; else the direction the floor comes from."""
   if not detections.objects or len(detections.video_THWC) < 3:
     return None
   width = np.sqrt(detections.objects[0].area_T)
@@ -272,7 +287,10 @@ def camera(detections: Detections) -> str | None:
 
 
 def _flow(detections, reach=12):
-  """Displacement of the floor in pixels (y, x): the sum of each step's shift along an axis of the least variance."""
+  """Displacement of the floor in pixels (y, x): the sum over steps of the shift of least variance.
+
+  A step shifts along one axis.
+  """
   grey_THW = detections.video_THWC.mean(-1)
   t = len(grey_THW)
   step = max(1, (t - 1) // 8)  # of 17 frames, every other one is used
@@ -305,7 +323,9 @@ def _grow(mask_THW, by):
 
 
 def judge(video_THWC, caption: str) -> dict[str, bool]:
-  """Score name -> whether the video, uint8 [T, H, W, 3], shows it. ValueError for a caption that is not of the grammar.
+  """Score name -> whether the video, uint8 [T, H, W, 3], shows it.
+
+  ValueError for a caption that is not of the grammar.
 
   The kind of the caption decides which questions are asked, never what the answers are.
   """
@@ -363,7 +383,7 @@ def chance(name: str) -> float:
 
 
 def summary(results) -> dict[str, dict]:
-  """Results of many calls of `judge` -> {score: {"right", "of", "share", "chance"}}, in the order of CHANCES."""
+  """Results of many `judge` calls -> {score: {"right", "of", "share", "chance"}}, in the order of CHANCES."""
   table = {}
   for name in CHANCES:
     answers = [result[name] for result in results if name in result]

@@ -1,4 +1,4 @@
-"""A user's folder: every clip is found, with its caption or a note; nothing depends on the order of the disk."""
+"""A folder of a user: every clip is listed, with its caption or a note; the order on disk has no effect."""
 
 import json
 from fractions import Fraction

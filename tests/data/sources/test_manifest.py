@@ -1,4 +1,4 @@
-"""Manifests: a row a clip, in three formats; a broken table is told in a line, a broken row is named."""
+"""Manifests: a clip a row, in three formats. Invalid tables give a one-line error; invalid rows are named."""
 
 import csv
 import json
@@ -99,7 +99,7 @@ def test_captions_that_are_none(tmp_path):
   assert source.ignored == (("m.csv, row 5", "has more fields than the header"),)
 
 
-@pytest.mark.parametrize(("name", "content", "told"), [
+@pytest.mark.parametrize(("name", "content", "part"), [
     ("m.txt", b"", "a manifest is a file NAME.jsonl"), ("m.jsonl", None, "no such file"), ("m.jsonl", b"", "none of its 0 rows"),
     ("m.jsonl", b"{}\n{}", "none of its 2 rows can be used, such as m.jsonl, row 1: has no text `file`"),
     ("m.csv", b"a.mp4,a caption\nb.mp4,another\n", "has no column file and no caption, but 'a.mp4', 'a caption'"),
@@ -107,12 +107,12 @@ def test_captions_that_are_none(tmp_path):
     ("m.csv", b'file,caption\na.mp4,"never closed\nb.mp4,x\n', "is not valid csv from line"), ("m.csv", bytes(range(256)) * 9, "m.csv: "),
     ("m.parquet", b"PAR1 not at all", "cannot be read as parquet"), ("m.parquet", b"", "cannot be read as parquet"),
 ])
-def test_tables_that_are_none(tmp_path, name, content, told):
+def test_invalid_tables(tmp_path, name, content, part):
   if content is not None:
     (tmp_path / name).write_bytes(content)
   with pytest.raises(BadInput) as e:
     open_source(tmp_path / name)
-  assert told in str(e.value) and "\n" not in str(e.value)
+  assert part in str(e.value) and "\n" not in str(e.value)
 
 
 def test_a_damaged_parquet(tmp_path):
@@ -146,14 +146,14 @@ def test_a_changed_file_is_another_version(tmp_path):
 
 
 def test_which_source_reads_a_path(tmp_path):
-  """By its name, and by what lies there; a name that is no path is none's."""
+  """By its name and by its contents. A name that is not a path has no reader."""
   for path in ("clips/a.mp4", "shards/s-0.tar", "set/1.0.0/dataset_info.json", "old/features.json", "x.csv/a.mp4", "list.CSV"):
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / path).touch()
-  found = {path: sources.kind_of(tmp_path / path) for path in (
+  kinds = {path: sources.kind_of(tmp_path / path) for path in (
       "clips", "shards", "set", "set/1.0.0", "old", "x.csv", "list.CSV", "gone.jsonl", "gone.parquet", "shards/s-0.tar", "s-{000..123}.tar",
       "gone*.tar", "gone", "clips/a.mp4")}
-  assert found == {"clips": "folder", "shards": "tar", "set": "tfds", "set/1.0.0": "tfds", "old": "tfds", "x.csv": "folder", "list.CSV": "manifest",
+  assert kinds == {"clips": "folder", "shards": "tar", "set": "tfds", "set/1.0.0": "tfds", "old": "tfds", "x.csv": "folder", "list.CSV": "manifest",
                    "gone.jsonl": "manifest", "gone.parquet": "manifest", "shards/s-0.tar": "tar", "s-{000..123}.tar": "tar", "gone*.tar": "tar",
                    "gone": "folder", "clips/a.mp4": "folder"}
   assert sources.kind_of("shapes:40") is None and sources.kind_of("nothere") is None

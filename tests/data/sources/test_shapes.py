@@ -1,4 +1,4 @@
-"""The laws of the embedded world: pure, exact captions, nothing of the held-out set in training, calm and quick."""
+"""Laws of the embedded world: pure, exact captions, no held-out combination in training, calm and fast."""
 
 import collections
 import itertools
@@ -31,9 +31,9 @@ def test_a_clip_is_a_function_of_seed_split_and_index():
   assert [item.file for item in long] == sorted(item.file for item in long)
   again = [video(item) for item in reversed(short)][::-1]
   assert all(np.array_equal(video(item), clip) for item, clip in zip(short, again, strict=True))
-  others = shapes.Source(20, 8).items() + shapes.Source(20, 7, "held_out").items()
-  assert not {item.file for item in others} & {item.file for item in short}
-  assert not any(np.array_equal(video(a), video(b)) for a, b in zip(short, others))
+  different = shapes.Source(20, 8).items() + shapes.Source(20, 7, "held_out").items()
+  assert not {item.file for item in different} & {item.file for item in short}
+  assert not any(np.array_equal(video(a), video(b)) for a, b in zip(short, different))
 
 
 def test_open_source_takes_a_config():
@@ -47,7 +47,7 @@ def test_open_source_takes_a_config():
 
 
 def test_a_caption_says_its_scene_exactly(items):
-  """parse undoes caption, for all that is drawn; every kind is drawn; what is not of the grammar has no scene."""
+  """`parse` inverts `caption` for every clip; every kind is drawn; other sentences have no scene."""
   drawn = items["train"] + items["held_out"]
   assert all(shapes.parse(item.caption) == item.location.scene for item in drawn)
   assert {item.location.scene.kind for item in drawn} == set(shapes.KINDS)
@@ -59,7 +59,7 @@ def test_a_caption_says_its_scene_exactly(items):
 
 
 def test_held_out_combinations_are_never_trained(items):
-  """No held-out triple of colour, shape and direction stands in a training caption of any kind; every pair does."""
+  """No held-out triple of colour, shape and direction is in a training caption of any kind; every pair is."""
   held = {(*scene.objects[0], scene.words[0]) for scene in MOVES if shapes.held_out(scene)}
   assert len(held) == len(MOVES) // 3
   trained = {(*item.location.scene.objects[0], word) for item in items["train"] for word in item.location.scene.words
@@ -68,7 +68,7 @@ def test_held_out_combinations_are_never_trained(items):
   for pair in itertools.combinations(range(3), 2):
     assert len({tuple(triple[i] for i in pair) for triple in trained}) == len(
         {tuple(triple[i] for i in pair) for triple in held | trained})
-  captions = {split: {item.caption for item in found} for split, found in items.items()}
+  captions = {split: {item.caption for item in of_split} for split, of_split in items.items()}
   assert not captions["train"] & captions["held_out"]
   assert all(shapes.held_out(item.location.scene) == (split == "held_out") for split in items for item in items[split])
 
@@ -90,29 +90,29 @@ def test_held_out_requests_are_held_out_and_balanced():
 def test_sizes_lengths_and_kinds_are_mixed(items):
   """At most six sizes, all multiples of 16; a fifth of the clips are images; half are plain motion."""
   drawn = [item.location for item in items["train"]]
-  sizes = collections.Counter(where.size for where in drawn)
+  sizes = collections.Counter(args.size for args in drawn)
   assert set(sizes) == set(shapes.SIZES) and len(sizes) <= 6 and min(sizes.values()) > len(drawn) / len(sizes) * 0.8
   assert not any(n % 16 for size in sizes for n in size)
-  lengths = collections.Counter(where.frames for where in drawn)
+  lengths = collections.Counter(args.frames for args in drawn)
   assert 0.15 < lengths[1] / len(drawn) < 0.25 and {n % 4 for n in lengths} == {1}
-  assert 0.45 < np.mean([where.scene.kind == "moves" for where in drawn]) < 0.6
+  assert 0.45 < np.mean([args.scene.kind == "moves" for args in drawn]) < 0.6
   assert sum(kind[2] for kind in shapes.KINDS.values()) == pytest.approx(1)
   assert all(sum(kind[3]) == pytest.approx(1) for kind in shapes.KINDS.values())
 
 
 def test_shapes_stay_in_the_frame_and_are_large(items):
-  """Of what moves or stands, nothing leaves the frame: its area hardly changes; and it is large enough to recognise."""
+  """Objects stay in the frame, so their area hardly changes; they are large enough to recognise."""
   for item in items["train"][:150]:
-    where = item.location
-    if where.scene.kind in ("still", "moves", "bounces", "order"):
-      (colour, _), = where.scene.objects
+    args = item.location
+    if args.scene.kind in ("still", "moves", "bounces", "order"):
+      ((colour, _),) = args.scene.objects
       near = np.abs(video(item).astype(int) - shapes.COLOURS[colour]).max(-1) < 24
       area = near.sum((1, 2))
-      assert area.min() > 0.035 * min(where.size) ** 2 and np.ptp(area) < 0.15 * area.max() + 8, item
+      assert area.min() > 0.035 * min(args.size) ** 2 and np.ptp(area) < 0.15 * area.max() + 8, item
 
 
 def test_edges_are_soft():
-  """Between a thing and its background lie pixels of mixed colour, about three deep: an edge without them is seen."""
+  """Between an object and its background are pixels of mixed colour, about three deep."""
   scene = shapes.Scene("moves", (("red", "ball"),), ("left",))
   clip = shapes.render(scene, (64, 64), 9, 0).astype(int)
   inside = np.abs(clip - shapes.COLOURS["red"]).max(-1) < 4
@@ -122,8 +122,8 @@ def test_edges_are_soft():
   assert 1.5 * around < mixed[0].sum() < 5 * around
 
 
-def test_a_camera_moves_the_floor_and_a_thing_does_not():
-  """Far from the thing, the background changes from frame to frame in a pan and a zoom, and never in other scenes."""
+def test_a_camera_moves_the_floor_and_an_object_does_not():
+  """Away from the object, the background changes in a pan and a zoom, and in no other scene."""
   for kind, words in (("moves", ("left",)), ("pan", ("left",)), ("zoom", ("in on",)), ("bounces", ("up and down",))):
     clip = shapes.render(shapes.Scene(kind, (("red", "ball"),), words), (64, 96), 9, 1).astype(int)
     grey = np.ptp(clip, axis=-1).max(0) < 60
@@ -132,12 +132,12 @@ def test_a_camera_moves_the_floor_and_a_thing_does_not():
 
 
 def test_rendering_is_quick():
-  """VAE training draws from it on the fly: 300 clips a second are wanted, 700 were measured; busy machines differ."""
-  found = shapes.Source(60, 5).items()
+  """VAE training renders on the fly: it needs 300 clips a second; 700 were measured on an idle machine."""
+  items = shapes.Source(60, 5).items()
   best = np.inf
   for _ in range(3):
     began = time.process_time()
-    for item in found:
+    for item in items:
       video(item)
     best = min(best, time.process_time() - began)
-  assert len(found) / best > 100
+  assert len(items) / best > 100

@@ -1,4 +1,4 @@
-"""The judges are right on at least 99 % of true renderings, also as mp4 or blurred; and wrong videos do not pass."""
+"""The judges are right on at least 99 % of true renderings, also as mp4 or blurred, and wrong videos fail."""
 
 import itertools
 
@@ -62,31 +62,31 @@ def test_true_renderings_pass(world, seen_as, tmp_path):
 
 
 def test_wrong_videos_fail(world):
-  """Judged by the caption of another scene of the same kind, a video passes only in the words that the two share."""
+  """Judged by another caption of the same kind, a video passes only in the words that both captions share."""
   by_kind = {}
   for clip, caption in world:
     by_kind.setdefault(shapes.parse(caption).kind, []).append((clip, shapes.parse(caption)))
-  wrong = {name: [] for name in judge.CHANCES}
-  for found in by_kind.values():
-    for (clip, own), (_, other) in itertools.pairwise(found[:30]):
+  answers_of = {name: [] for name in judge.CHANCES}  # where the captions differ
+  for of_kind in by_kind.values():
+    for (clip, own), (_, other) in itertools.pairwise(of_kind[:30]):
       answers = judge.judge(clip, shapes.caption(other))
       differ = {"colour": [c for c, _ in own.objects] != [c for c, _ in other.objects],
                 "shape": [s for _, s in own.objects] != [s for _, s in other.objects]}
       for name, right in answers.items():
         if name in ("colour", "shape"):
           if differ[name]:
-            wrong[name].append(right)
+            answers_of[name].append(right)
         elif len(own.objects) == 2:
           if {c for c, _ in own.objects} != {c for c, _ in other.objects}:
-            wrong[name].append(right)
+            answers_of[name].append(right)
         elif own.words != other.words:
-          wrong[name].append(right)
-  for name, passed in wrong.items():
+          answers_of[name].append(right)
+  for name, passed in answers_of.items():
     assert len(passed) >= 8 and sum(passed) <= 0.01 * len(passed), (name, passed)
 
 
-def test_two_things_are_told_apart(world):
-  """Exchanged in the caption, who is behind whom and who is left of whom is wrong."""
+def test_two_objects_are_distinguished(world):
+  """If the caption exchanges the two, who is behind or left of whom is wrong."""
   for clip, caption in world:
     scene = shapes.parse(caption)
     if len(scene.objects) == 2:
@@ -108,7 +108,7 @@ def test_a_spoilt_video_fails(change, fails):
 
 
 def test_a_thing_that_moves_is_no_camera():
-  """A pan is seen by the floor, a bounce by its turn, not by a thing that merely moves."""
+  """A pan is detected by the floor, a bounce by its turn; an object that merely moves is neither."""
   clip = shapes.render(shapes.parse("a red ball moves right"), (64, 64), 9, 0)
   assert not judge.judge(clip, "the camera pans left over a red ball")["camera"]
   assert not judge.judge(clip, "a red ball bounces left and right")["bounce"]
@@ -130,7 +130,7 @@ def test_a_caption_of_another_world_is_refused():
 
 
 def test_whole_subjects_are_in_view():
-  """Of things that move all are wholly in view; not those that lost a side of themselves, nor an empty picture."""
+  """Moving objects are wholly in view; objects that are cut at a side and empty frames are not."""
   scenes = [shapes.Scene("moves", ((colour, shape),), (way,)) for colour in shapes.COLOURS for shape in shapes.SHAPES for way in shapes.DIRECTIONS]
   clips = [shapes.render(scene, shapes.SIZES[i % len(shapes.SIZES)], 9, (SEED, i)) for i, scene in enumerate(scenes)]
   assert sum(map(judge.in_view, clips)) >= 0.99 * len(clips)

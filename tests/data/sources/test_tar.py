@@ -1,4 +1,4 @@
-"""Tar shards: samples of one key, read in place; what is cut or broken is named, and the rest is taken."""
+"""Tar shards: samples of one key, read in place. Truncated and damaged ones are named, others are used."""
 
 import io
 import json
@@ -45,8 +45,8 @@ def test_samples_of_several_shards(tmp_path, mp4, monkeypatch):
   members = [("a/one.mp4", movie), ("a/one.txt", b"  a grey\nsquare "), ("two.seg.PNG", picture),
              ("two.json", json.dumps({"caption": "two 猫", "id": 3}).encode()), ("three.mp4", movie),
              ("three.json", b'{"text": "by another name"}'), ("four.mp4", movie), ("four.txt", b"text"), ("four.json", b'{"caption": "json"}')]
-  for i, some in enumerate((members[:5], members[5:])):
-    shard(tmp_path / "set" / f"shard-{i:05d}.tar", some, (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)[i])
+  for i, part in enumerate((members[:5], members[5:])):
+    shard(tmp_path / "set" / f"shard-{i:05d}.tar", part, (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)[i])
   shard(tmp_path / "set" / "shard-00002.tar", [("three.mp4", movie), ("three.txt", b"a key counts in its shard"),
                                                ("n" * 150 + "/long.mp4", movie), ("caf\udce9.mp4", movie)])
   source = open_source(tmp_path / "set")
@@ -96,11 +96,11 @@ def test_samples_that_cannot_be_used(tmp_path, mp4):
 
 
 def test_shards_that_are_cut_or_damaged(tmp_path, mp4):
-  """What lies before the damage is taken, and the shard is named; the other shards are taken whole."""
+  """Members before the damage are used, and the shard is named; the other shards are used as a whole."""
   movie, _ = mp4
   members = [(f"{k}.{suffix}", content) for k in range(3) for suffix, content in (("txt", b"a caption"), ("mp4", movie))]
   whole = shard(tmp_path / "good.tar", members).read_bytes()
-  block = 512 + 512 + 512 + -(-len(movie) // 512) * 512                       # of a sample
+  block = 512 + 512 + 512 + -(-len(movie) // 512) * 512  # of a sample
   cases = {"body.tar": (whole[:block * 2 + 1024 + 700], 2, "is truncated: of '2.mp4'"), "header.tar": (whole[:block * 2 + 100], 2, "damaged"),
            "between.tar": (whole[:block * 2], 2, "no end mark"), "flipped.tar": (whole[:block] + b"!" + whole[block + 1:], 1, "is damaged at byte"),
            "none.tar": (b"no tar at all" * 100, 0, "is not a tar file"), "empty.tar": (b"", 0, "is not a tar file"),
@@ -135,7 +135,7 @@ def test_shards_that_are_not_there(tmp_path, mp4):
 
 
 def test_a_folder_of_shards_and_more(tmp_path, mp4):
-  """What lies beside shards is not read, and said so; a changed member is another version, a copied shard is not."""
+  """Files beside shards are noted, not read. A changed member is another version; a copied shard is not."""
   path = shard(tmp_path / "s.tar", [("a.mp4", mp4[0]), ("a.txt", b"x")])
   (tmp_path / "b.mp4").write_bytes(mp4[0])
   source = open_source(tmp_path)

@@ -1,4 +1,4 @@
-"""Clips in a TFDS dataset are those of the files that they were made of; what cannot be read is named."""
+"""Clips in a TFDS dataset are those of the files it was made from; examples that cannot be read are named."""
 
 import functools
 import json
@@ -25,7 +25,7 @@ ORDER = ("c.mp4", "a.mp4", "b.png", "d.mp4")
 class RawClips(ShardBasedBuilder):
   """A user's dataset: `shards` is a list of lists of examples; "test" is the first of them."""
   VERSION = Version("1.0.0")
-  url_infos = None          # see data/tfds_builder.py
+  url_infos = None  # see data/tfds_builder.py
 
   def __init__(self, shards, schema, **kwargs):
     self._shards, self._schema = shards, FeaturesDict(schema)
@@ -40,7 +40,7 @@ class RawClips(ShardBasedBuilder):
 
 
 def build(path, shards, **schema):
-  """-> the directory of the version, without its features.json: that might ask for TensorFlow, and is not needed."""
+  """-> the directory of the version, without its features.json, which may need TensorFlow and is not read."""
   RawClips(shards, schema, data_dir=path).download_and_prepare()
   directory = path / "raw_clips" / "1.0.0"
   (directory / "features.json").unlink()
@@ -58,7 +58,7 @@ def frames(seed, count=9, height=32):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-  """A folder of three videos and a picture, with captions."""
+  """A folder of three videos and an image, with captions."""
   root = tmp_path_factory.mktemp("files")
   for i, name in enumerate(ORDER):
     if name.endswith("mp4"):
@@ -73,8 +73,8 @@ def examples(files):
   return [{"video": (files / name).read_bytes(), "caption": (files / name).with_suffix(".txt").read_text(), "file": name} for name in ORDER]
 
 
-def dataset(path, some):
-  return build(path, [some[:3], some[3:]], video=BYTES, caption=Text(), file=Text())
+def dataset(path, examples):
+  return build(path, [examples[:3], examples[3:]], video=BYTES, caption=Text(), file=Text())
 
 
 def equal(one, other):
@@ -106,19 +106,19 @@ def test_splits_slices_and_pickling(files, tmp_path):
 
 
 def test_the_version_changes_with_the_clip(files, tmp_path):
-  some = examples(files)
-  before = {item.file: item.version for item in tfds.open_source(config(dataset(tmp_path / "1", some))).items()}
-  some[1]["video"] = some[0]["video"]
-  after = {item.file: item.version for item in tfds.open_source(config(dataset(tmp_path / "2", some))).items()}
+  rows = examples(files)
+  before = {item.file: item.version for item in tfds.open_source(config(dataset(tmp_path / "1", rows))).items()}
+  rows[1]["video"] = rows[0]["video"]
+  after = {item.file: item.version for item in tfds.open_source(config(dataset(tmp_path / "2", rows))).items()}
   assert [name for name in ORDER if before[name] != after[name]] == ["a.mp4"]
 
 
 def test_damaged_examples_are_named(files, tmp_path):
-  """One is no video, one is noticed on opening, one is lost after that; the others are read."""
-  some = examples(files)
-  some[0]["video"] = b"what a video is called"
-  some[1]["video"] = noise = np.random.default_rng(0).bytes(4096)        # not compressible: stored as it is
-  directory = build(tmp_path, [[one] for one in some], video=BYTES, caption=Text(), file=Text())
+  """One is not a video, one is detected on opening, one is deleted after that; the others are read."""
+  rows = examples(files)
+  rows[0]["video"] = b"what a video is called"
+  rows[1]["video"] = noise = np.random.default_rng(0).bytes(4096)  # not compressible: stored as it is
+  directory = build(tmp_path, [[row] for row in rows], video=BYTES, caption=Text(), file=Text())
   paths = sorted(directory.glob("raw_clips-train*"))
   content = bytearray(paths[1].read_bytes())
   content[content.index(noise[:64])] ^= 1
@@ -154,8 +154,8 @@ def test_numbers_as_names(files, tmp_path):
   assert [item.file for item in source.items()] == ["40", "41"]
 
 
-def test_rows_of_pictures(tmp_path):
-  """What a tfds.features.Video stores: its frames, at the rate of the example, or at the one that is given."""
+def test_sequences_of_images(tmp_path):
+  """What a tfds.features.Video stores: its frames, at the rate of the example or at the given one."""
   images = frames(0, 13)
   for i, image in enumerate(images):
     video.write_png(tmp_path / f"{i:02d}.png", image)
@@ -172,7 +172,7 @@ def test_rows_of_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(("row", "kind"), [([b"", b""], "not a video"), (["png", b"noise"], "truncated"), (["png", "large"], "its size changes")])
-def test_bad_rows_of_pictures(tmp_path, row, kind):
+def test_bad_sequences_of_images(tmp_path, row, kind):
   pictures = {"png": frames(0)[0], "large": frames(0, height=64)[0]}
   for name, image in pictures.items():
     video.write_png(tmp_path / f"{name}.png", image)
