@@ -107,12 +107,12 @@ def read_caption(text: bytes | str | None) -> tuple[str, str]:
   try:
     raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text or b""
     if len(raw) > LONGEST_CAPTION:
-      return "", f"its caption has more than {LONGEST_CAPTION} bytes: kept with an empty one"
+      return "", f"its caption has more than {LONGEST_CAPTION} bytes: an empty one is used"
     caption = " ".join(raw.decode("utf-8-sig").split())
   except UnicodeError:
-    return "", "its caption is not UTF-8: kept with an empty one"
+    return "", "its caption is not UTF-8: an empty one is used"
   if not caption:
-    return "", "no caption: kept with an empty one"
+    return "", "no caption: an empty one is used"
   return caption, ""
 
 

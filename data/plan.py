@@ -314,8 +314,8 @@ class Plan:
     loads = np.array([tokens[row].sum() for row in rows], np.int64)
     costs = np.array([(tokens[row] ** 2).sum() for row in rows], np.int64)
 
-    # The emptiest rows are carried over. Rows with a clip that was already carried over are chosen last, so that
-    # no clip waits for ever.
+    # The emptiest rows are carried over. Rows with a clip that was already carried over are chosen last, so
+    # that no clip waits for ever.
     waited = np.array([(draws[row] < start).any() for row in rows], bool)
     leftover = np.lexsort((loads, waited))[:len(rows) % self.rows_per_step]
     by_cost = np.argsort(costs, kind="stable")

@@ -138,7 +138,7 @@ class SoraRecords(tfds.core.ShardBasedBuilder):
 
 
 def _header(index):
-  """What training needs besides the records: JSON values of the index's header, with the null text's embedding."""
+  """What training needs besides the records: the index's header and the null text's embedding, as JSON."""
   _, null_SE = index.null_text
   header = {name: value for name, value in index.header.items() if name != "shards"}
   header["null_text_embedding"] = None if null_SE is None else null_SE.astype(float).tolist()

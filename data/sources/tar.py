@@ -167,7 +167,7 @@ def _caption(f, member):
   try:
     entry = json.loads(raw)
   except (ValueError, RecursionError):
-    return "", f"its {pathlib.PurePosixPath(member.name).name} is not JSON in UTF-8: kept with an empty caption"
+    return "", f"its {pathlib.PurePosixPath(member.name).name} is not JSON in UTF-8: an empty caption is used"
   if isinstance(entry, dict):
     for key in ("caption", "text"):
       if isinstance(entry.get(key), str):

@@ -27,7 +27,7 @@ def frames_of(name, count, height=144, width=176):
 
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory):
-  """30 frames of one real clip, then 30 of another, then 12 of the first; with what was written."""
+  """A file with 30 frames of one real clip, 30 of another and 12 of the first -> (path, these frames)."""
   phone, bikes = frames_of("carphone_pristine", 42), frames_of("bikes", 30)
   shots = [phone[:30], bikes, phone[30:]]
   path = tmp_path_factory.mktemp("joined") / "joined.mp4"
@@ -73,13 +73,13 @@ def test_a_hard_cut_is_found_to_the_frame(joined):
 @pytest.mark.parametrize(("name", "cuts"), [("bigbuckbunny", []), ("bikes", [30, 76, 137, 187, 242]),
                                               ("carphone_pristine", []), ("carphone_distorted", [])])
 def test_real_clips_are_cut_where_the_eye_sees_it(name, cuts):
-  """Five cuts between six shots in a street, the least scores 10.7; no other frame exceeds 3.6."""
+  """Whole clips: five cuts between six shots in a street, the least scores 10.7; no other exceeds 3.6."""
   assert cuts_of(frame.image_HWC for frame in video.read(REAL / f"{name}.mp4")) == cuts
 
 
 @pytest.mark.parametrize(("name", "within"), [("carphone_pristine", 0.1), ("bikes", 0.3)])
 def test_the_score_is_that_of_ffmpeg_on_the_file_itself(name, within):
-  """The grid of pixels, and the way through RGB, change it little."""
+  """The grid of pixels and the conversion through RGB change it little."""
   with av.open(str(REAL / f"{name}.mp4")) as container:
     theirs = [float(data["lavfi.scd.score"]) for data in filtered(itertools.islice(container.decode(video=0), 80), "scdet")]
   cuts, ours = Cuts(10.0), []
@@ -166,7 +166,7 @@ def test_black_is_what_blackdetect_says(level, share):
 
 @pytest.mark.parametrize(("noise", "frozen"), [(0.0, True), (0.0007, True), (0.0014, False), (0.1, False)])
 def test_frozen_is_what_freezedetect_says(noise, frozen):
-  """One real frame, of which later ones differ by `noise` of the full range on average."""
+  """Copies of one real frame; the later ones differ from it by `noise` of the full range on average."""
   images = np.repeat(moving(1), 9, 0).clip(0, 254)
   rng = np.random.default_rng(0)
   for image in images[1:]:

@@ -1,4 +1,4 @@
-"""Several directories of records are one, if they are of one kind."""
+"""Several directories of records are used as one if they are of the same kind."""
 
 import numpy as np
 import pytest

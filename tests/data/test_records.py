@@ -239,7 +239,7 @@ def test_a_full_disk_is_told_and_costs_only_the_open_shard(tmp_path):
 
 
 def test_blobs_are_safetensors(tmp_path):
-  """As its own reader sees them."""
+  """The safetensors library reads them."""
   import safetensors
   one = record(5, embedded=True)
   (tmp_path / "a.safetensors").write_bytes(records.to_blob(one))

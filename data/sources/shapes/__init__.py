@@ -204,7 +204,7 @@ def _stage(scene, size, frames, rng):
 
 
 def _passing(size, u, rng):
-  """The first object moves along the longer side, behind the second, a larger one at rest in the middle."""
+  """The first object moves along the longer side, behind a slightly larger one that rests in the middle."""
   along = int(size[1] >= size[0]) if size[0] != size[1] else int(rng.integers(2))
   short = size.min()
   small, large = short * rng.uniform(0.30, 0.33), short * rng.uniform(0.40, 0.45)
@@ -222,7 +222,7 @@ def _passing(size, u, rng):
 
 
 def _pair(way, size, u, rng):
-  """Two objects, the first on the side `way` of the second. In a third of the clips both drift sideways."""
+  """Two objects, the first on the side `way` of the second. In a third of the clips both drift together."""
   axis = int(way[1] != 0)
   short = size.min()
   diameter = short * rng.uniform(0.33, 0.37, 2)

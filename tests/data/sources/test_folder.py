@@ -76,7 +76,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 
 
 def test_a_link_that_leads_nowhere(tmp_path):
-  """It is named, and loses nobody else."""
+  """It is named; the other files are listed."""
   clip(tmp_path / "a.mp4")
   (tmp_path / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
   source = folder.open_source(config(tmp_path))
@@ -122,7 +122,7 @@ def test_a_damaged_file_gives_what_was_whole(tmp_path):
 
 
 def test_the_version_changes_with_the_file(tmp_path):
-  """With its size, and with its content at the same size; not by copying."""
+  """It changes with the size, and with the content at the same size; a copy keeps it."""
   path = clip(tmp_path / "a.mp4")
   (before,) = folder.open_source(config(tmp_path)).items()
   content = path.read_bytes()
@@ -150,7 +150,7 @@ def test_captions_that_are_none(tmp_path):
 
 
 def test_a_variable_rate_keeps_its_length(tmp_path):
-  """A rate is the average of times: 2.6 s of video stay 2.6 s."""
+  """The rate is the average over all times, so 2.6 s of video stay 2.6 s."""
   import av
   times = [33 * i for i in range(20)] + [660 + 100 * i for i in range(20)]
   with av.open(str(tmp_path / "a.mp4"), "w") as out:

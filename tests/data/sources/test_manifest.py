@@ -28,7 +28,7 @@ def open_source(path, **rules):
 
 
 def write(path, rows):
-  """Rows, dicts, as a manifest of the kind that the path names."""
+  """Writes rows (dicts) as a manifest, in the format of the path's suffix."""
   if path.suffix == ".jsonl":
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
   elif path.suffix == ".csv":
@@ -54,7 +54,7 @@ def test_rows_and_ranges(tmp_path, name):
   assert {file: item.caption for file, item in items.items()} == {
       "sub/long film.mp4#t=0,1": 'the first, "half"', "sub/long film.mp4#t=1": "the second half, naïve 猫", str(other): ""}
   assert [item.file for item in source.items()] == sorted(items)
-  assert source.notes == ((str(other), "no caption: kept with an empty one"),)
+  assert source.notes == ((str(other), "no caption: an empty one is used"),)
   (first,), (second,), (third,) = (source.read(items[file]) for file in sorted(items, key=lambda file: (file == str(other), file)))
   np.testing.assert_allclose(first.video_THWC.mean((1, 2, 3)), 20 + 4 * np.arange(25), atol=2.5)
   np.testing.assert_allclose(second.video_THWC.mean((1, 2, 3)), 20 + 4 * np.arange(25, 50), atol=2.5)
@@ -64,7 +64,7 @@ def test_rows_and_ranges(tmp_path, name):
 
 
 def test_rows_that_cannot_be_used(tmp_path):
-  """Each is named, and costs no other row anything."""
+  """Each is named; the other rows are used."""
   clip(tmp_path / "a.mp4", frames=9)
   (tmp_path / "folder.mp4").mkdir()
   lines = [b"{broken", b"[]", b'{"caption": "no file"}', b'{"file": 3, "caption": "x"}', b'{"file": "gone.mp4", "caption": "x"}',
@@ -133,7 +133,7 @@ def test_a_damaged_parquet(tmp_path):
 
 
 def test_a_changed_file_is_another_version(tmp_path):
-  """Same name and size, other content at its end; a copy is the same."""
+  """A file of the same name and size with another end is another version; a copy is not."""
   path = clip(tmp_path / "a.mp4")
   write(tmp_path / "m.jsonl", [{"file": "a.mp4", "caption": "x", "start": 0.2}])
   (before,) = open_source(tmp_path / "m.jsonl").items()

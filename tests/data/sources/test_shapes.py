@@ -132,7 +132,7 @@ def test_a_camera_moves_the_floor_and_an_object_does_not():
 
 
 def test_rendering_is_quick():
-  """VAE training renders on the fly: it needs 300 clips a second; 700 were measured on an idle machine."""
+  """VAE training renders on the fly. 300 clips a second are wanted, 700 were measured; busy machines vary."""
   items = shapes.Source(60, 5).items()
   best = np.inf
   for _ in range(3):

@@ -22,7 +22,7 @@ def mp4(clip, path):
 
 
 def blurred(clip, sigma=1.2, noise=5):
-  """As a poor decoder would: soft, and grainy."""
+  """Blurred and noisy, as by a poor decoder."""
   tap = np.exp(-0.5 * (np.arange(-3, 4, dtype=np.float32) / sigma) ** 2)
   tap /= tap.sum()
   x = np.pad(clip.astype(np.float32), ((0, 0), (3, 3), (3, 3), (0, 0)), "edge")
@@ -107,7 +107,7 @@ def test_a_spoilt_video_fails(change, fails):
   assert not judge.judge(change(clip), "a red ball moves left")[fails]
 
 
-def test_a_thing_that_moves_is_no_camera():
+def test_a_moving_object_is_no_camera():
   """A pan is detected by the floor, a bounce by its turn; an object that merely moves is neither."""
   clip = shapes.render(shapes.parse("a red ball moves right"), (64, 64), 9, 0)
   assert not judge.judge(clip, "the camera pans left over a red ball")["camera"]
@@ -116,7 +116,7 @@ def test_a_thing_that_moves_is_no_camera():
 
 
 def test_no_judge_answers_from_the_caption_alone():
-  """A guesser who always shows the same video scores about the chance that is stated."""
+  """A model that always shows the same video scores about the stated chance."""
   clip = shapes.render(shapes.parse("a red ball moves left"), (64, 64), 9, 0)
   captions = [shapes.caption(shapes.Scene("moves", ((colour, shape),), (way,)))
               for colour in shapes.COLOURS for shape in shapes.SHAPES for way in shapes.DIRECTIONS]

@@ -1,4 +1,4 @@
-"""Which source reads what lies at a path."""
+"""Which source reads a path."""
 
 import pytest
 

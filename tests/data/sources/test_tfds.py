@@ -143,9 +143,9 @@ def test_names_and_captions(files, tmp_path):
   assert [(item.file, item.caption) for item in source.items()] == [
       ("a", "one"), ("b", ""), ("train/00000001", "two lines"), ("train/00000002", "")]
   assert [f"{file}: {note}" for file, note in source.notes] == [
-      "b: its caption is not UTF-8: kept with an empty one",
+      "b: its caption is not UTF-8: an empty one is used",
       "train/00000001: another example is also named a: this one is named by its position",
-      "train/00000002: no caption: kept with an empty one"]
+      "train/00000002: no caption: an empty one is used"]
 
 
 def test_numbers_as_names(files, tmp_path):
