@@ -1,25 +1,29 @@
-"""Our models beside the public PyTorch ones, on this machine's CPU: the same weights and inputs, outputs compared first, then timed in turns.
+"""Compares our models with the public PyTorch ones on this machine's CPU, with the same weights and inputs.
 
   python -m launch.benchmark [--only=dit,vae] [--pairs=5] [--out=FILE.json]
 
-Needs the extra `oracle` (torch, diffusers, transformers). Each row of the table runs in two processes, one for each side, with two
-threads and float32. A pair is one run of ours and one of theirs, right after each other: on a machine that others use too, only the ratio of
-the two says anything, and the table has the median of the ratios. Compilation is timed apart. Memory is the peak of resident
-memory in one run, begun when all that is free went back to the system: `work` over the level before the first run, with weights loaded;
-`all` over the level with nothing but the libraries loaded.
+Needs the extra `oracle` (torch, diffusers, transformers). Outputs are compared first, then both sides are
+timed in turns. Each row of the table runs in two processes, one for each side, with two threads and in
+float32. A pair is one run of ours, followed at once by one run of theirs: on a shared machine only the ratio
+of the two is meaningful, and the table gives the median of the ratios. Compilation is timed separately.
+Memory is the peak of resident memory in one run, which starts after all free memory was returned to the
+system: `work` is the peak above the level before the first run, with weights loaded; `all` is the peak above
+the level with only the libraries loaded.
 
 Rows (theirs; ours is what launch.sample and launch.train compute):
-  machine           a plain matrix product and a 3 x 3 convolution: what each side could reach here
-  dit               `WanTransformer3DModel`, forward of one clip with a prompt padded to 512 tokens
+  machine           a plain matrix product and a 3 x 3 convolution: what each side can reach on this machine
+  dit               `WanTransformer3DModel`, forward pass of one clip with a prompt padded to 512 tokens
   mixed padded      16 clips of 8 sizes, one batch, each padded to the longest; ours: packed in one row
   mixed alone       the same clips, a call for each
   train             loss, gradient and AdamW, of one clip
-  train padded      of 8 clips of 8 sizes, one batch, each padded to the longest; ours: packed in one row
-  train alone       of the same clips, a call for each, their gradients summed
+  train padded      8 clips of 8 sizes, one batch, each padded to the longest; ours: packed in one row
+  train alone       the same clips, a call for each, their gradients summed
   vae encode/decode `AutoencoderKLWan` at the shape of Wan 2.1; ours: streamed
-  text              `UMT5EncoderModel`, prompts padded to 512 tokens as `WanPipeline` does; ours: of their true length
-  whole job         `WanPipeline`, prompt to frames, with guidance; ours: the same folder imported, sampled as launch.sample does (from the same
-                    noise; frames in [0, 1] may differ by 0.01, which is 40 dB)
+  text              `UMT5EncoderModel`, prompts padded to 512 tokens as `WanPipeline` does; ours: of their
+                    true length
+  whole job         `WanPipeline`, prompt to frames, with guidance; ours: the same folder imported, and
+                    sampled as launch.sample does (from the same noise; frames in [0, 1] may differ by 0.01,
+                    which is 40 dB)
 """
 
 import importlib.util
@@ -38,17 +42,18 @@ LIBRARIES = ("torch", "diffusers", "transformers")
 
 
 def define_flags():
-  flags.DEFINE_list("only", [], "rows, by the first word or words of their names; all by default")
+  flags.DEFINE_list("only", [], "rows, by the first word or words of their names; all rows by default")
   flags.DEFINE_integer("pairs", 5, "runs of each side, in turns", lower_bound=1)
-  flags.DEFINE_enum("size", "full", ["full", "tiny"], "widths of the public models, or tiny ones that tell nothing but that all works")
-  flags.DEFINE_string("out", "", "where the numbers go, as JSON")
+  sizes = "widths of the public models, or tiny widths, which only test that the benchmark works"
+  flags.DEFINE_enum("size", "full", ["full", "tiny"], sizes)
+  flags.DEFINE_string("out", "", "file for the numbers, as JSON")
 
 
 def main():
   chosen = rows.chosen(FLAGS.only)
   missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
   if missing:
-    raise BadInput(f"{', '.join(missing)} must be installed to compare with; pip install '.[oracle]'")
+    raise BadInput(f"{', '.join(missing)} must be installed for the comparison; pip install '.[oracle]'")
   results = []
   for row in chosen:
     with tempfile.TemporaryDirectory() as folder:

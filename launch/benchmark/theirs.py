@@ -1,6 +1,7 @@
 """The rows of launch.benchmark as PyTorch, diffusers and transformers compute them.
 
-Each function makes a random model, leaves its weights in `folder`, and returns (step, 0): step() runs once and returns its outputs.
+Each function makes a random model, writes its weights to `folder`, and returns (step, 0): step() runs once
+and returns its outputs.
 """
 
 import os
@@ -17,9 +18,11 @@ def load(threads):
   torch.set_num_threads(threads)
 
 
-def _leave(model, folder):
+def _save_weights(model, folder):
   from safetensors.torch import save_file
-  save_file({name: value.clone() for name, value in model.state_dict().items()}, os.path.join(folder, "weights.safetensors"))
+
+  weights = {name: value.clone() for name, value in model.state_dict().items()}
+  save_file(weights, os.path.join(folder, "weights.safetensors"))
 
 
 def matmul(shape, folder):
@@ -34,26 +37,43 @@ def convolution(shape, folder):
   import torch
   del folder
   n, c, h, w = shape["size"]
-  x, kernel = torch.from_numpy(worker.uniform(0, n, h, w, c)).permute(0, 3, 1, 2).contiguous(), worker.uniform(1, 3, 3, c, c)
-  kernel = torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)))
+  x = torch.from_numpy(worker.uniform(0, n, h, w, c)).permute(0, 3, 1, 2).contiguous()
+  kernel = torch.from_numpy(np.ascontiguousarray(worker.uniform(1, 3, 3, c, c).transpose(3, 2, 0, 1)))
   return lambda: {"out": torch.nn.functional.conv2d(x, kernel, padding=1).permute(0, 2, 3, 1).numpy()}, 0
+
+
+def _transformer(shape):
+  from diffusers import WanTransformer3DModel
+
+  return WanTransformer3DModel(
+    num_attention_heads=shape["heads"],
+    attention_head_dim=shape["head_size"],
+    ffn_dim=shape["mlp"],
+    num_layers=shape["depth"],
+    text_dim=shape["text_width"],
+  )
 
 
 def _wan(shape, folder):
   import torch
-  from diffusers import WanTransformer3DModel
+
   torch.manual_seed(0)
-  model = WanTransformer3DModel(num_attention_heads=shape["heads"], attention_head_dim=shape["head_size"], ffn_dim=shape["mlp"],
-                                num_layers=shape["depth"], text_dim=shape["text_width"])
-  _leave(model, folder)
+  model = _transformer(shape)
+  _save_weights(model, folder)
   return model
 
 
 def _padded(inputs):
-  """Tensors of clips -> of one batch, with zeros up to the size of the first, which is the largest."""
+  """Tensors of each clip -> tensors of one batch, padded with zeros to the size of the first, the largest."""
   import torch
-  first = inputs[0][0].shape
-  pad = lambda x: torch.nn.functional.pad(x, [n for a, b in zip(first[:1:-1], x.shape[:1:-1]) for n in (0, a - b)])  # noqa: E731
+
+  largest = inputs[0][0].shape
+
+  def pad(x):
+    """Pads the last three dimensions; torch counts them from the last one."""
+    missing = [big - small for big, small in zip(largest[:1:-1], x.shape[:1:-1])]
+    return torch.nn.functional.pad(x, [n for after in missing for n in (0, after)])
+
   return [torch.cat(part) for part in zip(*((pad(x), *rest) for x, *rest in inputs))]
 
 
@@ -75,7 +95,7 @@ def dit(shape, folder):
 
 
 def dit_padded(shape, folder):
-  """One call for all clips. The outputs of the largest alone are right: padding is attended to."""
+  """One call for all clips. Only the outputs of the largest clips are right: the others attend to padding."""
   import torch
   model, inputs = _wan(shape, folder).eval(), [_tensors(*clip) for clip in worker.clips(shape)]
   first, batch = inputs[0][0].shape, _padded(inputs)
@@ -88,21 +108,23 @@ def dit_padded(shape, folder):
 
 
 def train(shape, folder, padded=False):
-  """A call for each clip, their gradients summed; `padded`: one call. The mean squared error is over all that is not padding."""
+  """A call for each clip, gradients summed; `padded`: one call. The mean squared error leaves padding out."""
   import torch
+
   model, clips = _wan(shape, folder).train(), [_tensors(*clip) for clip in worker.clips(shape)]
-  wanted = [torch.from_numpy(value) for value in worker.wanted([clip[0].shape[1:] for clip in clips])]
-  batches = [(*clip, value[None], torch.ones_like(value[None])) for clip, value in zip(clips, wanted)]
+  targets = [torch.from_numpy(value)[None] for value in worker.targets([clip[0].shape[1:] for clip in clips])]
+  batches = [(*clip, target, torch.ones_like(target)) for clip, target in zip(clips, targets)]
   if padded:
-    latents, wanted, real = (_padded([(batch[i],) for batch in batches])[0] for i in (0, 3, 4))
-    batches = [(latents, *(torch.cat([clip[i] for clip in clips]) for i in (1, 2)), wanted, real)]
+    latents, target, real = (_padded([(batch[i],) for batch in batches])[0] for i in (0, 3, 4))
+    timestep, text = (torch.cat([clip[i] for clip in clips]) for i in (1, 2))
+    batches = [(latents, timestep, text, target, real)]
   values = sum(float(real.sum()) for *_, real in batches)
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01)
 
   def step():
     losses = []
-    for *inputs, wanted, real in batches:
-      squares = torch.square((model(*inputs, return_dict=False)[0] - wanted) * real).sum((1, 2, 3, 4))
+    for *inputs, target, real in batches:
+      squares = torch.square((model(*inputs, return_dict=False)[0] - target) * real).sum((1, 2, 3, 4))
       (squares.sum() / values).backward()
       losses += (squares / real.sum((1, 2, 3, 4))).tolist()
     optimizer.step()
@@ -112,7 +134,7 @@ def train(shape, folder, padded=False):
 
 
 def train_padded(shape, folder):
-  """As `train`; of the losses, that of the first clip in the first step: padding is attended to."""
+  """As `train`; returns the loss of the first clip in the first step: the other clips attend to padding."""
   step, seconds = train(shape, folder, padded=True)
   return lambda: {"loss": step()["loss"][:1, :1]}, seconds
 
@@ -122,13 +144,14 @@ def _vae(shape, folder):
   from diffusers import AutoencoderKLWan
   torch.manual_seed(0)
   model = AutoencoderKLWan(base_dim=shape["base_dim"]).eval()
-  _leave(model, folder)
+  _save_weights(model, folder)
   return model
 
 
 def vae_encode(shape, folder):
   import torch
-  model, video = _vae(shape, folder), torch.from_numpy(np.moveaxis(worker.uniform(0, 1, shape["frames"], *shape["size"], 3), -1, 1).copy())
+  model, video = _vae(shape, folder), worker.uniform(0, 1, shape["frames"], *shape["size"], 3)
+  video = torch.from_numpy(np.moveaxis(video, -1, 1).copy())
 
   def step():
     with torch.no_grad():
@@ -148,14 +171,14 @@ def vae_decode(shape, folder):
 
 
 def text(shape, folder):
-  """All prompts padded to 512 tokens under a mask, in one call."""
+  """All prompts in one call, padded to 512 tokens, with a mask."""
   import torch
   from transformers import UMT5Config, UMT5EncoderModel
   torch.manual_seed(0)
   model = UMT5EncoderModel(UMT5Config(
       vocab_size=shape["vocab"], d_model=shape["width"], d_kv=shape["head_size"], d_ff=shape["mlp"], num_layers=shape["depth"],
       num_heads=shape["heads"], feed_forward_proj="gated-gelu")).eval()
-  _leave(model, folder)
+  _save_weights(model, folder)
   prompts = worker.prompts(shape)
   ids, mask = (torch.zeros(len(prompts), 512, dtype=torch.long) for _ in range(2))
   for i, prompt in enumerate(prompts):
@@ -169,9 +192,9 @@ def text(shape, folder):
 
 
 def job(shape, folder):
-  """A pipeline, saved for the other side, and run from the noise that it left."""
+  """A pipeline, which is saved for the other side; it starts from the noise that the other side has saved."""
   import torch
-  from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+  from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
   from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
   torch.manual_seed(0)
   saved = os.path.join(folder, "pipeline")
@@ -181,8 +204,7 @@ def job(shape, folder):
   pipe = WanPipeline(
       tokenizer=AutoTokenizer.from_pretrained(os.path.join(saved, "tokenizer")), text_encoder=UMT5EncoderModel(text).eval(),
       vae=AutoencoderKLWan(base_dim=shape["base_dim"]).eval(),
-      transformer=WanTransformer3DModel(num_attention_heads=shape["heads"], attention_head_dim=shape["head_size"], ffn_dim=shape["mlp"],
-                                        num_layers=shape["depth"], text_dim=shape["text_width"]).eval(),
+      transformer=_transformer(shape).eval(),
       scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0))
   pipe.save_pretrained(saved)
   pipe.set_progress_bar_config(disable=True)

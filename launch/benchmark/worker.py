@@ -1,10 +1,11 @@
-"""One side of one row of launch.benchmark, in a process of its own: builds, then does what its stdin asks, one word a line.
+"""One side of one row of launch.benchmark, in a process of its own.
 
   python -m launch.benchmark.worker ours|theirs RUN SHAPE_AS_JSON FOLDER
 
-`first` runs once and leaves the outputs in FOLDER/SIDE.npz; `run` times one run; `memory` runs once and tells its peaks in MB. Each answers
-one line of JSON.
-Both sides import no library of the other: see ours.py, theirs.py.
+The process builds its model, then reads commands from stdin, one word a line. `first` runs once and writes
+the outputs to FOLDER/SIDE.npz; `run` times one run; `memory` runs once and reports its peaks in MB. Each
+command is answered with one line of JSON. Neither side imports a library of the other: see ours.py,
+theirs.py.
 """
 
 import ctypes
@@ -22,7 +23,10 @@ PROMPT, NEGATIVE, GUIDANCE = "a red fox walks over the snow at dawn", "blurred, 
 
 
 def clip(seed, grid, channels, text_tokens, text_width, text_pad=512):
-  """A clip of so many patches of 1 x 2 x 2 -> latents [T, H, W, C], timestep, text [512, E] with zeros after its tokens."""
+  """A random clip. grid: (t, h, w) in patches of 1 x 2 x 2.
+
+  -> latents [T, H, W, C], timestep, text [512, E] with zeros after its tokens.
+  """
   rng = np.random.default_rng(seed)
   t, h, w = grid
   latents, timestep = rng.standard_normal((t, 2 * h, 2 * w, channels), np.float32), float(rng.integers(1, 1000))
@@ -38,32 +42,51 @@ def clips(shape):
 
 
 def prompts(shape):
-  """Ids of prompts, without padding."""
+  """Random ids of the prompts of a row, without padding."""
   rng = np.random.default_rng(0)
   return [rng.integers(2, shape["vocab"], n) for n in shape["lengths"]]
 
 
 def save_tokenizer(folder):
-  """A sentencepiece model of few pieces, in the layout of the public ones."""
+  """Writes a small sentencepiece model in the layout of the public ones."""
   import sentencepiece
+
   os.makedirs(folder)
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter([PROMPT, NEGATIVE] * 9), model_prefix=os.path.join(folder, "spiece"), vocab_size=64, hard_vocab_limit=False, pad_id=0,
-      eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    sentence_iterator=iter([PROMPT, NEGATIVE] * 9),
+    model_prefix=os.path.join(folder, "spiece"),
+    vocab_size=64,
+    hard_vocab_limit=False,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
   special = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 4}
   with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
     json.dump(special, f)
 
 
-def wanted(shapes):
-  """What clips of these shapes [C, T, H, W] are trained towards."""
+def targets(shapes):
+  """Training targets of clips of these shapes [C, T, H, W]."""
   return [uniform(i, *shape) for i, shape in enumerate(shapes)]
 
 
 def three_steps(step):
-  """A step of training that returns the loss of each clip -> the same, but three at the first call, for weights to have changed."""
-  times = [3]
-  return lambda: {"loss": np.array([step() for _ in range(times.pop() if times else 1)])}
+  """A training step that returns the losses of its clips -> a function that runs three at its first call.
+
+  Later calls run it once. With three steps, the compared losses include those after the weights have changed.
+  """
+  first_call = True
+
+  def run():
+    nonlocal first_call
+    count = 3 if first_call else 1
+    first_call = False
+    return {"loss": np.array([step() for _ in range(count)])}
+
+  return run
 
 
 def uniform(seed, *shape):
@@ -77,7 +100,7 @@ def resident(name):
 
 
 def trimmed():
-  """Resident memory in MB after all that is free went back to the system; the peak begins anew."""
+  """Returns free memory to the system and resets the peak -> resident memory in MB."""
   gc.collect()
   ctypes.CDLL("libc.so.6").malloc_trim(0)
   with open("/proc/self/clear_refs", "w") as f:
@@ -89,28 +112,31 @@ def main():
   which, run, shape, folder = sys.argv[1:]
   os.environ["OMP_NUM_THREADS"] = str(THREADS)
   answers = os.fdopen(os.dup(1), "w", buffering=1)
-  os.dup2(2, 1)                              # whatever libraries print is no answer
+  os.dup2(2, 1)  # what libraries print goes to stderr, not among the answers
   side = importlib.import_module(f"launch.benchmark.{which}")
   side.load(THREADS)
   bare = trimmed()
   step, compile_s = getattr(side, run)(json.loads(shape), folder)
   level = trimmed()
-  tell = lambda **answer: answers.write(json.dumps(answer) + "\n")  # noqa: E731
-  tell(compile_s=compile_s)
+
+  def answer(**fields):
+    answers.write(json.dumps(fields) + "\n")
+
+  answer(compile_s=compile_s)
   for word in sys.stdin:
     began = time.perf_counter()
     if word == "memory\n":
       trimmed()
       step()
       peak = resident("VmHWM")
-      tell(work=peak - level, all=peak - bare)
+      answer(work=peak - level, all=peak - bare)
     else:
       outputs = step()
       seconds = time.perf_counter() - began
       if word == "first\n":
         np.savez(os.path.join(folder, f"{which}.npz"), **outputs)
       del outputs
-      tell(s=seconds)
+      answer(s=seconds)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def test_outputs_are_compared(tmp_path):
     np.savez(tmp_path / f"{side}.npz", a=outputs + error, b=outputs)
   assert abs(rows.compare(tmp_path) - 0.02 / 4) < 1e-9
   np.savez(tmp_path / "ours.npz", a=outputs)
-  with pytest.raises(Failure, match="not alike"):
+  with pytest.raises(Failure, match="not have the same names and shapes"):
     rows.compare(tmp_path)
 
 
