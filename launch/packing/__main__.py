@@ -1,10 +1,10 @@
-"""How well clips of native size pack into rows, and rows into steps: our plan beside the ways of others, on the reference mixture.
+"""Measures how well clips of native size pack into rows, and rows into steps: our plan beside other methods.
 
   python -m launch.packing [--clips=N] [--out=FILE.json] [--picture=FILE.svg]
   python -m launch.packing --loading
 
-Two to three minutes on one core. What the columns say, how the others work and what is assumed of them: launch/packing/figures.py,
-launch/packing/peers.py.
+All methods pack the reference mixture. Takes two to three minutes on one core. launch/packing/figures.py
+defines the columns; launch/packing/peers.py describes the other methods and what is assumed of them.
 """
 
 import os
@@ -20,10 +20,10 @@ FLAGS = flags.FLAGS
 
 
 def define_flags():
-  flags.DEFINE_integer("clips", 1 << 20, "how many clips of the mixture make an epoch", lower_bound=1)
+  flags.DEFINE_integer("clips", 1 << 20, "number of clips of the mixture in an epoch", lower_bound=1)
   flags.DEFINE_boolean("loading", False, "time the loading of records instead")
-  flags.DEFINE_string("out", "", "where the numbers go, as JSON")
-  flags.DEFINE_string("picture", "", "where a picture of some of our rows goes, as SVG")
+  flags.DEFINE_string("out", "", "file for the numbers, as JSON")
+  flags.DEFINE_string("picture", "", "file for a picture of some of our rows, as SVG")
 
 
 def main():

@@ -73,17 +73,17 @@ def test_the_command(tmp_path, monkeypatch):
   """A table a setting, ours without loss; the numbers as JSON."""
   monkeypatch.setattr(packing, "ROWS", (4,))
   monkeypatch.setattr(packing, "SHAPES", (SHAPE,))
-  found = packing.packing(3000)
-  assert [row["method"] for row in found] == ["next-fit (NaViT)", "first-fit (Grain)", "best-fit (Grain)", "buckets (Open-Sora)", "ours"]
-  ours, others = found[-1], found[:-1]
+  lines = packing.packing(3000)
+  assert [line["method"] for line in lines] == ["next-fit (NaViT)", "first-fit (Grain)", "best-fit (Grain)", "buckets (Open-Sora)", "ours"]
+  ours, others = lines[-1], lines[:-1]
   assert ours["lost"] == 0 and ours["padding"] < min(row["padding"] for row in others[:3]) and others[3]["lost"] > 0.1
   assert ours["useful"] > max(row["useful"] for row in others) and ours["attention"] < min(row["attention"] for row in others)
   assert packing.verdict(ours | {"padding": 0.004, "planning": 51.0, "useful": 0.94, "linear": 1.0, "attention": 1.03}, SHAPE) == \
       "MISSED: attention, planning"
-  json.dumps(found)
+  json.dumps(lines)
 
 
 def test_loading(monkeypatch):
   monkeypatch.setattr(packing, "LOADED", 40)
-  found = packing.loading()
-  assert found["clips"] == 80 and found["clips_per_cpu_second"] > 0
+  speed = packing.loading()
+  assert speed["clips"] == 80 and speed["clips_per_cpu_second"] > 0
