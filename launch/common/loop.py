@@ -1,4 +1,4 @@
-"""The training loop that launch.train and launch.train_vae share: steps, log, checkpoints, stopping, resuming."""
+"""The training loop of launch.train and launch.train_vae: steps, log, checkpoints, stopping, resuming."""
 
 import time
 
@@ -12,35 +12,39 @@ from sora_jax.errors import BadInput, Failure
 
 
 def check(config):
-  """BadInput, before anything compiles, where the loop's own settings cannot be."""
+  """Raises BadInput, before anything compiles, if a setting of the loop is out of range."""
   for name in ("steps", "log_every", "checkpoint_every", "max_bad_steps"):
     if config[name] < 1:
       raise BadInput(f"config.{name} is {config[name]}; it must be 1 or more")
 
 
 def run_steps(config, workdir, state, batches, update, *, first_step, checkpoints, items, hooks=(), label="training"):
-  """Runs config.steps - first_step updates. -> (state, exit code).
+  """Runs config.steps - first_step updates -> (state, exit code).
 
-  batches: iterator of (batch, cursor as JSON); update: (state, batch) -> (state, metrics of scalars, among them "loss" and "bad").
-  items: state -> trees to save by name. hooks: (every, function of (step, state) -> dict of numbers to log, or None).
-  config: steps, log_every, checkpoint_every, max_bad_steps.
+  batches: iterator of (batch, cursor as JSON).
+  update: (state, batch) -> (state, metrics), scalars that include "loss" and "bad".
+  items: state -> {name: tree} to save.
+  hooks: pairs (every, function of (step, state) -> dict of numbers to log, or None).
+  config: has steps, log_every, checkpoint_every, max_bad_steps.
   """
   log = MetricsLog(workdir, first_step, silent=jax.process_index() > 0)
-  window, began, bad, before, cursor = [], time.monotonic(), int(np.asarray(state.bad)), None, None
+  window, began, cursor = [], time.monotonic(), None
+  bad, unchecked = int(np.asarray(state.bad)), None
   code, stop = program.OK, processes.Stop(program.stop_requested)
   with Bar(label, config.steps, start=first_step) as bar:
     for step in range(first_step + 1, config.steps + 1):
       batch, cursor = next(batches)
       state, metrics = update(state, batch)
       checkpoints.poll()
-      if before is not None:               # a step late, so that the device never waits for the host
-        bad = check_finite(before, bad, config.max_bad_steps, step - 1)
-      before = metrics
+      if unchecked is not None:  # checked one step late, so that the device never waits for the host
+        bad = check_finite(unchecked, bad, config.max_bad_steps, step - 1)
+      unchecked = metrics
       window.append(metrics)
-      last, stopping = step == config.steps, stop()          # here, as a signal is heard when the wait above ends
+      last = step == config.steps
+      stopping = stop()  # after the check, which waits for the device: a signal during the wait is seen
       saving = step % config.checkpoint_every == 0 or last or stopping
       if saving:
-        bad, before = check_finite(metrics, bad, config.max_bad_steps, step), None
+        bad, unchecked = check_finite(metrics, bad, config.max_bad_steps, step), None
       note = ""
       if step % config.log_every == 0 or last:
         values = summary(window, time.monotonic() - began)
@@ -52,11 +56,12 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
         checkpoints.save(step, items(state), {"step": step, "cursor": cursor})
       for every, hook in hooks:
         if every and (step % every == 0 or last):
-          checkpoints.settle()             # a hook may take minutes: what a kill costs is the hook alone
+          checkpoints.settle()  # a hook may take minutes; if it is killed, only the hook's work is lost
           values = hook(step, state)
           if values:
             log.write(step, values)
-            say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            say(f"step {step}: {numbers}")
           began = time.monotonic()
       if stopping and not last:
         code = program.STOPPED
@@ -69,20 +74,32 @@ def run_steps(config, workdir, state, batches, update, *, first_step, checkpoint
 
 
 def check_finite(metrics, bad, max_bad_steps, step):
-  """Counts an update that was left out because it was not finite; ends the run when there were `max_bad_steps` of them. -> count"""
+  """Counts updates that were skipped because they were not finite -> the new count.
+
+  Raises Failure, which ends the run, once there are `max_bad_steps` of them.
+  """
   if not int(np.asarray(metrics["bad"])):
     return bad
   bad += 1
   loss, norm = (float(np.asarray(metrics[name])) for name in ("loss", "grad_norm"))
-  say(f"step {step}: the update is not finite (loss {loss}, gradient norm {norm}); the weights were left as they were ({bad} so far)")
+  say(
+    f"step {step}: the update is not finite (loss {loss}, gradient norm {norm}); "
+    f"the weights were left as they were ({bad} so far)"
+  )
   if bad >= max_bad_steps:
-    raise Failure(f"stopped at step {step}: {bad} updates were not finite (max_bad_steps={max_bad_steps}); the last checkpoint is intact; "
-                    "lower the learning rate, or raise --config.max_bad_steps to pass over such steps")
+    raise Failure(
+      f"stopped at step {step}: {bad} updates were not finite (max_bad_steps={max_bad_steps}); "
+      "the last checkpoint is intact; lower the learning rate, or raise --config.max_bad_steps to skip such steps"
+    )
   return bad
 
 
 def summary(window, seconds):
-  """Means over the steps of a window; "tokens" and "slots" (their room) become tokens_per_second and fill; "data_checksum" is the last one's."""
+  """Means of the metrics over the steps of a window -> numbers to log.
+
+  "tokens" and "slots" (the tokens for which there is room) become tokens_per_second and fill. "data_checksum"
+  is that of the last step.
+  """
   host = jax.device_get(window)
   names = host[0].keys() - {"tokens", "slots", "bad", "data_checksum"}
   values = {name: float(np.mean([m[name] for m in host])) for name in ["loss", *sorted(names - {"loss"})]}

@@ -43,8 +43,8 @@ SIDES = (256, 288, 328, 376, 432, 504, 600, 720, 880, 1200, 2048)  # of images, 
 MILLISECONDS = (1000, 1600, 2200, 3000, 3800, 4800, 6000, 7600, 10_000, 13_500, 20_000)
 TEXT_TOKENS = (4, 10, 14, 19, 26, 48, 120, 190, 250, 320, 513)
 
-# {(width, height): weight}. Of images: in thousandths of the side. Of clips: in thousandths of the height of a
-# 16:9 clip, whose frame holds the others.
+# {(width, height): weight}. Of images: in thousandths of the side. Of clips: in thousandths of the height of
+# a 16:9 clip, whose frame holds the others.
 # fmt: off
 IMAGE_SHAPES = {
   (1000, 1000): 24, (1155, 866): 16, (866, 1155): 10, (1225, 816): 18, (816, 1225): 14,
