@@ -1,17 +1,20 @@
-"""Measures a work directory, a folder of videos, or both: a table, and the same as JSON. Done once, never done again.
+"""Measures a work directory, a folder of videos, or both. Prints the results and writes them to a JSON file.
 
-  python -m launch.evaluate --workdir=W --out=FILE.json                 # the VAE; of a DiT, its loss and its videos
-  python -m launch.evaluate --videos=DIR --out=FILE.json                # what launch.sample wrote
-  python -m launch.evaluate --workdir=W --source=CLIPS --out=FILE.json  # on a folder of clips, not the embedded world
+  python -m launch.evaluate --workdir=W --out=FILE.json                 # the VAE; a DiT's loss and videos
+  python -m launch.evaluate --videos=DIR --out=FILE.json                # videos that launch.sample wrote
+  python -m launch.evaluate --workdir=W --source=CLIPS --out=FILE.json  # on a folder of clips
 
-What is in FILE.json, each where it applies:
+If FILE.json already holds the same measurements, they are printed and nothing is computed. Its keys, where
+they apply:
 
-  vae              {psnr: dB, ssim, clips}: means over clips, of the embedded world those that no training sees
-  reconstructions  [{caption, original, reconstruction, psnr, ssim}]: a few of them, as files beside FILE.json
+  vae              {psnr: dB, ssim, clips}: means over clips; clips of the embedded world are held out of
+                   training
+  reconstructions  [{caption, original, reconstruction, psnr, ssim}]: a few clips, as files beside FILE.json
   loss_by_sigma    {sigma: mean squared error of the velocity on the same clips, all at that noise level}
-  scores           {question: {right, of, share, chance}}: prompts of the embedded world, judged from the decoded files
+  scores           {question: {right, of, share, chance}}: prompts of the embedded world, judged from the
+                   decoded files
   videos           {id: {question: bool}}
-  passed_over      {id: why}: videos that could not be judged (skipped)
+  passed_over      {id: reason}: videos that were skipped, because they could not be judged
 """
 
 import dataclasses
@@ -43,11 +46,11 @@ SHOWN = 6  # reconstructions kept as files
 def define_flags():
   flags.DEFINE_string("workdir", "", "work directory whose VAE, and DiT if it has one, are measured")
   flags.DEFINE_string("videos", "", "folder that launch.sample wrote; its videos are judged, none are made")
-  flags.DEFINE_string("out", "", "where the report goes, a .json file")
-  flags.DEFINE_string("source", "shapes", "clips to measure on: shapes (those held out), or a folder of clips")
-  flags.DEFINE_integer("clips", 64, "how many clips, the first", lower_bound=1)
-  flags.DEFINE_integer("prompts", 64, "how many held-out prompts, where videos are to be made", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "of the held-out clips, and of the noise they are mixed with")
+  flags.DEFINE_string("out", "", "file for the report, .json")
+  flags.DEFINE_string("source", "shapes", "clips to measure on: shapes (held-out ones), or a folder of clips")
+  flags.DEFINE_integer("clips", 64, "number of clips; the first ones are taken", lower_bound=1)
+  flags.DEFINE_integer("prompts", 64, "number of held-out prompts, if videos are made", lower_bound=1)
+  flags.DEFINE_integer("seed", 0, "seed of the held-out clips, and of the noise that they are mixed with")
 
 
 def main():
@@ -55,14 +58,15 @@ def main():
     raise BadInput("nothing to measure; give --workdir=W, or --videos=DIR, or both")
   if not FLAGS.out.endswith(".json"):
     raise BadInput(f"--out={FLAGS.out}: give the .json file that the report is to be written to")
-  out, given = pathlib.Path(FLAGS.out), inputs()
-  before = files.read_json_if_exists(out)
-  if before.get("inputs") == given:
+  out, current = pathlib.Path(FLAGS.out), inputs()
+  previous = files.read_json_if_exists(out)
+  if previous.get("inputs") == current:
     say(f"{out} holds these measurements already; nothing to do")
-    print_report(before)
+    print_report(previous)
     return program.OK
-  report = {"format_version": parts.FORMAT_VERSION, "inputs": given}
-  say(f"measuring {' and '.join(filter(None, (FLAGS.workdir, FLAGS.videos)))}; the report goes to {out}")
+  report = {"format_version": parts.FORMAT_VERSION, "inputs": current}
+  subjects = " and ".join(filter(None, (FLAGS.workdir, FLAGS.videos)))
+  say(f"measuring {subjects}; the report goes to {out}")
   if FLAGS.workdir:
     report |= measure_workdir(pathlib.Path(FLAGS.workdir), out)
   if FLAGS.videos:
@@ -74,13 +78,13 @@ def main():
 
 
 def check_stop():
-  """Raises Stopped where that was asked for: nothing is half written."""
+  """Raises Stopped if a stop was requested. No file is left half written."""
   if program.stop_requested():
     raise Stopped
 
 
 def advance_unless_stopped(bar):
-  """A callback that moves the bar, and ends the program where that was asked for."""
+  """-> a callback that advances the bar, and ends the program if a stop was requested."""
 
   def callback(done):
     check_stop()
@@ -90,26 +94,32 @@ def advance_unless_stopped(bar):
 
 
 def inputs():
-  """What a report depends on: where it is the same, so is the report."""
-  given = {"source": FLAGS.source, "clips": FLAGS.clips, "prompts": FLAGS.prompts, "seed": FLAGS.seed}
+  """Everything that a report depends on: with equal inputs, reports are equal."""
+  values = {"source": FLAGS.source, "clips": FLAGS.clips, "prompts": FLAGS.prompts, "seed": FLAGS.seed}
   if FLAGS.workdir:
     workdir = pathlib.Path(FLAGS.workdir)
     if not (workdir / "vae" / "config.json").exists():
-      raise BadInput(f"--workdir={workdir} holds no vae/config.json; name a work directory of launch.train, or one of "
-                     "launch.train_vae that is done")
-    given["workdir"] = workdirs.identity(workdir)
+      raise BadInput(
+        f"--workdir={workdir} holds no vae/config.json; name a work directory of launch.train, "
+        "or a finished one of launch.train_vae"
+      )
+    values["workdir"] = workdirs.identity(workdir)
   if FLAGS.videos:
     path = pathlib.Path(FLAGS.videos) / "manifest.jsonl"
     if not path.exists():
       raise BadInput(f"--videos={FLAGS.videos} holds no manifest.jsonl; name a folder that launch.sample wrote")
-    given["videos"] = f"{zlib.crc32(path.read_bytes()):08x}"
-  return given
+    values["videos"] = f"{zlib.crc32(path.read_bytes()):08x}"
+  return values
 
 
 # --- a work directory
 
+
 def measure_workdir(workdir, out):
-  """VAE and, where W holds a DiT, its loss; and its videos of held-out prompts, unless others are to be judged."""
+  """Measures the VAE and, if W has a DiT, its loss and videos of held-out prompts -> part of the report.
+
+  With --videos, or on other clips than those of the embedded world, no videos are made.
+  """
   cfg, params = workdirs.load_vae(workdir / "vae")
   raw = held_out_clips(cfg)
   with Bar("encoding", len(raw)) as bar:
@@ -120,7 +130,8 @@ def measure_workdir(workdir, out):
     return report
   pipe = Pipeline.open(workdir, say=say)
   report |= {"step": pipe.step, "loss_by_sigma": loss_by_sigma(pipe, raw, latents)}
-  if FLAGS.source == "shapes" and not FLAGS.videos and "dit" not in config["model"]:      # an imported model does not know that world
+  imported = "dit" in config["model"]  # an imported model was not trained on the embedded world
+  if FLAGS.source == "shapes" and not FLAGS.videos and not imported:
     folder_of_step = workdir / "samples" / f"held-out-{pipe.step}"
     counts = sampling_job.run(pipe, shapes.held_out_requests(FLAGS.prompts), folder_of_step)
     if counts["stopped"]:
@@ -130,12 +141,13 @@ def measure_workdir(workdir, out):
 
 
 def held_out_clips(cfg):
-  """RawClips of --source, cut to whole strides."""
+  """RawClips of --source, cropped to whole strides."""
   if FLAGS.source == "shapes":
     source = shapes.Source(FLAGS.clips, FLAGS.seed, "held_out")
   else:
-    source = folder.open_source(ml_collections.ConfigDict({"path": FLAGS.source, "max_seconds": 1.0, "temporal_stride": cfg.stride[0]}))
-  found = []
+    options = {"path": FLAGS.source, "max_seconds": 1.0, "temporal_stride": cfg.stride[0]}
+    source = folder.open_source(ml_collections.ConfigDict(options))
+  taken = []
   for item in source.items():
     try:
       for clip in source.read(item):
@@ -143,35 +155,44 @@ def held_out_clips(cfg):
         clip = dataclasses.replace(clip, video_THWC=clips.crop(clip.video_THWC, cfg.stride))
         if min(clip.video_THWC.shape[1:3]) < metrics.WINDOW:
           raise clips.BadClip(f"smaller than {metrics.WINDOW} x {metrics.WINDOW} pixels, which SSIM needs")
-        found.append(clip)
-        if len(found) == FLAGS.clips:
-          return found
+        taken.append(clip)
+        if len(taken) == FLAGS.clips:
+          return taken
     except clips.BadClip as error:
       say(f"{item.file} is skipped: {error}")
-  if not found:
+  if not taken:
     raise BadInput(f"--source={FLAGS.source} holds no clip that can be read; give a folder of videos and images")
-  return found
+  return taken
 
 
 def measure_vae(cfg, params, raw, latents, out):
-  """PSNR and SSIM of every clip against its reconstruction; a few of them become files in OUT's folder."""
-  scores, kept = [], []
-  shown = sorted(range(len(raw)), key=lambda i: len(raw[i].video_THWC) == 1)[:SHOWN]        # what moves comes first
+  """PSNR and SSIM of every clip against its reconstruction -> part of the report.
+
+  A few reconstructions become files in OUT's folder.
+  """
+  scores, reconstructions = [], []
+  shown = sorted(range(len(raw)), key=lambda i: len(raw[i].video_THWC) == 1)[:SHOWN]  # videos before images
   directory = out.with_suffix("").with_name(out.stem + "-reconstructions")
   with Bar("decoding", len(raw)) as bar:
     decoded = codec.decode_clips(cfg, params, latents, advance_unless_stopped(bar))
   for i, (clip, decoded_THWC) in enumerate(zip(raw, decoded, strict=True)):
-    a, b = (pixels / 255 for pixels in (clip.video_THWC, decoded_THWC))
-    scores.append((metrics.psnr(a, b), metrics.ssim(a, b)))
+    a, b = clip.video_THWC / 255, decoded_THWC / 255
+    psnr, ssim = metrics.psnr(a, b), metrics.ssim(a, b)
+    scores.append((psnr, ssim))
     if i in shown:
-      names = [write(directory / f"{i}-{name}", pixels, clip.fps) for name, pixels in (("original", clip.video_THWC), ("reconstruction", decoded_THWC))]
-      kept.append({"caption": clip.caption, "original": names[0], "reconstruction": names[1], "psnr": scores[-1][0], "ssim": scores[-1][1]})
-  psnr, ssim = np.mean(np.minimum(scores, 100), axis=0).tolist()       # a clip that comes back exactly counts 100 dB
-  return {"vae": {"psnr": psnr, "ssim": ssim, "clips": len(raw)}, "reconstructions": kept}
+      reconstructions.append({
+        "caption": clip.caption,
+        "original": write(directory / f"{i}-original", clip.video_THWC, clip.fps),
+        "reconstruction": write(directory / f"{i}-reconstruction", decoded_THWC, clip.fps),
+        "psnr": psnr,
+        "ssim": ssim,
+      })
+  psnr, ssim = np.mean(np.minimum(scores, 100), axis=0).tolist()  # an exact reconstruction counts 100 dB
+  return {"vae": {"psnr": psnr, "ssim": ssim, "clips": len(raw)}, "reconstructions": reconstructions}
 
 
 def write(path, video_THWC, fps):
-  """Writes a clip as mp4, an image as png -> its path from the report's folder on."""
+  """Writes a video as mp4, an image as png -> its path relative to the report's folder."""
   path.parent.mkdir(parents=True, exist_ok=True)
   if len(video_THWC) == 1:
     path = path.with_suffix(".png")
@@ -183,7 +204,10 @@ def write(path, video_THWC, fps):
 
 
 def loss_by_sigma(pipe, raw, latents):
-  """{sigma: loss} over all tokens of the clips. A clip's noise depends on its uid alone, so models may be compared."""
+  """{sigma: loss} over all tokens of the clips.
+
+  The noise of a clip depends on nothing but the seed and its uid, so the losses of two models may be compared.
+  """
   packed = [packed_clip(pipe, clip, mean_THWC) for clip, mean_THWC in zip(raw, latents, strict=True)]
   tokens, text_tokens = [len(clip.tokens_LP) for clip in packed], [len(clip.texts[0]) for clip in packed]
   rows, shape = sample.share_rows(tokens, text_tokens, pipe.row_tokens)
@@ -227,8 +251,9 @@ def packed_clip(pipe, clip, mean_THWC):
 
 # --- a folder of videos
 
+
 def judge_folder(directory):
-  """Judges each video of a manifest whose prompt is a sentence of the embedded world."""
+  """Judges the videos of a manifest whose prompts belong to the embedded world -> part of the report."""
   verdicts, skipped = {}, {}
   lines = sampling_job.read_manifest(directory)
   with Bar("judging", len(lines)) as bar:
@@ -252,20 +277,21 @@ def judge_folder(directory):
 
 
 def print_report(report):
-  """The numbers, for the terminal."""
+  """Prints the numbers of a report."""
   if "vae" in report:
     quality = report["vae"]
     say(f"VAE on {quality['clips']} clips: PSNR {quality['psnr']:.2f} dB, SSIM {quality['ssim']:.4f}")
   if "loss_by_sigma" in report:
-    say("loss by sigma: " + "  ".join(f"{sigma} {loss:.4f}" for sigma, loss in report["loss_by_sigma"].items()))
+    losses = "  ".join(f"{sigma} {loss:.4f}" for sigma, loss in report["loss_by_sigma"].items())
+    say(f"loss by sigma: {losses}")
   if report.get("scores"):
     table = Table(box=None)
     table.add_column("score")
     for name in ("right", "share", "chance"):
       table.add_column(name, justify="right")
     for name, score in report["scores"].items():
-      shares = (f"{100 * score[of]:.1f} %" for of in ("share", "chance"))
-      table.add_row(name, f"{score['right']}/{score['of']}", *shares)
+      right = f"{score['right']}/{score['of']}"
+      table.add_row(name, right, f"{100 * score['share']:.1f} %", f"{100 * score['chance']:.1f} %")
     progress.console.print(table)
 
 
