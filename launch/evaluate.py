@@ -206,7 +206,7 @@ def write(path, video_THWC, fps):
 def loss_by_sigma(pipe, raw, latents):
   """{sigma: loss} over all tokens of the clips.
 
-  The noise of a clip depends on nothing but the seed and its uid, so the losses of two models may be compared.
+  The noise of a clip depends on its uid and the seed alone, so the losses of two models may be compared.
   """
   packed = [packed_clip(pipe, clip, mean_THWC) for clip, mean_THWC in zip(raw, latents, strict=True)]
   tokens, text_tokens = [len(clip.tokens_LP) for clip in packed], [len(clip.texts[0]) for clip in packed]

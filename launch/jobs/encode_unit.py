@@ -1,11 +1,10 @@
-"""Clips in, records out: what the encoding job does with its share of the files.
+"""Clips in, records out: what one process of the encoding job does with its share of the files.
 
-Work is saved a shard at a time; a file is done when a shard says so. A run that was killed, and one that was not, end
-in the same records: clips are encoded in batches of a shape that depends on the size of the clip alone, and what else
-is in a batch changes nothing.
+Work is saved one shard at a time; a file is done once a shard lists it. A run that was killed and started
+again gives the same records as one that was not: clips are encoded in batches whose shape depends only on the
+size of the clip, and the other clips of a batch do not change the result.
 """
 
-import collections
 import dataclasses
 import zlib
 
@@ -19,34 +18,39 @@ from sora_jax.embedder import Embedder
 from sora_jax.errors import BadInput
 from sora_jax.models import text, vae
 
-UNIT_PIXELS, UNIT_CLIPS = 256 << 20, 2048      # what a kill may cost
-MAX_TEXT = 512                  # tokens of a caption, as many as Wan takes; a longer one is cut, and noted
+UNIT_PIXELS, UNIT_CLIPS = 256 << 20, 2048  # the most work that is lost when the job is killed
+MAX_TEXT = 512  # tokens of a caption, as many as Wan takes; a longer caption is cut, and the report notes it
 
 
 def stamp(item):
-  """Changes when a file or its caption does."""
-  return f"{getattr(item, 'version', '')}-{zlib.crc32(item.caption.encode('utf-8', 'backslashreplace')):08x}"
+  """A text that changes when the file or its caption does."""
+  caption = item.caption.encode("utf-8", "backslashreplace")
+  return f"{getattr(item, 'version', '')}-{zlib.crc32(caption):08x}"
 
 
 def is_done(item, writer, out):
-  """Was the file dealt with in an earlier run? BadInput if it was taken and has changed since."""
+  """True if an earlier run has finished the file. Raises BadInput if it was taken and has changed since."""
   entry = writer.files.get(item.file)
-  if entry is None or entry["stamp"] == stamp(item):
-    return entry is not None
+  if entry is None:
+    return False
+  if entry["stamp"] == stamp(item):
+    return True
   if entry["pieces"]:
     raise BadInput(f"{item.file}: it or its caption has changed since it was encoded into {out}; give another --out")
   return False
 
 
 class Encoder:
-  """Pixels and captions -> what records hold, by the parts in OUT.
+  """Pixels and captions -> the arrays of records, by the VAE and text encoder or tokenizer in OUT.
 
-  stride (t, y, x), channels: of the latents.  sizes, canvases: (height, width) of the frames so far, and of what they were encoded on.
-  programs: those compiled for them, (rows, height, width, is it that of first frames?).
+  stride (t, y, x), channels: of the latents.
+  conditions: records also hold the condition of a model that takes its image as channels.
+  sizes: (height, width) of the frames so far.  canvases: (height, width) on which they were encoded.
+  programs: those compiled so far, as (rows, height, width, True for first frames).
   """
 
   def __init__(self, directory, conditions=False):
-    self.conditions = conditions            # do records hold what a model is given that takes its image as channels?
+    self.conditions = conditions
     self.sizes, self.canvases, self.programs = set(), set(), set()
     self._cfg, self._params = workdir.load_vae(directory / "vae")
     self.stride, self.channels = self._cfg.stride, self._cfg.z_dim
@@ -55,13 +59,16 @@ class Encoder:
     self._embed = Embedder(directory / "text") if frozen else None
 
   def latents(self, videos):
-    """uint8 [T, H, W, 3] of one `codec.shape_on_canvas`, at most `codec.batch_size` it -> normalised latents, float32 [t, h, w, C] each."""
+    """Encodes a batch -> normalised latents of each video, float32 [t, h, w, C].
+
+    videos: uint8 [T, H, W, 3], all of one `codec.shape_on_canvas`; at most `codec.batch_size` of that shape.
+    """
     for video_THWC in videos:
       self._count(video_THWC, codec.batch_size(codec.shape_on_canvas(video_THWC, self.stride)))
     return [vae.normalise(latents, self._cfg) for latents in codec.encode_batch(self._cfg, self._params, videos)]
 
   def condition(self, video_THWC):
-    """uint8 [T, H, W, 3] -> normalised latents of its first frame and grey ones after it, float32 [t, h, w, C]."""
+    """uint8 [T, H, W, 3] -> normalised latents of its first frame, then grey ones, float32 [t, h, w, C]."""
     self._count(video_THWC, 1)
     pixels, frames = codec.to_float(video_THWC[:1]), 1 + (len(video_THWC) - 1) // self.stride[0]
     return vae.normalise(codec.encode_image_video(self._cfg, self._params, pixels, frames), self._cfg)
@@ -73,17 +80,18 @@ class Encoder:
     self.programs |= {(rows, *canvas, first) for first in (True, False)[:frames]}
 
   def texts(self, captions):
-    """-> [(ids int32 [S], at most MAX_TEXT of them, embedding [S, E] or None)]."""
+    """-> [(ids, int32 [S], S <= MAX_TEXT; embedding [S, E], or None without a frozen text encoder)]."""
     ids = [np.asarray(self._tokenizer.encode(caption, MAX_TEXT), np.int32) for caption in captions]
-    return list(zip(ids, self._embed(ids) if self._embed else [None] * len(ids)))
+    embeddings = self._embed(ids) if self._embed else [None] * len(ids)
+    return list(zip(ids, embeddings))
 
   def is_long(self, caption):
-    """Does it lose its end?"""
+    """True if the caption has more than MAX_TEXT tokens, so that it is cut."""
     return len(caption) > MAX_TEXT and len(self._tokenizer.encode(caption)) > MAX_TEXT
 
 
 class Unit:
-  """Clips between two savings: encoded as their batches fill, added to the writer in order."""
+  """The clips of one shard. Each batch is encoded when it is full; clips are added to the writer in order."""
 
   def __init__(self, encoder, writer):
     self._encoder, self._writer = encoder, writer
@@ -107,19 +115,22 @@ class Unit:
       self._run(self._waiting.pop(shape))
 
   def close(self, file, entry):
-    """All pieces of `file` are added."""
+    """Call after all pieces of `file` were added."""
     self._entries[file] = entry
 
   def _run(self, batch):
-    for (i, _), latents in zip(batch, self._encoder.latents([video for _, video in batch])):
-      if not np.isfinite(latents).all():
-        raise BadInput(f"{self._records[i].file}: its latents are not finite; the VAE is broken: train it again")
-      self._records[i] = dataclasses.replace(self._records[i], latents_THWC=latents)
-    for i, video_THWC in batch if self._encoder.conditions else ():
-      self._records[i] = dataclasses.replace(self._records[i], cond_THWC=self._encoder.condition(video_THWC))
+    batch_latents = self._encoder.latents([video_THWC for _, video_THWC in batch])
+    for (i, video_THWC), latents_THWC in zip(batch, batch_latents):
+      record = self._records[i]
+      if not np.isfinite(latents_THWC).all():
+        raise BadInput(f"{record.file}: its latents are not finite; the VAE is broken: train it again")
+      record = dataclasses.replace(record, latents_THWC=latents_THWC)
+      if self._encoder.conditions:
+        record = dataclasses.replace(record, cond_THWC=self._encoder.condition(video_THWC))
+      self._records[i] = record
 
   def save(self):
-    """Encodes what waits, and finishes a shard."""
+    """Encodes the incomplete batches and writes the shard."""
     for batch in list(self._waiting.values()):
       self._run(batch)
     captions = sorted({record.caption for record in self._records})
@@ -134,7 +145,7 @@ class Unit:
 
 
 def encode(source, items, encoder, writer, stop):
-  """All items into the writer -> True; False if `stop()` was true in between: what was encoded by then is saved."""
+  """Encodes all items into the writer -> True; False if `stop()` became true, with the work so far saved."""
   unit = Unit(encoder, writer)
   with Bar("encoding", len(items)) as bar:
     for item in items:
@@ -147,17 +158,18 @@ def encode(source, items, encoder, writer, stop):
             video_THWC = clips.crop(clip.video_THWC, encoder.stride)
             if records.uid(clip.file, clip.start) not in writer.uids:
               unit.add(clip, video_THWC, source.name)
-            describe(entry, clip, video_THWC)
+            encoded.add_piece(entry, clip, video_THWC)
             bar.advance(0, f"{item.file} up to {entry['seconds']:.1f} s")
           if unit.full:
             unit.save()
           if stop():
             unit.save()
             return False
-      except clips.BadClip as e:
-        entry["passed_over"] = f"from {entry['seconds']:.3f} s on: {e}" if entry["pieces"] else str(e)
+      except clips.BadClip as error:
+        after = f"from {entry['seconds']:.3f} s on: " if entry["pieces"] else ""
+        entry["passed_over"] = f"{after}{error}"
       if "dropped" in entry and not entry["pieces"]:
-        entry.setdefault("passed_over", nothing_left(entry["dropped"]))
+        entry.setdefault("passed_over", encoded.all_dropped(entry["dropped"]))
       if encoder.is_long(item.caption):
         entry.setdefault("notes", []).append(f"its caption is cut to {MAX_TEXT} tokens")
       unit.close(item.file, entry)
@@ -166,49 +178,13 @@ def encode(source, items, encoder, writer, stop):
   return True
 
 
-def nothing_left(dropped):
-  """Why a file has none left: the reasons, the one of most seconds first."""
-  seconds = collections.Counter()
-  for piece in dropped:
-    seconds[piece["why"]] += piece["seconds"]
-  return "; ".join(f"{why}: {total:.2f} s" for why, total in seconds.most_common())
-
-
-def describe(entry, clip, video_THWC):
-  """Adds a piece to what the report says of its file."""
-  frames, *size = clip.video_THWC.shape[:3]
-  entry["pieces"] += 1
-  entry["frames"] = entry.get("frames", 0) + len(video_THWC)
-  entry["seconds"] = clip.start + frames / clip.fps
-  entry["fps"], entry["size"] = clip.fps, list(video_THWC.shape[1:3])
-  if entry["size"] != size:
-    entry["cropped"] = {"from": size, "to": entry["size"]}
-  if getattr(clip, "scaled_from", None):
-    entry["scaled"] = {"from": list(clip.scaled_from), "to": size}
-  left_out = entry.get("frames_left_out", 0) + getattr(clip, "left_out", 0) + frames - len(video_THWC)
-  if left_out:
-    entry["frames_left_out"] = left_out
-  if getattr(clip, "notes", ()):
-    entry["notes"] = list(clip.notes)
-
-
 def write_report(path, source, spec, items, writer, index=None):
-  """What was taken, and what was passed over and why, by file -> the report.
+  """Writes report.json, by file (see launch/reports/encoded.py) -> the report.
 
-  A damaged video whose beginning is good stands in both. `notes`: what the listing of the source found. Once there is an index of the records,
-  `numbers` is beside them, and a page that shows all of it is written to report.html.
+  Once there is an index of the records, `numbers` is in it, and a page that shows all of it is written to
+  report.html.
   """
-  taken, passed_over, notes = {}, dict(getattr(source, "ignored", ())), {}
-  for file, note in getattr(source, "notes", ()):
-    notes.setdefault(file, []).append(note)
-  for item in items:
-    entry = {k: v for k, v in writer.files.get(item.file, {}).items() if k != "stamp"}
-    if "passed_over" in entry:
-      passed_over[item.file] = entry["passed_over"]
-    if entry.get("pieces"):
-      taken[item.file] = entry | {"notes": entry.get("notes", []) + notes.pop(item.file, [])}
-  report = {"format_version": 1, "source": spec, "files": len(items), "records": len(writer.uids),
-            "sizes": "height, width in pixels", "taken": taken, "passed_over": passed_over, "notes": notes}
+  report = encoded.make_report(source, spec, items, writer.files, len(writer.uids))
   if index is not None:
     report["numbers"] = encoded.numbers(report, index)
     page.save(path.with_suffix(".html"), encoded.report_page(report, index))
@@ -218,9 +194,12 @@ def write_report(path, source, spec, items, writer, index=None):
 
 def finish(writer, encoder, out):
   """Writes the index -> RecordIndex."""
-  (null_ids, null_embedding), = encoder.texts([""])
-  return writer.finish({
-      "latent_channels": encoder.channels, "vae_stride": list(encoder.stride),
-      "vae_fingerprint": parts.fingerprint(out / "vae"), "text_fingerprint": parts.fingerprint(out / "text"),
-      "conditions": encoder.conditions,
-  }, null_ids, null_embedding)
+  ((null_ids, null_embedding),) = encoder.texts([""])
+  header = {
+    "latent_channels": encoder.channels,
+    "vae_stride": list(encoder.stride),
+    "vae_fingerprint": parts.fingerprint(out / "vae"),
+    "text_fingerprint": parts.fingerprint(out / "text"),
+    "conditions": encoder.conditions,
+  }
+  return writer.finish(header, null_ids, null_embedding)
