@@ -1,4 +1,4 @@
-"""Exporting: a work directory in, files for other programs out. Used by launch.export; each format is one entry in FORMATS."""
+"""Exports a work directory to files for other programs. For launch.export; a format is an entry of FORMATS."""
 
 import dataclasses
 import pathlib
@@ -17,15 +17,17 @@ from sora_jax.errors import BadInput, unless_stopped
 from sora_jax.models import lora as lora_module
 from sora_jax.weights import lora, wan_pipeline
 
-SHARD = 5_000_000_000            # bytes of a file of diffusers at most
+SHARD = 5_000_000_000  # the most bytes of one file of diffusers
 
 
 @dataclasses.dataclass
 class Export:
-  """What is to be written: `plan` has opened it, `run` writes it. What a format is given.
+  """An export: `plan` has opened the weights, `run` writes them. Functions of FORMATS take it as `job`.
 
-  config: W/config.json. weights: nested dict of arrays, read when they are looked at. which: "ema" or "params". dtype: a name, or "source".
+  config: W/config.json.  weights: nested dict of arrays, which are read when they are used.
+  which: "ema" or "params".  dtype: a name, or "source".
   """
+
   workdir: epath.Path
   out: pathlib.Path
   format: str
@@ -39,7 +41,7 @@ class Export:
 
   @property
   def num_bytes(self):
-    """Of the weights, about; some formats need a little more."""
+    """The approximate size of the weights; some formats need a little more."""
     weights = [self.workdir / part / parts.WEIGHTS for part in ("vae", "text")]
     stored = sum(path.stat().length for path in weights if path.exists())
     return stored + sum(leaf.nbytes for leaf in files.flatten(self.weights).values())
@@ -49,7 +51,7 @@ class Export:
     return ml_collections.ConfigDict(self.config)
 
   def cast(self, stored):
-    """What an array is written as that is stored as `stored`."""
+    """The dtype in which an array is written; stored: the dtype in which it is stored."""
     return np.dtype(stored if self.dtype == "source" else self.dtype)
 
   def part(self, name):
@@ -57,9 +59,10 @@ class Export:
     return parts.load_part(self.workdir / name, None)
 
   def run(self, stop: Callable = lambda: False):
-    """Writes the folder, with its README.md -> the step that it is of. Raises Stopped once stop() is true.
+    """Writes the folder, with its README.md -> the step of the weights. Raises Stopped once stop() is true.
 
-    It is written beside `out` and renamed when it is whole; a kill leaves `.OUT.partial-...` there.
+    The folder is written beside `out` and renamed when it is complete. If the program is killed,
+    `.OUT.partial-...` remains.
     """
     self.stop = stop
     self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,14 +83,17 @@ class Export:
 
 
 def plan(workdir, out, format, dtype="source", which="ema", say=lambda line: None):
-  """W -> Export into the folder `out`; None where `out` holds this already. BadInput where `out` holds something else."""
+  """W -> Export to the folder `out`; None if `out` holds this export already.
+
+  Raises BadInput if `out` holds something else.
+  """
   workdir, out = epath.Path(workdir), pathlib.Path(out)
   config = files.read_json(workdir / "config.json")
   if "model" not in config or "sample" not in config:
     raise BadInput(f"{workdir} is no work directory of launch.train or launch.import_weights; name another --workdir")
   made_from = f"{workdirs.identity(workdir, which)} {format} {dtype}"
-  there = files.read_json_if_exists(out / "export.json")
-  if there.get("made_from") == made_from and all((out / name).exists() for name in there["sha256"]):
+  existing = files.read_json_if_exists(out / "export.json")
+  if existing.get("made_from") == made_from and all((out / name).exists() for name in existing["sha256"]):
     return None
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise BadInput(f"--out={out} is not empty; give another, or empty it")
@@ -96,16 +102,23 @@ def plan(workdir, out, format, dtype="source", which="ema", say=lambda line: Non
 
 
 def load(workdir, config, which, alone=False, say=lambda line: None):
-  """All weights of a model -> (nested dict, read when they are looked at where they can be, step); `alone`: adapters without what they adapt."""
+  """All weights of a model -> (nested dict, step). Where possible, arrays are read when they are used.
+
+  alone: only the weights that were trained, such as adapters without the weights that they adapt.
+  """
   settings = ml_collections.ConfigDict(config)
-  whole = workdirs.make_model(settings, workdir / "text", workdirs.sampling_layout(settings))
-  part = workdirs.trained_part(settings, whole)
+  model = workdirs.make_model(settings, workdir / "text", workdirs.sampling_layout(settings))
+  part = workdirs.trained_part(settings, model)
   mapped = (workdir / "model").exists() and not (workdir / "checkpoints").exists()
-  own, step = workdirs.load_weights(workdir, which, None if mapped else workdirs.targets(part), say, mapped=mapped)
-  if part == whole or alone:
-    return own, step
+  targets = None if mapped else workdirs.targets(part)
+  trained, step = workdirs.load_weights(workdir, which, targets, say, mapped=mapped)
+  if part == model or alone:
+    return trained, step
   weights, key = dict(workdirs.base_weights(settings, None, say=say)), workdirs.trained_key(settings)
-  weights[key] = lora_module.merge(weights[key], own["lora"]["dit"], part.lora.scale, lazy=True) if part.lora else own["dit"]
+  if part.lora:
+    weights[key] = lora_module.merge(weights[key], trained["lora"]["dit"], part.lora.scale, lazy=True)
+  else:
+    weights[key] = trained["dit"]
   return weights, step
 
 
@@ -121,11 +134,17 @@ def export_safetensors(job, out):
     fields = {key: value for key, value in fields.items() if key not in ("made_from", "weights_crc32")}
     parts.write_part(out / name, fields, specs, ((key, np.asarray(leaf)) for key, leaf in flat.items()))
   parts.copy_source(job.workdir, out)
-  own = {"init": "", "data": job.config["data"] | {"path": ""}}      # paths of the machine that it was trained on; nobody else has them
-  if "lora" in job.config:
-    own |= {"lora": job.config["lora"] | {"rank": 0}, "model": job.config["model"] | {"expert": ""}}      # they are merged
-  files.write_json(out / "config.json", job.config | own)
-  return "Any program of sora_jax takes this folder:\n\n```bash\npython -m launch.sample --workdir=THIS --prompt=TEXT --out=OUT\n```\n"
+  changes = without_paths(job.config)
+  if "lora" in job.config:  # the adapters are merged
+    changes |= {"lora": job.config["lora"] | {"rank": 0}, "model": job.config["model"] | {"expert": ""}}
+  files.write_json(out / "config.json", job.config | changes)
+  command = "python -m launch.sample --workdir=THIS --prompt=TEXT --out=OUT"
+  return f"Any program of sora_jax takes this folder:\n\n```bash\n{command}\n```\n"
+
+
+def without_paths(config):
+  """Replacements for the fields of a config that hold paths of the machine of the training run."""
+  return {"init": "", "data": config["data"] | {"path": ""}}
 
 
 def export_numpy(job, out):
@@ -137,24 +156,29 @@ def export_numpy(job, out):
     flat = files.flatten(params)
     if job.dtype == "bfloat16" or any(job.cast(leaf.dtype) == ml_dtypes.bfloat16 for leaf in flat.values()):
       raise BadInput("numpy has no bfloat16; give --dtype=float32 or --dtype=float16, or another --format")
-    np.savez(out / f"{name}.npz", **{key: np.asarray(leaf).astype(job.cast(leaf.dtype), copy=False) for key, leaf in flat.items()})
-  own = {"init": "", "data": job.config["data"] | {"path": ""}, "vae": job.part("vae")[0]}
-  files.write_json(out / "config.json", job.config | own)
-  return ("Names are those of `sora_jax/models`: `blocks/self/query` is [layer, width, head, head size].\n\n"
-          "```python\nweights = dict(numpy.load('THIS/dit.npz'))\n```\n")
+    arrays = {key: np.asarray(leaf).astype(job.cast(leaf.dtype), copy=False) for key, leaf in flat.items()}
+    np.savez(out / f"{name}.npz", **arrays)
+  files.write_json(out / "config.json", job.config | without_paths(job.config) | {"vae": job.part("vae")[0]})
+  return (
+    "Names are those of `sora_jax/models`: `blocks/self/query` is [layer, width, head, head size].\n\n"
+    "```python\nweights = dict(numpy.load('THIS/dit.npz'))\n```\n"
+  )
 
 
 def export_diffusers(job, out):
-  """A pipeline as diffusers saves it; what was imported comes back under the names and with the files that it had."""
+  """A pipeline as diffusers saves it. An imported pipeline keeps its names of tensors and its other files."""
   source = job.workdir / "source"
   stored = files.read_json(source / "tensors.json") if source.exists() else {}
   model = workdirs.make_model(job.settings(), job.workdir / "text", None)
   if job.config["data"].get("base_fps"):
-    raise BadInput("this model counts time in seconds (config.data.base_fps), which WanTransformer3DModel does not know; use another --format")
-  whole = model.text is None and model.dit.text_pad > 0
+    raise BadInput(
+      "this model counts time in seconds (config.data.base_fps), which WanTransformer3DModel cannot do; "
+      "use another --format"
+    )
+  is_pipeline = model.text is None and model.dit.text_pad > 0
   written = {key: (model.dit, params) for key, params in job.weights.items() if key.startswith("dit")}
   written["vae"] = workdirs.load_vae(job.workdir / "vae")[0], job.part("vae")[1]
-  if whole:
+  if is_pipeline:
     written["text"] = workdirs.text_config(job.workdir / "text"), job.part("text")[1]
   for key, (cfg, params) in written.items():
     folder = wan_pipeline.FOLDERS[key]
@@ -165,12 +189,16 @@ def export_diffusers(job, out):
       fields["dtype"] = job.dtype
     (out / folder).mkdir()
     files.write_json(out / folder / "config.json", fields)
-    write_shards(out / folder, "model" if key == "text" else "diffusion_pytorch_model", specs, unless_stopped(pieces, job.stop))
-  if not whole:
-    return ("The parts of the model, without a pipeline around them: its text encoder was trained with it and reads prompts at their true length, "
-            "which `WanPipeline` does not.\n\n```python\nfrom diffusers import AutoencoderKLWan, WanTransformer3DModel\n"
-            "dit = WanTransformer3DModel.from_pretrained('THIS', subfolder='transformer')\n"
-            "vae = AutoencoderKLWan.from_pretrained('THIS', subfolder='vae')\n```\n")
+    stem = "model" if key == "text" else "diffusion_pytorch_model"
+    write_shards(out / folder, stem, specs, unless_stopped(pieces, job.stop))
+  if not is_pipeline:
+    return (
+      "These are the parts of the model, without a pipeline: its text encoder was trained with it and reads "
+      "prompts at their true length, which `WanPipeline` does not.\n\n"
+      "```python\nfrom diffusers import AutoencoderKLWan, WanTransformer3DModel\n"
+      "dit = WanTransformer3DModel.from_pretrained('THIS', subfolder='transformer')\n"
+      "vae = AutoencoderKLWan.from_pretrained('THIS', subfolder='vae')\n```\n"
+    )
   for name, new in wan_pipeline.NEW.items():
     if (source / name).is_dir():
       shutil.copytree(source / name, out / name)
@@ -178,42 +206,62 @@ def export_diffusers(job, out):
       shutil.copyfile(source / name, out / name)
     else:
       new(out / name, model, job.config["sample"], job.workdir)
-  return ("```python\nfrom diffusers import DiffusionPipeline\npipe = DiffusionPipeline.from_pretrained('THIS')\n"
-          "video = pipe(prompt='...', height=480, width=832, num_frames=81).frames[0]\n```\n")
+  return (
+    "```python\nfrom diffusers import DiffusionPipeline\npipe = DiffusionPipeline.from_pretrained('THIS')\n"
+    "video = pipe(prompt='...', height=480, width=832, num_frames=81).frames[0]\n```\n"
+  )
 
 
 def export_lora(job, out):
-  """Adapters alone, as `pipe.load_lora_weights` takes them."""
+  """The adapters alone, as `pipe.load_lora_weights` takes them."""
   settings = job.settings()
   part = workdirs.trained_part(settings, workdirs.make_model(settings, job.workdir / "text", None))
   if part.lora is None:
-    raise BadInput(f"{job.workdir} holds no adapters: it was trained without --config.lora.rank; export it as diffusers or safetensors")
-  tensors = {name: value.astype(job.cast(np.float32)) for name, value in lora.to_diffusers(job.weights["lora"]["dit"], part.dit, part.lora)}
+    raise BadInput(
+      f"{job.workdir} holds no adapters: it was trained without --config.lora.rank; "
+      "export it as diffusers or safetensors"
+    )
+  adapters = lora.to_diffusers(job.weights["lora"]["dit"], part.dit, part.lora)
+  tensors = {name: value.astype(job.cast(np.float32)) for name, value in adapters}
   specs = {name: (value.shape, value.dtype) for name, value in tensors.items()}
   files.write_safetensors(out / lora.FILE, specs, tensors.items(), {"format": "pt"})
   second = ", load_into_transformer_2=True" if settings.model.get("expert") == "low" else ""
-  return ("```python\nfrom diffusers import DiffusionPipeline\npipe = DiffusionPipeline.from_pretrained('THE PIPELINE IT WAS TRAINED ON')\n"
-          f"pipe.load_lora_weights('THIS'{second})\n```\n")
+  return (
+    "```python\nfrom diffusers import DiffusionPipeline\n"
+    "pipe = DiffusionPipeline.from_pretrained('THE PIPELINE IT WAS TRAINED ON')\n"
+    f"pipe.load_lora_weights('THIS'{second})\n```\n"
+  )
 
 
 def write_shards(folder, stem, specs, pieces, most=SHARD):
-  """STEM.safetensors; or STEM-00001-of-00003.safetensors and so on, of `most` bytes, and an index, as `save_pretrained` writes them."""
-  size = lambda name: int(np.prod(specs[name][0])) * np.dtype(specs[name][1]).itemsize  # noqa: E731
+  """Writes tensors as `save_pretrained` does: STEM.safetensors, or shards of `most` bytes and an index.
+
+  Shards are named STEM-00001-of-00003.safetensors and so on.
+  specs: {name: (shape, dtype)}.  pieces: iterable of (name, array) in the same order.
+  """
+  sizes = {name: int(np.prod(shape)) * np.dtype(dtype).itemsize for name, (shape, dtype) in specs.items()}
   shards, room = [{}], most
   for name in specs:
-    if size(name) > room and shards[-1]:
+    if sizes[name] > room and shards[-1]:
       shards.append({})
       room = most
     shards[-1][name] = specs[name]
-    room -= size(name)
+    room -= sizes[name]
   file_of, pieces = {}, iter(pieces)
   for i, shard in enumerate(shards, 1):
     file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
     files.write_safetensors(folder / file, shard, (next(pieces) for _ in shard), {"format": "pt"})
     file_of |= dict.fromkeys(shard, file)
   if len(shards) > 1:
-    files.write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": sum(map(size, specs))}, "weight_map": file_of})
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": file_of}
+    files.write_json(folder / f"{stem}.safetensors.index.json", index)
 
 
-FORMATS = {"safetensors": export_safetensors, "diffusers": export_diffusers, "numpy": export_numpy, "lora": export_lora,
-           "stablehlo": graphs.export_stablehlo, "onnx": graphs.export_onnx}
+FORMATS = {
+  "safetensors": export_safetensors,
+  "diffusers": export_diffusers,
+  "numpy": export_numpy,
+  "lora": export_lora,
+  "stablehlo": graphs.export_stablehlo,
+  "onnx": graphs.export_onnx,
+}

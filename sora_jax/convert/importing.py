@@ -1,7 +1,7 @@
-"""Importing open weights: a folder in a foreign layout in, a work directory out. Used by launch.import_weights.
+"""Imports open weights: a folder in a foreign layout in, a work directory out. Used by launch.import_weights.
 
-Everything is checked before anything is written; weights pass through memory one tensor at a time, into files that programs then
-read a device's part at a time (parts.put).
+Everything is checked before anything is written. Weights pass through memory one tensor at a time; programs
+read the files that are written for one device's part at a time (parts.put).
 """
 
 import dataclasses
@@ -23,15 +23,17 @@ from sora_jax.errors import BadInput, unless_stopped
 from sora_jax.models import dit, vae
 from sora_jax.weights import files as foreign, lora, spiece, table, wan_pipeline
 
-PROGRAM = "launch.import_weights"       # what W/config.json says that it is from
+PROGRAM = "launch.import_weights"  # the program that W/config.json names
 
 
 @dataclasses.dataclass
 class Import:
-  """What is to be done: `plan` has checked it all, `run` writes it.
+  """An import: `plan` has checked it, `run` writes it.
 
-  todo: directory in W -> the parts of the pipeline that go there, the experts into one. specs: of each the tensors, {name: (shape, dtype)}.
-  num_bytes: to be written. memory: bytes that the largest tensor takes on its way. tensors: how many. notes: lines for the user.
+  todo: {directory in W: parts of the pipeline to write there}; two experts go to one directory.
+  specs: {directory in W: {name of a tensor: (shape, dtype)}}.
+  num_bytes: bytes to write.  memory: bytes of memory that the largest tensor needs.
+  tensors: number of tensors to read.  notes: lines for the user.
   """
 
   source: pathlib.Path
@@ -57,18 +59,19 @@ class Import:
 
   @property
   def tensors(self):
-    return sum(len(part.stored) for of_directory in self.todo.values() for part in of_directory)
+    return sum(len(part.stored) for group in self.todo.values() for part in group)
 
   def __str__(self):
     names = ", ".join(part.folder.name for part in self.pipeline.parts)
     millions = sum(map(count, self.pipeline.parts)) / 1e6
-    return f"{names} of {self.source} into {self.workdir}: {millions:.2f} M parameters, {self.num_bytes / 1e9:.3f} GB to write"
+    size = f"{millions:.2f} M parameters, {self.num_bytes / 1e9:.3f} GB to write"
+    return f"{names} of {self.source} into {self.workdir}: {size}"
 
   def run(self, progress: Callable = lambda done, note: None, stop: Callable = lambda: False):
-    """Writes the work directory. progress(done, note): called after each tensor; raises Stopped once stop() is true."""
-    for name, of_directory in self.todo.items():
-      fields = part_config(of_directory, self.dtype)
-      pieces = unless_stopped(our_tensors(of_directory, fields, progress), stop)
+    """Writes the work directory. progress(done, note): called after each tensor. Raises Stopped if stop()."""
+    for name, group in self.todo.items():
+      fields = part_config(group, self.dtype)
+      pieces = unless_stopped(our_tensors(group, fields, progress), stop)
       parts.write_part(self.workdir / name, fields, self.specs[name], pieces)
     if self.tokenizer:
       files.write_bytes(self.workdir / "text" / "tokenizer.model", self.tokenizer)
@@ -78,42 +81,47 @@ class Import:
 
 
 def plan(source, workdir, dtype="source"):
-  """Folder -> Import; None where W holds it all already. BadInput says what does not fit.
+  """Folder -> Import; None if W holds all of it already. Raises BadInput, which names what does not fit.
 
-  dtype: of the transformer and the text encoder, "source" as they come.
+  dtype: of the transformer and the text encoder; "source" keeps theirs.
   """
   source, workdir = pathlib.Path(source), pathlib.Path(workdir)
   pipeline = wan_pipeline.open_pipeline(source)
   tokenizer = spiece.from_folder(pipeline.tokenizer) if pipeline.tokenizer else None
   fit_together(pipeline, tokenizer)
-  directories = {}
+  groups = {}
   for part in pipeline.parts:
-    directories.setdefault("model" if part.key.startswith("dit") else part.key, []).append(part)
-  todo = {name: of_directory for name, of_directory in directories.items() if not is_done(workdir / name, of_directory, dtype)}
-  refuse_others(workdir, directories)
+    directory = "model" if part.key.startswith("dit") else part.key
+    groups.setdefault(directory, []).append(part)
+  todo = {name: group for name, group in groups.items() if not is_done(workdir / name, group, dtype)}
+  check_ownership(workdir, groups)
   if not todo and (workdir / "source" / "tensors.json").exists():
     return None
-  specs = {name: {key: spec for part in of_directory for key, spec in part_specs(part, dtype).items()} for name, of_directory in todo.items()}
+  specs = {}
+  for name, group in todo.items():
+    specs[name] = {}
+    for part in group:
+      specs[name] |= part_specs(part, dtype)
   return Import(source, workdir, dtype, pipeline, tokenizer, todo, specs)
 
 
-def refuse_others(workdir, directories):
-  """BadInput where W was made by another program: nothing there is written over."""
+def check_ownership(workdir, directories):
+  """Raises BadInput if W was made by another program, whose files would be overwritten."""
   config = workdir / "config.json"
-  other = next((path for path in (workdir / "checkpoints", workdir / "manifests") if path.exists()), None)
+  foreign = next((path for path in (workdir / "checkpoints", workdir / "manifests") if path.exists()), None)
   if "path" in files.read_json_if_exists(config).get("data", {}):
-    other = config
+    foreign = config
   for name in directories:
-    there = [path for path in (workdir / name).glob("*") if not path.name.endswith(".partial")]
-    if there and "made_from" not in files.read_json_if_exists(workdir / name / "config.json"):
-      other = other or workdir / name
-  if other:
-    raise BadInput(f"{workdir} belongs to another program (there is {other}); give a --workdir of its own")
+    existing = [path for path in (workdir / name).glob("*") if not path.name.endswith(".partial")]
+    if existing and "made_from" not in files.read_json_if_exists(workdir / name / "config.json"):
+      foreign = foreign or workdir / name
+  if foreign:
+    raise BadInput(f"{workdir} belongs to another program (there is {foreign}); give a --workdir of its own")
 
 
 @dataclasses.dataclass
 class LoRAImport:
-  """Adapters to be imported: `plan_lora` has checked them, `run` writes them."""
+  """An import of adapters: `plan_lora` has checked them, `run` writes them."""
 
   base: epath.Path
   workdir: epath.Path
@@ -133,73 +141,87 @@ class LoRAImport:
 
 
 def plan_lora(source, base, workdir, expert=""):
-  """A file of adapters in the layout of PEFT and diffusers, or its folder, to the weights in `base` -> LoRAImport.
+  """A file of adapters for the weights in `base`, or its folder -> LoRAImport; None if W holds them already.
 
-  None where W holds them already. W needs `base` from then on. BadInput says what does not fit.
+  The file has the layout of PEFT and diffusers. W needs `base` from then on. Raises BadInput, which names
+  what does not fit.
   """
   source, base, workdir = pathlib.Path(source), epath.Path(base), epath.Path(workdir)
   file = source
   if source.is_dir():
-    files_there = sorted(source.glob("*.safetensors"))
-    file = source / lora.FILE if len(files_there) != 1 else files_there[0]
+    candidates = sorted(source.glob("*.safetensors"))
+    file = candidates[0] if len(candidates) == 1 else source / lora.FILE
   tensors = foreign.Tensors(file)
   stamp = f"{zlib.crc32(file.read_bytes()):08x}"
   theirs = files.read_json(base / "config.json")
-  two = bool(theirs.get("model", {}).get("boundary"))
-  if two != bool(expert):
-    holds = "two experts; say which these adapt: --expert=high or low" if two else "one model; leave --expert out"
-    raise BadInput(f"{base} holds {holds}")
+  has_experts = bool(theirs.get("model", {}).get("boundary"))
+  if has_experts and not expert:
+    raise BadInput(f"{base} holds two experts; say which these adapt: --expert=high or low")
+  if expert and not has_experts:
+    raise BadInput(f"{base} holds one model; leave --expert out")
   config = ml_collections.ConfigDict({
-      "init": str(base), "model": {"size": "init", "expert": expert, "remat": "none", "dtype": "float32", "text": ""}, "sample": {},
-      "data": {"base_fps": 0.0}, "lora": {"rank": 1, "alpha": 1.0, "targets": ("to_q",)}})
+    "init": str(base),
+    "model": {"size": "init", "expert": expert, "remat": "none", "dtype": "float32", "text": ""},
+    "sample": {},
+    "data": {"base_fps": 0.0},
+    "lora": {"rank": 1, "alpha": 1.0, "targets": ("to_q",)},
+  })
   workdirs.adopt(config)
   config.model.dtype = theirs["model"]["dtype"]
   adapters, params = lora.from_diffusers(tensors, dit.DiTConfig(**config.model.dit), tensors.metadata)
   config.lora = dataclasses.asdict(adapters)
-  there = workdir / "model" / "config.json"            # W/config.json is written last: a kill between them is mended by a second run
-  mine, whole = files.read_json_if_exists(there).get("made_from") == stamp, (workdir / "config.json").exists()
-  if mine and whole:
+  # W/config.json is written last, so a second run completes one that was killed.
+  existing, complete = workdir / "model" / "config.json", (workdir / "config.json").exists()
+  same = files.read_json_if_exists(existing).get("made_from") == stamp
+  if same and complete:
     return None
-  if whole or (there.exists() and not mine) or (workdir / "manifests").exists():
+  if complete or (existing.exists() and not same) or (workdir / "manifests").exists():
     raise BadInput(f"{workdir} holds a model already; give another --workdir")
   return LoRAImport(base, workdir, adapters, config, params, stamp)
 
 
-def is_done(directory, of_directory, dtype):
-  """Does it hold these parts? BadInput where it holds others."""
+def is_done(directory, group, dtype):
+  """True if the directory holds this group of parts. Raises BadInput if it holds others."""
   path = directory / "config.json"
   if not path.exists() or not (directory / parts.WEIGHTS).exists():
     return False
-  if files.read_json(path).get("made_from") != made_from(of_directory, dtype):
+  if files.read_json(path).get("made_from") != made_from(group, dtype):
     raise BadInput(f"{directory} holds other weights, or these with another --dtype; give another --workdir")
   return True
 
 
-def made_from(of_directory, dtype):
-  """Changes when the files of the parts do."""
-  stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for part in of_directory
-           for path in (sorted(part.folder.iterdir()) if part.folder.is_dir() else [part.folder]) if path.suffix in (".safetensors", ".json")]
+def made_from(group, dtype):
+  """A text that changes when the files of a group of parts do."""
+  stats = []
+  for part in group:
+    paths = sorted(part.folder.iterdir()) if part.folder.is_dir() else [part.folder]
+    for path in paths:
+      if path.suffix in (".safetensors", ".json"):
+        stats.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
   return f"{zlib.crc32(repr((stats, dtype)).encode()):08x}"
 
 
 def part_specs(part, dtype):
-  """{our name: (shape, dtype)}."""
-  def kind(row):
+  """The tensors to write: {our name: (shape, dtype)}."""
+
+  def target_dtype(row):
     if dtype != "source" and part.key != "vae":
       return np.dtype(dtype)
     return np.dtype(functools.reduce(jnp.promote_types, {part.tensors.dtype(name) for name in row.names}))
-  return {our_name(part, row): (row.our_shape, kind(row)) for row in part.rows}
+
+  return {our_name(part, row): (row.our_shape, target_dtype(row)) for row in part.rows}
 
 
 def our_name(part, row):
-  """As in W: model/ holds "dit/...", or "dit_high/..." and "dit_low/..."."""
-  return "/".join([part.key] * part.key.startswith("dit") + list(row.path))
+  """The name of a tensor in W: model/ holds "dit/...", or "dit_high/..." and "dit_low/..."."""
+  prefix = [part.key] if part.key.startswith("dit") else []
+  return "/".join([*prefix, *row.path])
 
 
-def part_config(of_directory, dtype):
-  """What config.json of the directory says; `our_tensors` adds a checksum of the weights."""
-  part = of_directory[0]
-  fields = {"made_from": made_from(of_directory, dtype)}
+def part_config(group, dtype):
+  """The contents of config.json of a group's directory; `our_tensors` adds a checksum of the weights."""
+  part = group[0]
+  fields = {"made_from": made_from(group, dtype)}
   if part.key == "vae":
     return fields | vae.config_to_dict(part.cfg)
   if part.key == "text":
@@ -208,15 +230,15 @@ def part_config(of_directory, dtype):
 
 
 def compute_dtype(part, dtype):
-  """What a part is computed in: bfloat16 where most of its weights are."""
-  kinds = list(part.stored.values()) if dtype == "source" else [dtype]
-  return "bfloat16" if 2 * kinds.count("bfloat16") > len(kinds) else "float32"
+  """The dtype of a part's computations: bfloat16 if most of its weights are, else float32."""
+  dtypes = list(part.stored.values()) if dtype == "source" else [dtype]
+  return "bfloat16" if 2 * dtypes.count("bfloat16") > len(dtypes) else "float32"
 
 
-def our_tensors(of_directory, fields, progress):
-  """All tensors in our layout -> iterator of (our name, array or one layer of it)."""
+def our_tensors(group, fields, progress):
+  """Yields (our name, array or one layer of it) of all tensors; then adds their checksum to `fields`."""
   crc = 0
-  for part in of_directory:
+  for part in group:
     for row, array in table.stream(part.tensors, part.rows):
       array = np.ascontiguousarray(array)
       crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
@@ -226,41 +248,73 @@ def our_tensors(of_directory, fields, progress):
 
 
 def fit_together(pipeline, tokenizer):
-  """BadInput where the parts of a pipeline are not for each other."""
+  """Raises BadInput if the parts of a pipeline do not belong together."""
   cfg = {part.key.split("_")[0]: part.cfg for part in pipeline.parts}
-  if {"dit", "text"} <= cfg.keys() and cfg["dit"].text_width != cfg["text"].width:
-    raise BadInput(f"the text encoder gives {cfg['text'].width} values a token, the transformer takes {cfg['dit'].text_width}; are they one?")
-  if {"dit", "vae"} <= cfg.keys() and cfg["dit"].channels != cfg["vae"].z_dim:
-    raise BadInput(f"the VAE has {cfg['vae'].z_dim} latent channels, the transformer takes {cfg['dit'].channels}; is it of this pipeline?")
-  if "text" in cfg and tokenizer and (most := len(ModelProto.FromString(tokenizer).pieces)) > cfg["text"].vocab:
-    raise BadInput(f"the tokenizer has {most} ids, the text encoder knows {cfg['text'].vocab}; are they one pipeline?")
-  if pipeline.sample and len(pipeline.parts) > 1 and not ({"vae", "text"} <= cfg.keys() and tokenizer):
-    raise BadInput("a pipeline needs vae/, text_encoder/ and tokenizer/ beside its transformer; download it again, or import single parts")
+  dit_cfg, vae_cfg, text_cfg = (cfg.get(name) for name in ("dit", "vae", "text"))
+  if dit_cfg and text_cfg and dit_cfg.text_width != text_cfg.width:
+    raise BadInput(
+      f"the text encoder gives {text_cfg.width} values a token, the transformer takes {dit_cfg.text_width}; "
+      "are they of one pipeline?"
+    )
+  if dit_cfg and vae_cfg and dit_cfg.channels != vae_cfg.z_dim:
+    raise BadInput(
+      f"the VAE has {vae_cfg.z_dim} latent channels, the transformer takes {dit_cfg.channels}; "
+      "are they of one pipeline?"
+    )
+  if text_cfg and tokenizer:
+    ids = len(ModelProto.FromString(tokenizer).pieces)
+    if ids > text_cfg.vocab:
+      raise BadInput(
+        f"the tokenizer has {ids} ids, the text encoder takes {text_cfg.vocab}; are they of one pipeline?"
+      )
+  is_pipeline = pipeline.sample and len(pipeline.parts) > 1
+  if is_pipeline and not (vae_cfg and text_cfg and tokenizer):
+    raise BadInput(
+      "a pipeline needs vae/, text_encoder/ and tokenizer/ beside its transformer; "
+      "download it again, or import single parts"
+    )
 
 
 def keep_source(source, target, pipeline):
-  """What export needs to give the same folder back: all small files, and name and dtype of every tensor."""
-  for path in sorted(source.rglob("*")) if (source / "model_index.json").exists() else []:
-    if path.is_file() and (path.suffix in (".json", ".txt", ".md", ".model") or path.name.startswith("LICENSE")) and ".index." not in path.name:
-      copy = target / path.relative_to(source)
-      copy.parent.mkdir(parents=True, exist_ok=True)
-      shutil.copyfile(path, copy)
-  before = files.read_json_if_exists(target / "tensors.json")
-  files.write_json(target / "tensors.json", before | {part.key: part.stored for part in pipeline.parts})
+  """Keeps what an export needs to write the same folder: small files, and names and dtypes of tensors."""
+  if (source / "model_index.json").exists():
+    for path in sorted(source.rglob("*")):
+      if path.is_file() and is_small_file(path):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+  previous = files.read_json_if_exists(target / "tensors.json")
+  files.write_json(target / "tensors.json", previous | {part.key: part.stored for part in pipeline.parts})
+
+
+def is_small_file(path):
+  """True for configs, tokenizers, licences and texts; not for weights and their indexes."""
+  if ".index." in path.name:
+    return False
+  return path.suffix in (".json", ".txt", ".md", ".model") or path.name.startswith("LICENSE")
 
 
 def experiment(pipeline, dtype):
-  """W/config.json: what launch.sample reads, and launch.train where it begins from W."""
+  """The contents of W/config.json, which launch.sample reads, and launch.train if it starts from W."""
   part = next(part for part in pipeline.parts if part.key.startswith("dit"))
+  model = {
+    "kind": "wan",
+    "size": "imported",
+    "dit": dataclasses.asdict(part.cfg),
+    "boundary": pipeline.boundary,
+    "text": "",
+    "remat": "none",
+    "dtype": compute_dtype(part, dtype),
+  }
   return {
-      "format_version": parts.FORMAT_VERSION, "program": PROGRAM,
-      "model": {"kind": "wan", "size": "imported", "dit": dataclasses.asdict(part.cfg), "boundary": pipeline.boundary, "text": "", "remat": "none",
-                "dtype": compute_dtype(part, dtype)},
-      "data": {"base_fps": 0.0},
-      "sample": {**pipeline.sample, "row_tokens": 1024, "rows": 1},
+    "format_version": parts.FORMAT_VERSION,
+    "program": PROGRAM,
+    "model": model,
+    "data": {"base_fps": 0.0},
+    "sample": {**pipeline.sample, "row_tokens": 1024, "rows": 1},
   }
 
 
 def count(part):
-  """Parameters of a part."""
+  """The number of parameters of a part."""
   return sum(np.prod(row.our_shape) for row in part.rows)
