@@ -1,6 +1,7 @@
-"""Curves and bars as inline SVG: no library, no script. Colours are CSS variables of the page, --series-KEY.
+"""Curves and bars as inline SVG, without library or script. Colours are CSS variables of the page, --series-KEY.
 
-A chart is `width` x 250 units and scales with its container. Its marks carry their values in a <title>, shown on hover.
+A chart is `width` x 250 units and scales with its container. Each mark has its value in a <title>, shown on
+hover.
 """
 
 import html
@@ -8,12 +9,12 @@ import math
 
 HEIGHT = 250
 LEFT, RIGHT, TOP, BOTTOM = 44, 12, 16, 36
-POINTS = 240           # a longer curve is drawn as means over this many stretches
-NOISY = 48             # from so many points on, a curve is drawn smoothed, over its faint self
+POINTS = 240  # a longer curve is divided into this many intervals; their means are drawn
+NOISY = 48  # a curve with at least so many points is also drawn smoothed, over the faint original
 
 
 def number(value) -> str:
-  """A short decimal: 3 to 4 digits that matter, thousands set apart."""
+  """A short decimal of 3 to 4 significant digits; large numbers have a space between thousands."""
   if value is None or not math.isfinite(value):
     return "–"
   size = abs(value)
@@ -43,16 +44,20 @@ def ticks(low, high, count=4) -> list:
 
 
 def log_ticks(low, high) -> list:
-  """1, 2 and 5 times the powers of ten in [low, high], or plain ticks where those are fewer than two."""
-  powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-  found = [step * 10.0 ** power for power in powers for step in (1, 2, 5) if low <= step * 10.0 ** power <= high]
-  if len(found) > 6:
-    found = [10.0 ** power for power in powers if low <= 10.0 ** power <= high]
-  return found if len(found) > 1 else ticks(low, high)
+  """1, 2 and 5 times the powers of ten in [low, high]; only the powers if these are more than 6.
+
+  Fewer than two are replaced by linear ticks.
+  """
+  powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+  values = [step * power for power in powers for step in (1, 2, 5) if low <= step * power <= high]
+  if len(values) > 6:
+    values = [power for power in powers if low <= power <= high]
+  return values if len(values) > 1 else ticks(low, high)
 
 
 def smooth(ys, window) -> list:
-  """Mean over the `window` points around each; near the start, where curves are steep, as many on both sides."""
+  """Mean over the `window` points around each point. Near the start, where curves are steep, the window is
+  smaller, so that it has as many points on both sides."""
   sums, out = [0.0], []
   for y in ys:
     sums.append(sums[-1] + y)
@@ -63,57 +68,65 @@ def smooth(ys, window) -> list:
 
 
 def thin(points, limit=POINTS) -> list:
-  """[(x, y)] -> at most `limit` of them, each the mean of a stretch; points that are not finite are left out."""
+  """[(x, y)] -> at most `limit` points, each the mean of an interval. Leaves out points that are not finite."""
   points = [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
   size = -(-len(points) // limit) or 1
-  stretches = [points[i:i + size] for i in range(0, len(points), size)]
-  return [(sum(x for x, _ in s) / len(s), sum(y for _, y in s) / len(s)) for s in stretches]
+  intervals = [points[i : i + size] for i in range(0, len(points), size)]
+  return [(sum(x for x, _ in s) / len(s), sum(y for _, y in s) / len(s)) for s in intervals]
 
 
 def line_chart(curve, width) -> str:
-  """One <svg> of a curve of the story (launch/reports/page.py). Without a finite point: a sentence that says so."""
-  series = [(s, thin(zip(s["x"], s["y"]))) for s in curve["series"]]
-  series = [(s, points) for s, points in series if points]
-  if not series:
+  """One <svg> of a curve of the story (launch/reports/page.py); a sentence if it has no finite point."""
+  drawn = []
+  for s in curve["series"]:
+    points = thin(zip(s["x"], s["y"]))
+    if points:
+      noisy = len(points) >= NOISY
+      drawn.append((s, points, smooth([y for _, y in points], len(points) // 12) if noisy else None))
+  if not drawn:
     return '<p class="none">Nothing was measured.</p>'
-  drawn = [(s, points, smooth([y for _, y in points], len(points) // 12) if len(points) >= NOISY else None)
-           for s, points in series]
   xs = [x for _, points, _ in drawn for x, _ in points]
-  solid = [y for _, points, soft in drawn for y in (soft or [y for _, y in points])]
-  loud = sorted(y for _, points, soft in drawn if soft for _, y in points)
-  solid += loud[len(loud) // 50:len(loud) - len(loud) // 50]           # the odd spike may leave the frame
+  ys = [y for _, points, smoothed in drawn for y in (smoothed or [y for _, y in points])]
+  faint = sorted(y for _, points, smoothed in drawn if smoothed for _, y in points)
+  ys += faint[len(faint) // 50 : len(faint) - len(faint) // 50]  # a rare spike may leave the frame
   goal = curve.get("goal")
-  log = curve.get("log") and min(solid) > 0
-  frame = _Frame(width, (min(xs), max(xs)), _span(solid + ([goal] if goal is not None else []), log), log)
+  log = curve.get("log") and min(ys) > 0
+  if goal is not None:
+    ys.append(goal)
+  frame = _Frame(width, (min(xs), max(xs)), _span(ys, log), log)
 
   marks = [frame.grid(), frame.axis(curve.get("x", "step"))]
   if goal is not None:
     y = frame.y(goal)
     marks.append(f'<line class="goal" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                  f'<text class="goal" x="{LEFT + 6}" y="{y - 6:.1f}">goal {number(goal)}</text>')
-  for s, points, soft in drawn:
+  for s, points, smoothed in drawn:
     colour = f"var(--series-{s['key']})"
     path = _path(frame, points)
-    if soft:
+    if smoothed:
       marks.append(f'<path class="faint" d="{path}" stroke="{colour}"/>')
-      points = [(x, y) for (x, _), y in zip(points, soft)]
+      points = [(x, y) for (x, _), y in zip(points, smoothed)]
       path = _path(frame, points)
     marks.append(f'<path class="line" d="{path}" stroke="{colour}"/>')
     every = -(-len(points) // 40)
-    for x, y in points[::every] if len(points) > 1 else points:
-      say = html.escape(f"{s['name']}, {curve.get('x', 'step')} {number(x)}: {number(y)}")
-      seen = "dot" if len(points) <= 24 else "hit"
-      marks.append(f'<circle class="{seen}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5" fill="{colour}">'
-                   f'<title>{say}</title></circle>')
+    kind = "dot" if len(points) <= 24 else "hit"
+    for x, y in points[::every]:
+      title = html.escape(f"{s['name']}, {curve.get('x', 'step')} {number(x)}: {number(y)}")
+      marks.append(
+        f'<circle class="{kind}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3.5" fill="{colour}">'
+        f"<title>{title}</title></circle>"
+      )
     x, y = points[-1]
-    above = frame.y(y) - TOP > 22
-    marks.append(f'<text class="last" x="{frame.x(x):.1f}" y="{frame.y(y) + (-9 if above else 18):.1f}" '
-                 f'text-anchor="end">{number(y)}</text>')
-  return _svg(curve["title"], width, marks, [s["name"] for s, _ in series])
+    offset = -9 if frame.y(y) - TOP > 22 else 18  # above the last point if there is room, else below it
+    marks.append(
+      f'<text class="last" x="{frame.x(x):.1f}" y="{frame.y(y) + offset:.1f}" '
+      f'text-anchor="end">{number(y)}</text>'
+    )
+  return _svg(curve["title"], width, marks, [s["name"] for s, _, _ in drawn])
 
 
 def bar_chart(bars, width) -> str:
-  """One <svg> of groups of bars, one bar a series in each group."""
+  """One <svg> of groups of bars, with one bar for each series in a group."""
   values = [y for s in bars["series"] for y in s["y"] if y is not None and math.isfinite(y)]
   if not values:
     return '<p class="none">Nothing was measured.</p>'
@@ -129,10 +142,12 @@ def bar_chart(bars, width) -> str:
       if y is None or not math.isfinite(y):
         continue
       left, top = middle + (j - len(bars["series"]) / 2) * thick, frame.y(y)
-      say = html.escape(f"{s['name']}, {bars.get('x', '')} {label}: {number(y)}")
-      tall = max(frame.y(0) - top, 0.5)
-      marks.append(f'<rect x="{left + 1:.1f}" y="{top:.1f}" width="{thick - 2:.1f}" height="{tall:.1f}" rx="2" '
-                   f'fill="var(--series-{s["key"]})"><title>{say}</title></rect>')
+      title = html.escape(f"{s['name']}, {bars.get('x', '')} {label}: {number(y)}")
+      height = max(frame.y(0) - top, 0.5)
+      marks.append(
+        f'<rect x="{left + 1:.1f}" y="{top:.1f}" width="{thick - 2:.1f}" height="{height:.1f}" rx="2" '
+        f'fill="var(--series-{s["key"]})"><title>{title}</title></rect>'
+      )
   marks.append(frame.name(bars.get("x", "")))
   return _svg(bars["title"], width, marks, [s["name"] for s in bars["series"]])
 
@@ -149,14 +164,17 @@ class _Frame:
     return LEFT + (self.width - LEFT - RIGHT) * (value - self.left) / (self.right - self.left)
 
   def y(self, value):
-    """A little outside of the frame at most: the faint curve's spikes are cut there."""
-    scale = math.log if self.log else float
-    part = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low)) if value > 0 or not self.log else 0.0
+    """The vertical position. Values outside the frame, such as spikes of the faint curve, are cut close to it."""
+    if self.log and value <= 0:
+      part = 0.0
+    else:
+      scale = math.log if self.log else float
+      part = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
     return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(part, -0.04), 1.04)
 
   def grid(self):
-    marks = []
-    for value in (log_ticks if self.log else ticks)(self.low, self.high):
+    marks, values = [], log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
+    for value in values:
       y = self.y(value)
       marks.append(f'<line class="grid" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                    f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{round_number(value)}</text>')
@@ -169,16 +187,18 @@ class _Frame:
     return "".join(marks) + self.name(name)
 
   def name(self, text):
-    return f'<text class="axis" x="{self.width - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{html.escape(text)}</text>'
+    text = html.escape(text)
+    return f'<text class="axis" x="{self.width - RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{text}</text>'
 
 
 def _span(values, log):
-  """The range of the y axis: the values and a little air; a logarithmic one by ratio."""
+  """The range of the y axis: that of the values and a margin, which is a ratio on a logarithmic axis."""
   low, high = min(values), max(values)
   if log:
     return low / 1.1, high * 1.1
-  air = (high - low) * 0.08 or abs(high) * 0.08 or 1.0
-  return (0.0 if 0 <= low < 0.25 * high else low - air), high + air
+  margin = (high - low) * 0.08 or abs(high) * 0.08 or 1.0
+  first = 0.0 if 0 <= low < 0.25 * high else low - margin
+  return first, high + margin
 
 
 def _path(frame, points):
@@ -191,17 +211,24 @@ def _svg(title, width, marks, names):
 
 
 def histogram(title, labels, counts, width) -> str:
-  """One <svg> of classes and how many are in each, as bars across, so that names of classes may be long."""
-  total, step, letter = sum(counts), 24, 7            # units: between two bars, and of a letter of 12
+  """One <svg> of the counts of classes, as horizontal bars, so that names of classes may be long."""
+  total, step, letter = sum(counts), 24, 7  # units: between two bars, and of a letter of 12
   if not total:
     return '<p class="none">There are none.</p>'
-  told = [f"{count:,} · {100 * count / total:.{0 if 10 * count >= total or not count else 1}f} %" for count in counts]
-  left, right = 10 + letter * max(map(len, labels)), 10 + letter * max(map(len, told))
+  values = []
+  for count in counts:
+    decimals = 1 if 0 < 10 * count < total else 0
+    values.append(f"{count:,} · {100 * count / total:.{decimals}f} %")
+  left, right = 10 + letter * max(map(len, labels)), 10 + letter * max(map(len, values))
   marks = []
-  for i, (label, count, say) in enumerate(zip(labels, counts, told)):
+  for i, (label, count, value) in enumerate(zip(labels, counts, values)):
     length = max((width - left - right) * count / max(counts), 1) if count else 0
-    marks.append(f'<text class="tick" x="{left - 8}" y="{step * i + 16}" text-anchor="end">{html.escape(label)}</text>'
-                 f'<rect x="{left}" y="{step * i + 4}" width="{length:.1f}" height="16" rx="2" fill="var(--series-0)"/>'
-                 f'<text class="tick" x="{left + length + 8:.1f}" y="{step * i + 16}">{say}</text>')
-  aria = html.escape(f"{title}: " + ", ".join(f"{label}: {say}" for label, say in zip(labels, told)), quote=True)
-  return f'<svg viewBox="0 0 {width} {step * len(labels) + 4}" role="img" aria-label="{aria}">{"".join(marks)}</svg>'
+    marks.append(
+      f'<text class="tick" x="{left - 8}" y="{step * i + 16}" text-anchor="end">{html.escape(label)}</text>'
+      f'<rect x="{left}" y="{step * i + 4}" width="{length:.1f}" height="16" rx="2" fill="var(--series-0)"/>'
+      f'<text class="tick" x="{left + length + 8:.1f}" y="{step * i + 16}">{value}</text>'
+    )
+  items = ", ".join(f"{label}: {value}" for label, value in zip(labels, values))
+  aria = html.escape(f"{title}: {items}", quote=True)
+  height = step * len(labels) + 4
+  return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{aria}">{"".join(marks)}</svg>'

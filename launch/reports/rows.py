@@ -1,7 +1,8 @@
-"""A picture of packed rows: one SVG that stands by itself, in a README or inside a page, in light and dark mode.
+"""A picture of packed rows: one self-contained SVG for a README or a page, in light and dark mode.
 
-Each row is a bar of its tokens, each clip a segment in the colour of its kind, as wide as its tokens are many. Colours
-are of Okabe and Ito, told apart by people of any colour vision; dark letters are read on all of them.
+Each row is a bar. Each clip is a segment of it, in the colour of its kind, with a width in proportion to its
+tokens. The colours are those of Okabe and Ito, which people of any colour vision can distinguish; dark
+letters are legible on all of them.
 """
 
 import dataclasses
@@ -10,9 +11,9 @@ import html
 from launch.reports.charts import ticks
 
 WIDTH, LEFT, TOP = 900, 24, 96
-BAR, UNDER = 38, 28            # heights: of a bar, and of what stands below it
-LETTER = 6.1                   # of text of 11 units, on the average
-ROOM = 60_000                  # bytes: a picture that would be larger shows fewer rows
+BAR, UNDER = 38, 28  # heights of a bar and of the text below it
+LETTER = 6.1  # mean width of a letter of 11 units
+ROOM = 60_000  # bytes; a picture that would be larger shows fewer rows
 COLOURS = ("#56b4e9", "#2fb58a", "#f0b440", "#e8794a")
 
 STYLE = """
@@ -26,17 +27,19 @@ STYLE = """
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A clip in a row. size: frames, height, width in pixels; kind: place in the legend, and in COLOURS."""
+  """A clip in a row. size: frames, height and width in pixels.  kind: index into the legend and COLOURS."""
+
   tokens: int
   size: tuple
   kind: int
 
 
 def packed_rows(rows, shares, length, kinds, title, say) -> str:
-  """Rows of Segments -> SVG: of as many rows, the first, as there is ROOM for, and of one at least.
+  """Rows of Segments -> SVG of the first rows, as many as fit in ROOM, and at least one.
 
-  shares: what attention to each row costs, as a multiple of the mean of its step. length: tokens that a row holds.
-  kinds: names of the kinds, for the legend; those that do not occur are left out. say: the line below the title.
+  shares: cost of attention in each row, as a multiple of the mean of its step.  length: tokens that a row
+  holds. kinds: names of the kinds, for the legend, which leaves out those that do not occur.  say: the line
+  below the title.
   """
   while len((svg := _draw(rows, shares, length, kinds, title, say)).encode()) > ROOM and len(rows) > 1:
     rows, shares = rows[:-1], shares[:-1]
@@ -47,40 +50,68 @@ def _draw(rows, shares, length, kinds, title, say):
   across = WIDTH - 2 * LEFT
   height = TOP + len(rows) * (BAR + UNDER) + 34
   style = STYLE + "".join(f".packed .k{i}{{fill:{colour}}}" for i, colour in enumerate(COLOURS))
-  seen = sorted({segment.kind for row in rows for segment in row})
-  marks = [f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1}" rx="10" fill="var(--page)" stroke="var(--edge)"/>',
-           f'<text class="title" x="{LEFT}" y="34">{html.escape(title)}</text>',
-           f'<text class="say" x="{LEFT}" y="55">{html.escape(say)}</text>', _legend([*((f"k{i}", kinds[i]) for i in seen), ("empty", "padding")])]
+  occurring = sorted({segment.kind for row in rows for segment in row})
+  legend = [(f"k{i}", kinds[i]) for i in occurring] + [("empty", "padding")]
+  marks = [
+    f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{height - 1}" rx="10" fill="var(--page)" '
+    'stroke="var(--edge)"/>',
+    f'<text class="title" x="{LEFT}" y="34">{html.escape(title)}</text>',
+    f'<text class="say" x="{LEFT}" y="55">{html.escape(say)}</text>',
+    _legend(legend),
+  ]
   for i, (row, share) in enumerate(zip(rows, shares, strict=True)):
     used = sum(segment.tokens for segment in row)
     y = TOP + i * (BAR + UNDER)
-    left = f"{len(row)} clip{'s' * (len(row) != 1)} · {100 * used / length:.1f} % full"
-    marks.append(f'<g transform="translate({LEFT} {y})">{_bar(row, length, across)}</g><text x="{LEFT}" y="{y + BAR + 15}">{left}</text>'
-                 f'<text x="{WIDTH - LEFT}" y="{y + BAR + 15}" text-anchor="end">attention {share:.3f} × the mean of the step</text>')
-  y = TOP + len(rows) * (BAR + UNDER) + 2
+    clips = "1 clip" if len(row) == 1 else f"{len(row)} clips"
+    marks += [
+      f'<g transform="translate({LEFT} {y})">{_bar(row, length, across)}</g>',
+      f'<text x="{LEFT}" y="{y + BAR + 15}">{clips} · {100 * used / length:.1f} % full</text>',
+      f'<text x="{WIDTH - LEFT}" y="{y + BAR + 15}" text-anchor="end">'
+      f"attention {share:.3f} × the mean of the step</text>",
+    ]
+  marks.append(_axis(length, across, TOP + len(rows) * (BAR + UNDER) + 2))
+  aria = html.escape(f"{title}. {say}", quote=True)
+  return (
+    f'<svg xmlns="http://www.w3.org/2000/svg" class="packed" viewBox="0 0 {WIDTH} {height}" role="img" '
+    f'aria-label="{aria}">'
+    f'<style>{style}</style><defs><pattern id="hatch" width="7" height="7" patternUnits="userSpaceOnUse" '
+    'patternTransform="rotate(45)"><rect width="7" height="7" fill="var(--empty)"/>'
+    '<path d="M0 0v7" stroke="var(--hatch)" stroke-width="2.4"/></pattern></defs>'
+    f"{''.join(marks)}</svg>\n"
+  )
+
+
+def _axis(length, across, y):
+  """The axis of tokens below the bars."""
+  marks = []
   for value in [*(tick for tick in ticks(0, length, 5) if tick < 0.9 * length), length]:
     x = LEFT + across * value / length
-    anchor = "start" if not value else "end" if value == length else "middle"
-    marks.append(f'<path d="M{x:.1f} {y}v5" stroke="var(--soft)"/><text x="{x:.1f}" y="{y + 18}" text-anchor="{anchor}">'
-                 f'{value:,.0f}{" tokens" * (value == length)}</text>')
-  aria = html.escape(f"{title}. {say}", quote=True)
-  return (f'<svg xmlns="http://www.w3.org/2000/svg" class="packed" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{aria}">'
-          f'<style>{style}</style><defs><pattern id="hatch" width="7" height="7" patternUnits="userSpaceOnUse" '
-          'patternTransform="rotate(45)"><rect width="7" height="7" fill="var(--empty)"/><path d="M0 0v7" stroke="var(--hatch)" '
-          f'stroke-width="2.4"/></pattern></defs>{"".join(marks)}</svg>\n')
+    anchor, unit = "middle", ""
+    if value == 0:
+      anchor = "start"
+    elif value == length:
+      anchor, unit = "end", " tokens"
+    marks.append(
+      f'<path d="M{x:.1f} {y}v5" stroke="var(--soft)"/><text x="{x:.1f}" y="{y + 18}" text-anchor="{anchor}">'
+      f"{value:,.0f}{unit}</text>"
+    )
+  return "".join(marks)
 
 
 def _legend(entries):
   x, marks = LEFT, []
   for key, name in entries:
+    label = html.escape(name)
     fill = 'fill="url(#hatch)"' if key == "empty" else f'class="{key}"'
-    marks.append(f'<rect x="{x}" y="68" width="13" height="13" rx="3" {fill}/><text x="{x + 19}" y="79">{html.escape(name)}</text>')
+    marks.append(
+      f'<rect x="{x}" y="68" width="13" height="13" rx="3" {fill}/><text x="{x + 19}" y="79">{label}</text>'
+    )
     x += 40 + round(6.4 * len(name))
   return "".join(marks)
 
 
 def _bar(row, length, across):
-  """Segments side by side, a gap of the background between two of them; the padding at the end is hatched."""
+  """The segments side by side, with a gap between two of them; the padding at the end is hatched."""
   x, marks, scale = 0.0, [], across / length
   for segment in row:
     wide = segment.tokens * scale
@@ -89,12 +120,17 @@ def _bar(row, length, across):
     x += wide
     frames, height, width = segment.size
     name = f"{frames} × {height} × {width}"
-    short = [f"{frames} ×"] * (frames > 1) + [f"{height} × {width}"]
-    lines = next((lines for lines in ([name], short) if LETTER * max(map(len, lines)) + 6 < wide), [])
-    text = "".join(f'<text x="{x - wide / 2:.1f}" y="{BAR / 2 + 4 + 13 * (n - (len(lines) - 1) / 2):g}">{line}</text>'
-                   for n, line in enumerate(lines))
-    hover = f"<title>{name}: {segment.tokens} tokens</title>" if wide >= 8 else ""
-    marks.append(f"<path {shape}>{hover}</path>{text}" if hover else f"<path {shape}/>")
-  if (left := across - x) >= 0.05:
-    marks.append(f'<path fill="url(#hatch)" d="M{x:.1f} 0h{left:.1f}v{BAR}h-{left:.1f}z"/>')
+    in_two_lines = [f"{frames} ×", f"{height} × {width}"] if frames > 1 else [f"{height} × {width}"]
+    lines = next((lines for lines in ([name], in_two_lines) if LETTER * max(map(len, lines)) + 6 < wide), [])
+    text = ""
+    for n, line in enumerate(lines):
+      y = BAR / 2 + 4 + 13 * (n - (len(lines) - 1) / 2)
+      text += f'<text x="{x - wide / 2:.1f}" y="{y:g}">{line}</text>'
+    if wide >= 8:
+      marks.append(f"<path {shape}><title>{name}: {segment.tokens} tokens</title></path>{text}")
+    else:
+      marks.append(f"<path {shape}/>")
+  padding = across - x
+  if padding >= 0.05:
+    marks.append(f'<path fill="url(#hatch)" d="M{x:.1f} 0h{padding:.1f}v{BAR}h-{padding:.1f}z"/>')
   return "".join(marks)

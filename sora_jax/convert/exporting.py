@@ -1,4 +1,4 @@
-"""Exports a work directory to files for other programs. For launch.export; a format is an entry of FORMATS."""
+"""Exports a work directory to files for other programs. For launch.export; FORMATS has all formats."""
 
 import dataclasses
 import pathlib
