@@ -1,9 +1,10 @@
-"""The whole story on two CPU cores: look at the model that ships, then train one from nothing, and see what it learned.
+"""Samples the model that ships, then trains one from random weights and evaluates it, on two CPU cores.
 
   python -m launch.quickstart [--out=DIR]          (bash launch/quickstart.sh installs first)
 
-Every stage is one of the programs of launch/, run as a user would run it; a stage that is done is not done again. Ends with
-DIR/index.html: what was trained, curves, originals beside reconstructions, each prompt beside its video, scores, what to try next.
+Every stage runs one of the programs of launch/, as a user would run it. A stage that is done is not done
+again. The result is DIR/index.html: what was trained, curves, originals beside reconstructions, each prompt
+with its videos, scores, and what to try next.
 """
 
 import json
@@ -20,26 +21,26 @@ from launch.reports import page
 from sora_jax import files
 
 FLAGS = flags.FLAGS
-SHOWN = 16             # videos on the page
+SHOWN = 16  # prompts on the page
 
 GOALS = {"shipped": {"colour": 0.98, "direction": 0.95, "shape": 0.90}, "fresh": {"colour": 0.85}}
 
 
 def define_flags():
-  flags.DEFINE_string("out", "out/quickstart", "where everything goes")
+  flags.DEFINE_string("out", "out/quickstart", "directory for all results")
   flags.DEFINE_integer("clips", 4096, "clips of the embedded world to train on", lower_bound=64)
-  flags.DEFINE_integer("vae_steps", 0, "steps of the VAE; 0: as configs/vae.py says", lower_bound=0)
-  flags.DEFINE_integer("steps", 0, "steps of the DiT; 0: as configs/t2v.py says", lower_bound=0)
+  flags.DEFINE_integer("vae_steps", 0, "steps of the VAE; 0: those of configs/vae.py", lower_bound=0)
+  flags.DEFINE_integer("steps", 0, "steps of the DiT; 0: those of configs/t2v.py", lower_bound=0)
   flags.DEFINE_integer("prompts", 64, "held-out prompts to sample and judge", lower_bound=1)
 
 
-def story(out):
-  """(name, what it does, program, arguments) of each stage, in order."""
+def stages(out):
+  """(name, description, program, arguments) of each stage, in order."""
   vae, records, dit = out / "vae", out / "records", out / "dit"
   vae_steps = [f"--config.steps={FLAGS.vae_steps}"] if FLAGS.vae_steps else []
   dit_steps = [f"--config.steps={FLAGS.steps}"] if FLAGS.steps else []
   return [
-      ("look", "the model that ships makes the same prompts: something to look at, at once", "sample",
+      ("look", "the model that ships makes videos of the same prompts, to look at meanwhile", "sample",
        [f"--requests={out / 'requests.jsonl'}", f"--out={out / 'shipped'}"]),
       ("vae", "a VAE learns to turn clips into latents and back", "train_vae",
        [f"--config={children.root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *vae_steps]),
@@ -60,30 +61,32 @@ def main():
   out = pathlib.Path(FLAGS.out).resolve()
   claims.need_disk(out, 500e6, "the quickstart")
   write_requests(out)
-  todo = story(out)
+  todo = stages(out)
   say("sora_jax quickstart: 10 to 12 minutes on two CPU cores. It will, one after another:")
-  for number, (_, what, _, _) in enumerate(todo, 1):
-    say(f"  {number}. {what}")
+  for number, (_, description, _, _) in enumerate(todo, 1):
+    say(f"  {number}. {description}")
   say(f"and write {out / 'index.html'}. Stop it at any time; run again, it goes on.")
   times = read_times(out)
-  for number, (name, what, program_name, arguments) in enumerate(todo, 1):
+  for number, (name, description, program_name, arguments) in enumerate(todo, 1):
     began = time.monotonic()
-    code = children.run_stage(number, len(todo), what, program_name, arguments)
+    code = children.run_stage(number, len(todo), description, program_name, arguments)
     if code:
       return code
-    times.setdefault(name, time.monotonic() - began)       # a stage that was done before took no time now
+    times.setdefault(name, time.monotonic() - began)  # keeps the time of the run that did the work
     files.write_json(out / "times.json", times)
     if name == "look":
-      show(out, times, status="This page was written while the rest is being trained; open it again in ten minutes.")
+      status = "This page was written while the rest is being trained; open it again in ten minutes."
+      write_page(out, times, status)
       say(f"look at {out / 'index.html'} while the rest is trained")
-  show(out, times)
-  say("\n" + "  ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items()) + f"  in all {sum(times.values()) / 60:.1f} min")
+  write_page(out, times)
+  per_stage = "  ".join(f"{name} {seconds:.0f} s" for name, seconds in times.items())
+  say(f"\n{per_stage}  in all {sum(times.values()) / 60:.1f} min")
   say(f"open {out / 'index.html'} in a browser")
   return program.OK
 
 
 def write_requests(out):
-  """The held-out prompts as a file of requests."""
+  """Writes the held-out prompts as a file of requests."""
   path = out / "requests.jsonl"
   lines = [json.dumps(request) + "\n" for request in shapes.held_out_requests(FLAGS.prompts)]
   path.write_text("".join(lines))
@@ -93,8 +96,8 @@ def read_times(out):
   return files.read_json_if_exists(out / "times.json")
 
 
-def show(out, times, status=None):
-  """Writes OUT/index.html from what is there."""
+def write_page(out, times, status=None):
+  """Writes OUT/index.html from the results so far."""
   requests = list(files.read_jsonl(out / "requests.jsonl"))
   models = [{"key": "shipped", "name": "the model that ships", "detail": "configs/t2v.py:world"},
             {"key": "fresh", "name": "trained just now", "detail": "configs/t2v.py:tiny"}]
@@ -103,8 +106,8 @@ def show(out, times, status=None):
   fresh = reports.get("fresh", {})
   story = {
       "title": "sora_jax: a text-to-video model, trained while you waited",
-      "lede": "A causal video VAE and a diffusion transformer on packed spacetime patches, trained on a small generated world of coloured "
-              "shapes. Every prompt below names a combination that neither model met in training.",
+      "lede": "A causal video VAE and a diffusion transformer on packed spacetime patches, trained on a small "
+              "generated world of coloured shapes. Every prompt below names a combination that neither model met in training.",
       "machine": f"{os.cpu_count()} CPU cores", "command": "bash launch/quickstart.sh",
       "models": models,
       "phases": [{"name": name, "seconds": seconds} for name, seconds in times.items()],
@@ -120,7 +123,7 @@ def show(out, times, status=None):
 
 
 def prompt_entry(request, out, reports):
-  """One prompt with its video and verdicts from each model."""
+  """A prompt with the video of each model and its verdicts."""
   suffix = ".png" if request["frames"] == 1 else ".mp4"
   videos, verdicts = {}, {}
   for key, report in reports.items():
@@ -133,28 +136,38 @@ def prompt_entry(request, out, reports):
 
 
 def score_entries(reports):
-  """The world's scores beside chance and goal, and the VAE's."""
+  """The scores of the videos, with chance and goal, and those of the VAE."""
   names = list(dict.fromkeys(name for report in reports.values() for name in report.get("scores", {})))
   entries = []
   for name in names:
-    found = {key: report["scores"][name] for key, report in reports.items() if name in report.get("scores", {})}
-    entries.append({"name": name, "unit": "%", "values": {key: score["share"] for key, score in found.items()},
-                    "chance": next(iter(found.values()))["chance"], "goals": {key: goal[name] for key, goal in GOALS.items() if name in goal}})
+    scores = {key: report["scores"][name] for key, report in reports.items() if name in report.get("scores", {})}
+    entries.append({
+      "name": name,
+      "unit": "%",
+      "values": {key: score["share"] for key, score in scores.items()},
+      "chance": next(iter(scores.values()))["chance"],
+      "goals": {key: goals[name] for key, goals in GOALS.items() if name in goals},
+    })
   vae = reports.get("fresh", {}).get("vae")
   if vae:
-    entries.append({"name": "VAE: PSNR on held-out clips", "unit": "dB", "values": {"fresh": vae["psnr"]}, "goals": {"fresh": 28.0}, "most": 45.0})
-    entries.append({"name": "VAE: SSIM on held-out clips", "unit": "", "values": {"fresh": vae["ssim"]}, "goals": {"fresh": 0.9}, "most": 1.0})
+    psnr, ssim = {"fresh": vae["psnr"]}, {"fresh": vae["ssim"]}
+    entries += [
+      {"name": "VAE: PSNR on held-out clips", "unit": "dB", "values": psnr, "goals": {"fresh": 28.0}, "most": 45.0},
+      {"name": "VAE: SSIM on held-out clips", "unit": "", "values": ssim, "goals": {"fresh": 0.9}, "most": 1.0},
+    ]
   return entries
 
 
 def curve_entries(out):
   """Loss curves from metrics.jsonl."""
   curves = []
-  for folder, title, name, unit in (("vae", "VAE: PSNR on training crops", "psnr", "dB"), ("dit", "DiT: loss", "loss", "")):
+  drawn = (("vae", "VAE: PSNR on training crops", "psnr", "dB"), ("dit", "DiT: loss", "loss", ""))
+  for folder, title, name, unit in drawn:
     lines = [line for line in log.read_metrics(out / folder) if line.get(name) is not None]
     if lines:
-      curves.append({"title": title, "unit": unit, "series": [
-          {"key": "fresh", "name": "trained just now", "x": [line["step"] for line in lines], "y": [line[name] for line in lines]}]})
+      steps, values = [line["step"] for line in lines], [line[name] for line in lines]
+      series = [{"key": "fresh", "name": "trained just now", "x": steps, "y": values}]
+      curves.append({"title": title, "unit": unit, "series": series})
   return curves
 
 
@@ -168,32 +181,37 @@ def sigma_bars(report):
 
 
 def reconstruction_entries(out, report):
-  """Originals beside what the VAE makes of them."""
-  return [{**entry, **{name: out / entry[name] for name in ("original", "reconstruction")}} for entry in report.get("reconstructions", ())]
+  """Original clips and their reconstructions."""
+  entries = []
+  for entry in report.get("reconstructions", ()):
+    entries.append({**entry, "original": out / entry["original"], "reconstruction": out / entry["reconstruction"]})
+  return entries
 
 
 def facts(out, report):
-  """The few numbers in large type."""
-  found = []
+  """The numbers in large type."""
+  numbers = []
   lines = log.read_metrics(out / "dit")
   if report.get("vae"):
-    found.append({"name": "VAE, held-out PSNR", "value": f"{report['vae']['psnr']:.1f} dB"})
+    numbers.append({"name": "VAE, held-out PSNR", "value": f"{report['vae']['psnr']:.1f} dB"})
   if lines and lines[-1].get("fill"):
-    found.append({"name": "of every row is tokens, not padding", "value": f"{100 * lines[-1]['fill']:.1f} %"})
+    numbers.append({"name": "of every row is tokens, not padding", "value": f"{100 * lines[-1]['fill']:.1f} %"})
   if "colour" in report.get("scores", {}):
-    found.append({"name": "of the prompts get their colour", "value": f"{100 * report['scores']['colour']['share']:.0f} %"})
-  return found
+    numbers.append({"name": "of the prompts get their colour", "value": f"{100 * report['scores']['colour']['share']:.0f} %"})
+  return numbers
 
 
 def next_commands(out):
-  """What to try."""
+  """What to try next, with the commands."""
   return [
-      {"say": "Ask the model that ships for something", "command": 'python -m launch.sample --prompt="a red ball moves left" --out=out/mine'},
+      {"say": "Ask the model that ships for something",
+       "command": 'python -m launch.sample --prompt="a red ball moves left" --out=out/mine'},
       {"say": "Ask the one just trained",
-       "command": f'python -m launch.sample --workdir={out / "dit"} --prompt="a blue square moves up" --out=out/mine'},
+       "command": f'python -m launch.sample --workdir={out / "dit"} --prompt="a blue square moves up" '
+                  "--out=out/mine"},
       {"say": "Train it for longer",
-       "command": f"python -m launch.train --config=configs/t2v.py:tiny --config.steps=2000 --config.data.path={out / 'records'} "
-                  "--workdir=out/longer"},
+       "command": "python -m launch.train --config=configs/t2v.py:tiny --config.steps=2000 "
+                  f"--config.data.path={out / 'records'} --workdir=out/longer"},
       {"say": "Encode a folder of your own clips", "command": "python -m launch.encode --source=CLIPS --out=out/my-records"},
   ]
 

@@ -1,4 +1,4 @@
-"""Curves and bars as inline SVG, without library or script. Colours are CSS variables of the page, --series-KEY.
+"""Curves and bars as inline SVG, without library or script. Colours are the page's variables --series-KEY.
 
 A chart is `width` x 250 units and scales with its container. Each mark has its value in a <title>, shown on
 hover.
@@ -68,7 +68,7 @@ def smooth(ys, window) -> list:
 
 
 def thin(points, limit=POINTS) -> list:
-  """[(x, y)] -> at most `limit` points, each the mean of an interval. Leaves out points that are not finite."""
+  """[(x, y)] -> at most `limit` points, each the mean of an interval. Skips points that are not finite."""
   points = [(float(x), float(y)) for x, y in points if y is not None and math.isfinite(y)]
   size = -(-len(points) // limit) or 1
   intervals = [points[i : i + size] for i in range(0, len(points), size)]
@@ -164,7 +164,7 @@ class _Frame:
     return LEFT + (self.width - LEFT - RIGHT) * (value - self.left) / (self.right - self.left)
 
   def y(self, value):
-    """The vertical position. Values outside the frame, such as spikes of the faint curve, are cut close to it."""
+    """The vertical position. Spikes of the faint curve are cut a little outside the frame."""
     if self.log and value <= 0:
       part = 0.0
     else:

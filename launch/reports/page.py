@@ -1,10 +1,12 @@
-"""The page that the quickstart writes: one index.html that tells what was trained, shows the videos, says what to try.
+"""The page that the quickstart writes: one index.html with the results, the videos, and what to try next.
 
-Everything is inside the one file (videos and images as base64 data URIs, curves as inline SVG), so that it opens from a
-disk, an e-mail or a server alike. The skeleton and its style are launch/reports/page.html; the curves are launch/reports/charts.py.
+The file contains everything (videos and images as base64 data URIs, curves as inline SVG), so it can be
+opened from a disk, an e-mail or a server. Its template and style are in launch/reports/page.html, its curves
+in launch/reports/charts.py.
 
-The story is a plain dict. Every part of it may be absent: its section is then left out. A video that is None, or whose
-file is not there, is shown as missing. A name that is not listed here is a ValueError: a misspelt part is not lost.
+The page is made from a story, a plain dict. Every part of it may be absent; its section is then left out. A
+video that is None, or whose file does not exist, is shown as missing. An unknown name raises ValueError, so
+that a misspelt part is not lost.
 
   title     str, the headline; plain text, as all text here
   lede      str, the two or three sentences under it
@@ -13,20 +15,21 @@ file is not there, is shown as missing. A name that is not listed here is a Valu
   machine   str, what it ran on
   command   str, what was run
   facts     [{name: str, value: str}]: the few numbers that matter most, in large type
-  models    [{key: str, name: str, detail: str}]: the models compared, in the order in which they are shown; `key`
-            (letters, digits, _) names them everywhere below and gives them their colour
-  phases    [{name: str, seconds: float, detail: str}]: what the time went into, in order
+  models    [{key: str, name: str, detail: str}]: the models compared, in the order in which they are shown;
+            `key` (letters, digits, _) names them everywhere below and gives them their colour
+  phases    [{name: str, seconds: float, detail: str}]: the stages of the run, in order
   prompts   [{prompt: str, videos: {key: path | None}, verdicts: {key: {question: bool}}}]
-  scores    [{name: str, unit: "%" | str, values: {key: float}, chance: float, goals: {key: float}, most: float}]: with
-            unit "%" values, chance and goals are fractions in [0, 1]; `most` ends the scale (1 for "%"; with neither
-            there is no bar, only the number); more is better
+  scores    [{name: str, unit: "%" | str, values: {key: float}, chance: float, goals: {key: float}, most:
+            float}]: with unit "%" values, chance and goals are fractions in [0, 1]; `most` ends the scale (1
+            for "%"; with neither there is no bar, only the number); more is better
   reconstructions  [{caption: str, original: path, reconstruction: path, psnr: float dB, ssim: float}]
-  curves    [{title: str, unit: str, x: str, series: [{key, name: str, x: [n], y: [n]}], goal: float, log: bool}]: `x`
-            names the horizontal axis (else "step"); a value that is None or not finite is left out
+  curves    [{title: str, unit: str, x: str, series: [{key, name: str, x: [n], y: [n]}], goal: float, log:
+            bool}]: `x` names the horizontal axis (else "step"); a value that is None or not finite is left
+            out
   bars      [{title: str, unit: str, x: str, labels: [n], series: [{key, name: str, y: [n]}]}]
   next      [{say: str, command: str}]: what to try, with the command to copy
 
-Which of an item's names may be left out stands in PARTS. Paths are mp4, webm, png, jpg, webp or gif files.
+PARTS says which names of an item may be left out. Paths are mp4, webm, png, jpg, webp or gif files.
 """
 
 import base64
@@ -42,10 +45,17 @@ from launch.reports.charts import number
 from sora_jax import files
 
 TEMPLATE = pathlib.Path(__file__).with_name("page.html")
-MEDIA = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg",
-         ".webp": "image/webp", ".gif": "image/gif"}
+MEDIA = {
+  ".mp4": "video/mp4",
+  ".webm": "video/webm",
+  ".png": "image/png",
+  ".jpg": "image/jpeg",
+  ".jpeg": "image/jpeg",
+  ".webp": "image/webp",
+  ".gif": "image/gif",
+}
 
-# The names that each part of the story may use; required ones first, after them those that may be left out.
+# The names of the items of each part of the story: (required, optional).
 PARTS = {
     "facts": (("name", "value"), ()),
     "models": (("key", "name"), ("detail",)),
@@ -61,35 +71,35 @@ TEXTS = ("title", "lede", "status", "started", "machine", "command")
 
 
 def write_page(out_html, story: dict) -> pathlib.Path:
-  """Writes the page of a story (see the module) whole or not at all -> its path. Folders on the way are made.
+  """Writes the page of a story (see the module) atomically -> its path. Creates missing folders.
 
-  ValueError: a name in the story that this page does not know, or a required one that is absent.
+  Raises ValueError if the story has an unknown name, or lacks a required one.
   """
   check(story)
   keys = [model["key"] for model in story.get("models", ())]
   keys += [s["key"] for part in ("curves", "bars") for chart in story.get(part, ()) for s in chart["series"]]
   colours = "".join(f"--series-{key}:var(--series-{i % 4});" for i, key in enumerate(dict.fromkeys(keys)))
   sections = [_prompts(story), _scores(story), _reconstructions(story), _curves(story), _next(story)]
-  return save(out_html, document(story.get("title", "sora_jax"), f"<style>:root{{{colours}}}</style>\n" + header(story), sections))
+  head = f"<style>:root{{{colours}}}</style>\n{header(story)}"
+  return save(out_html, document(story.get("title", "sora_jax"), head, sections))
 
 
 def document(title, header, sections) -> str:
-  """The skeleton of a page, with its style, filled: a text, and the HTML of a header and of sections ("": left out)."""
-  fill = {
-      "title": escape(title), "header": header, "sections": "\n".join(filter(None, sections)),
-      "footer": f"Written by sora_jax {sora_jax.__version__}. This page is one file: move it, mail it, keep it.",
-  }
+  """Fills the template of a page: title as text, header and sections as HTML. Leaves out empty sections."""
+  footer = f"Written by sora_jax {sora_jax.__version__}. This page is one file: move it, mail it, keep it."
+  sections = "\n".join(filter(None, sections))
+  fill = {"title": escape(title), "header": header, "sections": sections, "footer": footer}
   return re.sub(r"@\{(\w+)\}", lambda match: fill[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def save(path, text) -> pathlib.Path:
-  """Writes a page whole or not at all -> its path. Folders on the way are made."""
+  """Writes a page atomically -> its path. Creates missing folders."""
   files.write_bytes(path, text.encode("utf-8", "backslashreplace"))
   return pathlib.Path(path)
 
 
 def check(story: dict) -> None:
-  """Raises ValueError where the story has a name that the page does not know, or lacks one that it needs."""
+  """Raises ValueError if the story has an unknown name, or lacks a required one."""
   unknown = set(story) - set(PARTS) - set(TEXTS)
   if unknown:
     raise ValueError(f"story has {sorted(unknown)}; known: {sorted([*PARTS, *TEXTS])}")
@@ -97,15 +107,17 @@ def check(story: dict) -> None:
     for i, item in enumerate(story.get(part, ())):
       unknown, absent = set(item) - set(needed) - set(optional), set(needed) - set(item)
       if unknown or absent:
-        raise ValueError(f"story[{part!r}][{i}]: unknown {sorted(unknown)}, absent {sorted(absent)}; "
-                         f"known: {sorted((*needed, *optional))}")
+        known = sorted((*needed, *optional))
+        raise ValueError(
+          f"story[{part!r}][{i}]: unknown {sorted(unknown)}, absent {sorted(absent)}; known: {known}"
+        )
   for key in (model["key"] for model in story.get("models", ())):
     if not re.fullmatch(r"\w+", key, re.ASCII):
       raise ValueError(f"story['models'] has the key {key!r}; letters, digits and _ only")
 
 
 def seconds(value) -> str:
-  """A length of time to read: 41 s, 3 min 05 s, 1 h 12 min."""
+  """A duration as text: 41 s, 3 min 05 s, 1 h 12 min."""
   value = round(value)
   if value < 60:
     return f"{value} s"
@@ -115,7 +127,7 @@ def seconds(value) -> str:
 
 
 def media(path, label) -> str:
-  """The file at `path` as a <video> or <img> that needs no other file; a sentence where there is none."""
+  """The file at `path` as a self-contained <video> or <img>; a sentence if it does not exist."""
   path = pathlib.Path(path) if path else None
   if path is None or not path.is_file() or not path.stat().st_size:
     return '<span class="none">not made</span>'
@@ -141,18 +153,22 @@ def _key(key) -> str:
 
 
 def section(title, say, body) -> str:
-  """A part of a page: plain titles, HTML below them."""
+  """A section of a page: a title, a sentence, and its body as HTML."""
   return f"<section>\n<h2>{title}</h2>\n<p class=\"say\">{say}</p>\n{body}\n</section>"
 
 
 def header(story) -> str:
-  """The head of a page: `title`, `lede`, `status`, `started`, `machine`, `command`, `facts` and `phases` of a story."""
+  """The head of a page, from all of TEXTS, `facts` and `phases` of a story."""
   phases = story.get("phases", ())
   spent = sum(phase["seconds"] for phase in phases)
-  when = [datetime.datetime.fromtimestamp(story["started"]).strftime("%-d %B %Y, %H:%M")] if "started" in story else []
-  over = [*when, *(story[name] for name in ("machine", "command") if name in story)]
-  out = [f'<p class="eyebrow">{" · ".join(map(escape, over)) or "sora_jax"}</p>',
-         f"<h1>{escape(story.get('title', 'sora_jax'))}</h1>"]
+  eyebrow = [story[name] for name in ("machine", "command") if name in story]
+  if "started" in story:
+    started = datetime.datetime.fromtimestamp(story["started"])
+    eyebrow.insert(0, started.strftime("%-d %B %Y, %H:%M"))
+  out = [
+    f'<p class="eyebrow">{" · ".join(map(escape, eyebrow)) or "sora_jax"}</p>',
+    f"<h1>{escape(story.get('title', 'sora_jax'))}</h1>",
+  ]
   if "lede" in story:
     out.append(f'<p class="lede">{escape(story["lede"])}</p>')
   if "status" in story:
@@ -203,13 +219,13 @@ def _scores(story) -> str:
   head = "<th></th><th>model</th><th></th>"
   head += "".join(f'<th class="num">{name}</th>' for name in ("measured", "chance", "goal"))
   return section(
-      "Scores", "Measured on what was held out, from the finished files. A dotted mark is what guessing would reach, "
-      "a solid one the goal.",
+      "Scores", "Measured on held-out prompts and clips, from the finished files. A dotted mark is what guessing would "
+      "reach, a solid mark is the goal.",
       f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
 
 
 def _score(score, key, i, names) -> str:
-  """One row: the i-th model of a score. Only the first has the score's name before it."""
+  """The row of the i-th model of a score. Only the first row has the name of the score."""
   value, chance, goal = score["values"][key], score.get("chance"), score.get("goals", {}).get(key)
   percent = score.get("unit") == "%"
   most = score.get("most", 1.0 if percent else None)
@@ -227,12 +243,20 @@ def _score(score, key, i, names) -> str:
     bullet += f'<s class="chance" style="left:{at(chance)}"></s>' if chance is not None else ""
     bullet += f'<s style="left:{at(goal)}"></s>' if goal is not None else ""
     bullet = f'<div class="bullet" style="--c:var(--series-{key})" aria-hidden="true">{bullet}</div>'
-  met = "" if not known or goal is None else '<b class="met">✓</b>' if value >= goal else '<b class="unmet">✕</b>'
-  first = f'<td class="name" rowspan="{len(score["values"])}">{escape(score["name"])}</td>' if i == 0 else ""
-  return (f'<tr{"" if i else " class=first"}>{first}<td class="model">{_key(key)}{escape(names.get(key, key))}</td>'
-          f'<td>{bullet}</td><td class="num">{show(value) if known else "–"}</td>'
-          f'<td class="num">{show(chance) if chance is not None else ""}</td>'
-          f'<td class="num">{f"{show(goal)} {met}" if goal is not None else ""}</td></tr>')
+  goal_cell = ""
+  if goal is not None:
+    goal_cell = f"{show(goal)} "
+    if known:
+      goal_cell += '<b class="met">✓</b>' if value >= goal else '<b class="unmet">✕</b>'
+  row = "<tr>"
+  if i == 0:
+    row = f'<tr class=first><td class="name" rowspan="{len(score["values"])}">{escape(score["name"])}</td>'
+  return (
+    f'{row}<td class="model">{_key(key)}{escape(names.get(key, key))}</td>'
+    f'<td>{bullet}</td><td class="num">{show(value) if known else "–"}</td>'
+    f'<td class="num">{show(chance) if chance is not None else ""}</td>'
+    f'<td class="num">{goal_cell}</td></tr>'
+  )
 
 
 def _reconstructions(story) -> str:
@@ -240,16 +264,19 @@ def _reconstructions(story) -> str:
   for item in story.get("reconstructions", ()):
     figures = [_figure(item["original"], f"original: {item['caption']}", "original"),
                _figure(item["reconstruction"], f"reconstruction: {item['caption']}", "encoded and decoded")]
-    told = [f"PSNR {number(item['psnr'])} dB"] if item.get("psnr") is not None else []
-    told += [f"SSIM {item['ssim']:.3f}"] if item.get("ssim") is not None else []
-    said = f'<p class="none" style="margin:8px 0 0">{" · ".join(told)}</p>' if told else ""
+    quality = []
+    if item.get("psnr") is not None:
+      quality.append(f"PSNR {number(item['psnr'])} dB")
+    if item.get("ssim") is not None:
+      quality.append(f"SSIM {item['ssim']:.3f}")
+    note = f'<p class="none" style="margin:8px 0 0">{" · ".join(quality)}</p>' if quality else ""
     cards.append(f'<article class="card"><p class="prompt">{escape(item["caption"])}</p>'
-                 f'<div class="pair">{"".join(figures)}</div>{said}</article>')
+                 f'<div class="pair">{"".join(figures)}</div>{note}</article>')
   if not cards:
     return ""
   return section(
-      "What the video autoencoder keeps", "Held-out clips beside what is left of them after encoding to latents and "
-      "back: no generated video can look better than this.",
+      "What the video autoencoder keeps", "Held-out clips, and the same clips after encoding to latents and decoding: "
+      "no generated video can look better than this.",
       f'<div class="grid" style="--least:330px">{"".join(cards)}</div>')
 
 
