@@ -1,4 +1,4 @@
-"""Open weights in and out: a folder of the golden models in the layout of diffusers, imported, exported, and given wrongly."""
+"""Imports and exports a folder of the golden models in the layout of diffusers, and broken copies of it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from sora_jax.weights import files, lora as peft, table, umt5, wan_dit, wan_pipe
 
 
 def import_weights(source, workdir, dtype="source"):
-  """-> was there anything to do?"""
+  """-> True if there was anything to do."""
   plan = importing.plan(source, workdir, dtype)
   if plan:
     plan.run()
@@ -31,7 +31,7 @@ def import_weights(source, workdir, dtype="source"):
 
 
 def import_lora(source, base, workdir, expert=""):
-  """-> the adapters' config; None where there was nothing to do."""
+  """-> the adapters' config; None if there was nothing to do."""
   plan = importing.plan_lora(source, base, workdir, expert)
   if plan:
     plan.run()
@@ -39,7 +39,7 @@ def import_lora(source, base, workdir, expert=""):
 
 
 def export(workdir, out, kind, dtype="source"):
-  """-> the step; None where there was nothing to do."""
+  """-> the step; None if there was nothing to do."""
   plan = exporting.plan(workdir, out, kind, dtype)
   return None if plan is None else plan.run()
 
@@ -102,7 +102,7 @@ def changed(pipeline, tmp_path, path, change):
 
 
 def test_there_and_back(pipeline, workdir, tmp_path):
-  """Every tensor comes back with its name, shape, dtype and bits; every small file too. Again, nothing is done twice."""
+  """Tensors come back with name, shape, dtype and bits, and so do small files. Nothing is done twice."""
   assert not import_weights(pipeline, workdir)
   assert export(workdir, tmp_path / "back", "diffusers") == 0 and export(workdir, tmp_path / "back", "diffusers") is None
   kinds = set()
@@ -122,16 +122,20 @@ def test_there_and_back(pipeline, workdir, tmp_path):
 
 def test_shards(workdir, tmp_path):
   """Large parts are written in shards with an index, which are read as one."""
-  fields, specs, pieces = wan_pipeline.part_to_diffusers("vae", workdirs.load_vae(workdir / "vae")[0], parts.load_part(workdir / "vae", None)[1], None,
-                                                      np.dtype)
+  cfg, _ = workdirs.load_vae(workdir / "vae")
+  _, params = parts.load_part(workdir / "vae", None)
+  fields, specs, pieces = wan_pipeline.part_to_diffusers("vae", cfg, params, None, np.dtype)
   exporting.write_shards(tmp_path, "diffusion_pytorch_model", specs, pieces, most=20_000)
   assert len(list(tmp_path.glob("*-of-*.safetensors"))) > 3 and len(files.Tensors(tmp_path)) == len(specs)
   assert max(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 60_000
-  assert wan_vae.config_from_diffusers(fields) == workdirs.load_vae(workdir / "vae")[0]
+  assert wan_vae.config_from_diffusers(fields) == cfg
 
 
 def test_sampled(workdir, tmp_path):
-  """An imported folder samples by its own schedule, a zero after its prompts for their padding; its numpy export holds the same weights."""
+  """An imported folder samples by its own schedule, with a zero after its prompts for their padding.
+
+  Its numpy export holds the same weights.
+  """
   pipe = Pipeline.open(workdir)
   text_SE = pipe.embed(["a red ball"])[0]
   assert text_SE.shape[1] == 32 and text_SE[:-1].any(-1).all() and not text_SE[-1].any()
@@ -147,9 +151,12 @@ def test_sampled(workdir, tmp_path):
 
 
 def test_stablehlo(workdir, tmp_path):
-  """The exported computations, read back and given other sizes than any they were made with, do what the models do."""
+  """The exported computations equal the models, at sizes other than those of the export."""
   export(workdir, tmp_path / "hlo", "stablehlo", "float32")
-  load = lambda name: deserialize(bytearray((tmp_path / "hlo" / f"{name}.stablehlo").read_bytes()))  # noqa: E731
+
+  def load(name):
+    return deserialize(bytearray((tmp_path / "hlo" / f"{name}.stablehlo").read_bytes()))
+
   assert set(load("dit").platforms) == {"cpu", "cuda", "tpu"}
   rng = np.random.default_rng(0)
   pipe = Pipeline.open(workdir)
@@ -177,15 +184,18 @@ def interrupt(*_):
 
 
 def test_adapters(workdir, tmp_path, monkeypatch):
-  """Adapters written in PEFT's layout and read again are the same function; merged, they are the weights plus alpha / rank A B."""
+  """Adapters written in PEFT's layout are read back as the same function.
+
+  Merged, they are the weights plus alpha / rank A B.
+  """
   cfg = workdirs.make_model(workdirs.read_config(workdir), workdir / "text", None).dit
   adapters = lora.LoRAConfig(rank=3, alpha=6.0, targets=("attn1.to_q", "to_out.0", "ffn.net.0.proj"))
   params = table.from_diffusers({name: np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
                           for name, shape in table.their_shapes(peft.rows(cfg, adapters)).items()}, peft.rows(cfg, adapters))
   theirs = dict(peft.to_diffusers(params, cfg, adapters))
   assert theirs["transformer.blocks.1.attn1.to_q.lora_A.weight"].shape == (3, 48) and len(theirs) == 4 * 2 * cfg.depth
-  found, again = peft.from_diffusers(theirs, cfg)
-  assert (found.rank, found.alpha, set(found.targets)) == (3, 3.0, {"attn1.to_q", "attn1.to_out.0", "attn2.to_out.0", "ffn.net.0.proj"})
+  config, again = peft.from_diffusers(theirs, cfg)
+  assert (config.rank, config.alpha, set(config.targets)) == (3, 3.0, {"attn1.to_q", "attn1.to_out.0", "attn2.to_out.0", "ffn.net.0.proj"})
   safetensors.numpy.save_file(theirs, tmp_path / peft.FILE)
   with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
     killed.setattr(importing.parts, "save_part", interrupt)
@@ -199,7 +209,7 @@ def test_adapters(workdir, tmp_path, monkeypatch):
   np.testing.assert_allclose(back[f"{name}.weight"] - dict(wan_dit.to_diffusers(plain, cfg))[f"{name}.weight"], change, atol=1e-5)
   written = files.Tensors(tmp_path / "merged" / "transformer")
   assert all(np.allclose(written[name], value, atol=1e-6) for name, value in back.items())
-  (tmp_path / "w" / "config.json").unlink()                       # a model of somebody else, without a config of its own
+  (tmp_path / "w" / "config.json").unlink()  # now it is a foreign model without a config
   write(tmp_path / "w" / "model" / "config.json", {"made_from": "0"})
   with pytest.raises(BadInput, match="holds a model already"):
     import_lora(tmp_path, workdir, tmp_path / "w")
@@ -225,7 +235,11 @@ def test_one_part(pipeline, tmp_path):
 def test_another_dtype(pipeline, tmp_path):
   """--dtype=bfloat16 is that of transformer and text encoder, and what is computed in."""
   import_weights(pipeline, tmp_path / "w", "bfloat16")
-  kinds = lambda part: {leaf.dtype.name for leaf in our_files.flatten(parts.load_part(tmp_path / "w" / part, None)[1]).values()}  # noqa: E731
+
+  def kinds(part):
+    _, weights = parts.load_part(tmp_path / "w" / part, None)
+    return {leaf.dtype.name for leaf in our_files.flatten(weights).values()}
+
   assert kinds("model") == {"bfloat16"} and kinds("text") == {"bfloat16"} and kinds("vae") == {"float32"}
   assert our_files.read_json(tmp_path / "w" / "config.json")["model"]["dtype"] == "bfloat16"
   export(tmp_path / "w", tmp_path / "out", "safetensors", "float32")
@@ -249,7 +263,11 @@ def test_what_is_wrong_is_named(pipeline, workdir, tmp_path, monkeypatch):
   (tmp_path / "pickle").mkdir()
   (tmp_path / "pickle" / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
   (tmp_path / "pickle" / "vae.pth").write_bytes(b"x")
-  change = lambda path, **fields: changed(pipeline, tmp_path / f"{len(list(tmp_path.iterdir()))}", path, lambda old: old | fields)  # noqa: E731
+
+  def change(path, **fields):
+    copy = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+    return changed(pipeline, copy, path, lambda old: old | fields)
+
   wrong = {
       "does not exist": tmp_path / "nowhere", "no readable config.json": pipeline / "scheduler", "cannot be read": cut,
       "quant_conv.bias .* I8": odd, "text_encoder has no readable config.json": lacking, "is a pickle of PyTorch": tmp_path / "pickle",
@@ -291,10 +309,10 @@ def test_what_is_wrong_is_named(pipeline, workdir, tmp_path, monkeypatch):
     claims.need_disk(tmp_path, importing.plan(pipeline, tmp_path / "w").num_bytes, "the weights")
 
 
-def test_a_scheduler_that_is_not_known_is_told(pipeline, tmp_path):
+def test_an_unknown_scheduler_is_noted(pipeline, tmp_path):
   folder = changed(pipeline, tmp_path, "scheduler/scheduler_config.json", lambda old: old | {"use_karras_sigmas": True})
-  found = wan_pipeline.open_pipeline(folder)
-  assert "use_karras_sigmas is True" in found.notes[0] and found.sample["shift"] == 3.0
+  opened = wan_pipeline.open_pipeline(folder)
+  assert "use_karras_sigmas is True" in opened.notes[0] and opened.sample["shift"] == 3.0
   folder = changed(pipeline, tmp_path / "2", "scheduler/scheduler_config.json",
                    lambda old: {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 8.0})
   assert wan_pipeline.open_pipeline(folder).sample["sampler"] == "euler"
@@ -317,7 +335,10 @@ class Shapes(dict):
     (dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, in_channels=36, out_channels=16), False, 14.289),
 ], ids=["2.1 T2V-1.3B", "2.1 T2V-14B", "2.2 TI2V-5B", "2.2 I2V-A14B"])
 def test_released_shapes(config, expand, billions):
-  """From the config files of the releases: the tables cover every weight of our model, and it has the published number of parameters."""
+  """For the configs of the releases, the tables cover every weight of our model.
+
+  The model has the published number of parameters.
+  """
   cfg = wan_dit.config_from_diffusers(json.loads(json.dumps(config)) | {
       "patch_size": [1, 2, 2], "text_dim": 4096, "freq_dim": 256, "cross_attn_norm": True, "eps": 1e-6, "qk_norm": "rms_norm_across_heads"}, expand)
   rows = wan_dit.rows(cfg)

@@ -1,4 +1,4 @@
-"""The programs and what they are given wrongly: exit code 2, one line that says what, nothing lost, and the rest done."""
+"""The programs on bad input: exit code 2, one line that names it, nothing is lost, the rest is done."""
 
 import dataclasses
 import fcntl
@@ -33,12 +33,12 @@ def model(tmp_path_factory):
 
 
 def test_a_job_does_the_rest(model, run_program, tmp_path):
-  """Of twelve requests two are good: these are made, each of the others is named with its line or its id; again, none is made twice."""
+  """Of twelve requests two are good and are made; the others are named by line or id. None is made twice."""
   video.write_png(tmp_path / "ball.png", np.full((20, 30, 3), 200, np.uint8))
   good = {"id": "good", "prompt": "a red ball", "size": [16, 16], "frames": 1}
   lines = [json.dumps(good), '{"id": "cut", "prompt": "a red', json.dumps(good | {"id": "blank", "prompt": "  "}),
            json.dumps(good | {"id": "long", "prompt": "x" * 10_000}), json.dumps(good | {"id": "small", "size": [4, 16]}),
-           json.dumps(good | {"id": "where", "task": "image_to_video", "image": "nowhere.png"}),
+           json.dumps(good | {"id": "missing", "task": "image_to_video", "image": "nowhere.png"}),
            json.dumps(good | {"id": "odd", "colour": "red"}), json.dumps(good), json.dumps(good | {"id": "endless", "fps": float("nan")}),
            json.dumps(good | {"id": "half", "prompt": "a \ud800 ball"}), "[1]",
            json.dumps(good | {"id": "onwards", "task": "image_to_video", "image": "ball.png", "frames": 5})]
@@ -48,7 +48,7 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
   assert "10 of 12 requests could not be done" in done.stderr and "line 2 of r.jsonl is not valid JSON" in done.stderr
   manifest = sample.read_manifest(tmp_path / "made")
-  for name, says in {"blank": "prompt is empty", "long": "10000 characters", "small": "one stride", "where": "nowhere.png", "odd": "colour",
+  for name, says in {"blank": "prompt is empty", "long": "10000 characters", "small": "one stride", "missing": "nowhere.png", "odd": "colour",
                      "endless": "fps is nan", "half": "no character", "good (again)": "two requests"}.items():
     assert manifest[name]["status"] == "failed" and says in manifest[name]["error"] and f"request {name}: " in done.stdout
   for line in (2, 11):
@@ -98,13 +98,13 @@ def test_one_line(model, run_program, tmp_path, arguments, says):
 
 
 def test_another_model_makes_another_video(model, run_program, tmp_path):
-  """The same request to the same folder is made anew when the model is not the same; kept while it is, as the job above shows."""
+  """The same request to the same folder is made again if the model has changed; else it is kept."""
   arguments = ("sample", "--prompt=a red ball", "--size=16,16", "--frames=1", "--out=made")
   other = tmp_path / "other"
   shutil.copytree(model, other)
   fields, weights = parts.load_part(other / "model")
   parts.save_part(other / "model", fields, jax.tree.map(lambda leaf: leaf * 1.1, weights))
-  made = [run_program(*arguments, f"--workdir={place}", cwd=tmp_path).stdout for place in (model, other)]
+  made = [run_program(*arguments, f"--workdir={workdir}", cwd=tmp_path).stdout for workdir in (model, other)]
   assert [("1 made" in said, "1 were there already" in said) for said in made] == [(True, False)] * 2
 
 

@@ -1,4 +1,4 @@
-"""launch.encode: each clip at its native size, what was passed over named, nothing else lost, whatever is killed."""
+"""launch.encode: clips keep their native size, skipped files are named, and a kill loses nothing."""
 
 import dataclasses
 import importlib.util
@@ -33,7 +33,7 @@ STRIDE = (4, 16, 16)
 
 
 class Averages:
-  """In place of the VAE and the tokenizer: a latent is the mean colour of some of its pixels, a token a letter."""
+  """Replaces the VAE and the tokenizer: a latent is a mean colour of some pixels, a token is a letter."""
   stride, channels, conditions = STRIDE, 3, False
 
   def __init__(self):
@@ -43,14 +43,14 @@ class Averages:
     (shape,) = {codec.shape_on_canvas(v, STRIDE) for v in videos}
     assert len(videos) <= codec.batch_size(shape)
     self.batches.append(len(videos))
-    found = []
+    latents = []
     for clip in videos:
       t, h, w, _ = clip.shape
       frames = np.concatenate([np.repeat(clip[:1], 4, 0), clip[1:]])
       blocks = frames.reshape(-1, 4, h // 16, 16, w // 16, 16, 3)
       assert len(blocks) == 1 + (t - 1) // 4
-      found.append(blocks[:, :, :, 1::5, :, 1::5].mean((1, 3, 5), dtype=np.float32) / 255)
-    return found
+      latents.append(blocks[:, :, :, 1::5, :, 1::5].mean((1, 3, 5), dtype=np.float32) / 255)
+    return latents
 
   def texts(self, captions):
     return [(np.array([*map(ord, caption[:encode_unit.MAX_TEXT - 1]), 1], np.int32), None) for caption in captions]
@@ -140,15 +140,16 @@ def test_a_folder_of_real_clips(library, tmp_path):
   assert any("not tagged" in note for note in taken["bikes.mp4"]["notes"])
   assert taken["varying.mp4"]["seconds"] == pytest.approx(1.6, abs=0.1)
 
-  found = [records.read(index, i) for i in range(len(index))]
-  assert report["records"] == len(found) == sum(entry["pieces"] for entry in taken.values())
-  by_file = {name: [r for r in found if r.file == name] for name in taken}
+  encoded = [records.read(index, i) for i in range(len(index))]
+  assert report["records"] == len(encoded) == sum(entry["pieces"] for entry in taken.values())
+  by_file = {name: [r for r in encoded if r.file == name] for name in taken}
   assert [len(r.latents_THWC) for r in by_file["bikes.mp4"]] == [5] * 14 + [3], "17 frames a piece"
   assert [r.start for r in by_file["bikes.mp4"]] == pytest.approx([0.68 * i for i in range(15)])
   assert by_file["uncaptioned.mp4"][0].caption == ""
   assert by_file["bikes.mp4"][3].caption == "a real clip called bikes"
   assert by_file["sub/picture.png"][0].latents_THWC.shape == (1, 4, 6, 3)
-  # The pixels went in upright and whole: mean colours of the file's frames, decoded by PyAV alone, are those of its latents.
+  # The pixels were upright and complete: the mean colours of the frames, decoded by PyAV alone, are those of
+  # the latents.
   with av.open(str(REAL / "bikes.mp4")) as container:
     means = [frame.reformat(format="rgb24").to_ndarray().mean((0, 1)) / 255 for frame in container.decode(video=0)]
   for r in by_file["bikes.mp4"]:
@@ -215,7 +216,10 @@ def test_small_clips_are_encoded_together_and_kept_apart(tmp_path):
 
 
 def test_few_compilations_serve_many_sizes(tmp_path):
-  """Clips and images of three sizes on one canvas take two compilations, and conditions two; latents are those of the native size."""
+  """Clips and images of three sizes on one canvas take two compilations, and conditions two.
+
+  The latents are those of the native size.
+  """
   cfg = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,), patch_size=4)
   params = vae.init(jax.random.key(0), cfg)
   parts.save_part(tmp_path / "vae", vae.config_to_dict(cfg), params)
@@ -223,15 +227,19 @@ def test_few_compilations_serve_many_sizes(tmp_path):
   encoder, rng = encode_unit.Encoder(tmp_path), np.random.default_rng(0)
   clips = [rng.integers(0, 256, (9, h, w, 3), dtype=np.uint8) for h, w in ((24, 40), (32, 48), (32, 40))]
   before = vae.encode_chunk._cache_size()
-  found = encoder.latents(clips)
+  latents = encoder.latents(clips)
   images = encoder.latents([clip[:1] for clip in clips[::-1]])
   condition = encoder.condition(clips[0])
   assert vae.encode_chunk._cache_size() - before == len(encoder.programs) == 4
   assert len(encoder.sizes) == 3 and encoder.canvases == {(32, 48)}
-  native = lambda pixels: vae.normalise(np.asarray(vae.encode(params, pixels[None], cfg)[0])[0], cfg)  # noqa: E731
+
+  def native(pixels):
+    mean, _ = vae.encode(params, pixels[None], cfg)
+    return vae.normalise(np.asarray(mean)[0], cfg)
+
   pixels = clips[0].astype(np.float32) / 127.5 - 1
   grey = np.concatenate([pixels[:1], 0 * pixels[1:]])
-  for ours, wanted in ((found[0], native(pixels)), (images[2], native(pixels)[:1]), (condition, native(grey))):
+  for ours, wanted in ((latents[0], native(pixels)), (images[2], native(pixels)[:1]), (condition, native(grey))):
     np.testing.assert_allclose(ours, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
@@ -274,7 +282,7 @@ def test_a_damaged_end_is_in_both_lists(tmp_path):
 
 
 def test_what_is_dropped_is_named(tmp_path):
-  """Piece by piece in the entry of its file; a file of which nothing is left is passed over, with the reason."""
+  """The entry of a file lists each dropped piece. A file that is all dropped is skipped, with the reason."""
   class Dull(Generated):
     def read(self, item):
       dropped = [Dropped(0.0, 2.0, "black"), Dropped(2.0, 0.5, "too short"), Dropped(5.0, 1.0, "black")]
@@ -303,7 +311,7 @@ def test_long_captions_are_cut_and_noted(tmp_path):
   assert report["taken"]["0000"]["notes"] == ["its caption is cut to 512 tokens"]
 
 
-# --- the program ------------------------------------------------------------------------------------------------------
+# --- the program
 
 TINY = vae.VAEConfig(base_dim=8, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True), patch_size=4,
                      is_residual=True, latents_mean=(0.5,) * 4, latents_std=(2.0,) * 4)
@@ -367,10 +375,10 @@ def test_texts_of_a_frozen_encoder(tmp_path):
   params = layout.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int), jnp.ones((1, 8), int))["params"])
   parts.save_part(tmp_path, dataclasses.asdict(cfg), params)
   texts = [np.random.default_rng(i).integers(3, 40, 1 + 5 * i).astype(np.int32) for i in range(11)]
-  found = embedder.Embedder(tmp_path)(texts)
-  assert [len(e) for e in found] == [len(i) for i in texts]
+  embeddings = embedder.Embedder(tmp_path)(texts)
+  assert [len(e) for e in embeddings] == [len(i) for i in texts]
   alone = model.apply({"params": params}, texts[4][None], np.ones((1, 21), int))[0]
-  np.testing.assert_allclose(found[4], alone, atol=1e-5)
+  np.testing.assert_allclose(embeddings[4], alone, atol=1e-5)
 
 
 def start(model, source, out):
@@ -403,19 +411,19 @@ def test_kill_9_at_any_moment(model, clips, tmp_path, run_program, after):
   assert len(index) == 6 and all(records.read(index, i) for i in range(6))
 
 
-@pytest.mark.parametrize(("flags", "told"), [
+@pytest.mark.parametrize(("flags", "message"), [
     (("--out=OUT",), "no --source"), (("--source=SRC",), "no --out"), (("--source=nothere", "--out=OUT"), "shapes:4000"),
     (("--source=SRC", "--out=OUT", "--workdir=EMPTY"), "vae"), (("--source=SRC", "--out=OUT", "--max_second=3"), "max_second"),
     (("--source=BAD", "--out=OUT", "--workdir=W"), "none of its 1 files could be taken, such as a.mp4"),
 ])
-def test_bad_input(run_program, model, clips, tmp_path, flags, told):
+def test_bad_input(run_program, model, clips, tmp_path, flags, message):
   """Exit code 2, one line that says what to do, no traceback."""
   (tmp_path / "empty").mkdir()
   (tmp_path / "bad").mkdir()
   (tmp_path / "bad" / "a.mp4").write_bytes(b"x" * 1000)
-  places = {"OUT": tmp_path / "out", "SRC": clips, "EMPTY": tmp_path / "empty", "W": model, "BAD": tmp_path / "bad"}
-  arguments = [flag.partition("=")[0] + "=" + str(places.get(flag.partition("=")[2], flag.partition("=")[2])) for flag in flags]
+  paths = {"OUT": tmp_path / "out", "SRC": clips, "EMPTY": tmp_path / "empty", "W": model, "BAD": tmp_path / "bad"}
+  arguments = [flag.partition("=")[0] + "=" + str(paths.get(flag.partition("=")[2], flag.partition("=")[2])) for flag in flags]
   result = run_program("encode", *arguments)
   assert result.returncode == 2, result.stderr
-  assert told in result.stderr and "Traceback" not in result.stderr
+  assert message in result.stderr and "Traceback" not in result.stderr
   assert len(result.stderr.strip().splitlines()) == 1, result.stderr

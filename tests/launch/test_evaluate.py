@@ -1,4 +1,4 @@
-"""launch.evaluate on folders of videos and on a VAE: right and wrong videos, what cannot be judged, nothing done twice."""
+"""launch.evaluate on a VAE and on videos: right, wrong, and not to be judged. Nothing is done twice."""
 
 import json
 
@@ -16,7 +16,7 @@ PROMPTS = {"a": "a red ball moves left", "b": "a blue square moves up", "c": "an
 
 @pytest.fixture
 def sampled(tmp_path):
-  """A folder as launch.sample writes it: true renderings, but `b` is played backwards; one missing, one of another world."""
+  """A folder as launch.sample writes it: true renderings; `b` is reversed, one is missing, one is foreign."""
   lines = []
   for name, prompt in PROMPTS.items():
     scene = shapes.parse(prompt)
@@ -35,7 +35,7 @@ def sampled(tmp_path):
 
 
 def test_a_folder_of_videos_is_judged(sampled, run_program):
-  """Each score is right, what cannot be judged is named; a second run judges nothing, a new video makes it judge again."""
+  """Scores are right; videos that cannot be judged are named. Only a new video makes a second run judge."""
   out = sampled / "report" / "scores.json"
   done = run_program("evaluate", f"--videos={sampled}", f"--out={out}")
   assert done.returncode == 0, done.stderr
@@ -67,7 +67,7 @@ def test_bad_input_is_one_line(tmp_path, run_program, arguments, says):
 
 
 def test_a_vae_is_measured(tmp_path, run_program):
-  """On a folder of one's own clips: the means are those of the reconstructions that the library itself makes."""
+  """On a folder of clips, the means are those of the reconstructions that the library makes."""
   cfg = vae.SIZES["tiny"]
   params = vae.init(jax.random.key(0), cfg)
   workdir, source = tmp_path / "w", tmp_path / "clips"

@@ -1,4 +1,4 @@
-"""Several processes that do one job, on loopback: what comes out does not depend on how many, nor on which of them was killed when.
+"""Several processes do one job, on loopback. The result depends neither on their number nor on kills.
 
   bash tests/run.sh faults -k hosts            # with 1, 2, 4 and 8 processes
 """
@@ -35,7 +35,7 @@ def run(count, program, *arguments, code=0, timeout=900):
 
 
 def killed(count, program, *arguments, when, by=signal.SIGKILL):
-  """Starts a job and sends all its processes a signal when `when()` is true -> exit code of the one that started them."""
+  """Starts a job and signals all its processes when `when()` is true -> exit code of their parent."""
   line, environment = command(count, program, *arguments)
   child = subprocess.Popen(line, cwd=conftest.ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
   deadline = time.monotonic() + 300
@@ -69,7 +69,10 @@ def test_two_encode_what_one_does(tmp_path):
 
 @pytest.mark.faults
 def test_two_train_what_one_does(tmp_path):
-  """Batches, also those of raw clips that the training run encodes by itself; another number of processes goes on in the middle."""
+  """Two processes get the batches of one, also from raw clips that the training run encodes by itself.
+
+  Another number of processes continues in the middle.
+  """
   run(2, "encode", "--source=shapes:40", f"--out={tmp_path / 'records'}")
   run(1, "train", *TRAIN, "--config.steps=4", "--config.data.clips=shapes:40", f"--workdir={tmp_path / 'alone'}")
   assert contents(tmp_path / "records") == contents(tmp_path / "alone" / "records") and len(contents(tmp_path / "records")) == 40
@@ -81,7 +84,8 @@ def test_two_train_what_one_does(tmp_path):
   assert len({line["data_checksum"] for line in alone.values()}) == 4
   losses = np.array([[run[s]["loss"] for s in (1, 2, 3, 4)] for run in (alone, both)])
   np.testing.assert_allclose(losses[0, :2], losses[1, :2], rtol=1e-5)         # in two processes
-  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)                 # sums in another order, amplified by the first large steps
+  # The order of sums differs; the first large steps amplify it.
+  np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)
 
 
 def test_one_line_for_all(tmp_path):
@@ -120,7 +124,7 @@ def test_lines_are_told_once_and_those_of_the_survivors_not_at_all(capsys):
 
 @pytest.mark.faults
 def test_killed_with_four_goes_on_with_any_number(tmp_path):
-  """kill -9 of a job of four processes, then eight, then one: records and batches are those of an undisturbed run of one."""
+  """After kill -9 of four processes, then eight, then one, records and batches are those of one alone."""
   one, many = tmp_path / "one", tmp_path / "many"
   encode = ("encode", "--source=shapes:600")
   run(1, *encode, f"--out={one}")
@@ -132,12 +136,15 @@ def test_killed_with_four_goes_on_with_any_number(tmp_path):
   assert contents(one) == contents(many)
   assert "nothing to do" in run(2, *encode, f"--out={many}").stdout
   alone, workdir = tmp_path / "alone", tmp_path / "killed"
-  train, where = (*TRAIN, f"--config.data.path={one}"), f"--workdir={workdir}"
-  saved = lambda step: lambda: (workdir / "manifests" / f"{step}.json").exists()  # noqa: E731
-  assert killed(4, "train", *train, "--config.steps=8", where, when=saved(2)) == -signal.SIGKILL
-  assert killed(8, "train", *train, "--config.steps=800", where, when=saved(4), by=signal.SIGTERM) == 75
+  train, flag = (*TRAIN, f"--config.data.path={one}"), f"--workdir={workdir}"
+
+  def saved(step):
+    return lambda: (workdir / "manifests" / f"{step}.json").exists()
+
+  assert killed(4, "train", *train, "--config.steps=8", flag, when=saved(2)) == -signal.SIGKILL
+  assert killed(8, "train", *train, "--config.steps=800", flag, when=saved(4), by=signal.SIGTERM) == 75
   last = max(lines(workdir)) + 3
-  run(2, "train", *train, f"--config.steps={last}", where)
+  run(2, "train", *train, f"--config.steps={last}", flag)
   run(1, "train", *train, f"--config.steps={last}", f"--workdir={alone}")
   assert list(lines(alone)) == list(lines(workdir)) == list(range(1, last + 1))
   assert [line["data_checksum"] for line in lines(alone).values()] == [line["data_checksum"] for line in lines(workdir).values()]

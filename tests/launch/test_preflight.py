@@ -36,7 +36,7 @@ def make_plan(rows, length=400, clips=40, text=800, rows_per_step=8):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-  """Records of the VAE and the tokenizer that ship, whose shards hold nothing any more: only the index can be read."""
+  """Records of the VAE and tokenizer that ship, with emptied shards: only the index can be read."""
   out = tmp_path_factory.mktemp("records")
   for part in ("vae", "text"):
     shutil.copytree(workdirs.shipped() / part, out / part)
@@ -56,7 +56,7 @@ def arguments(directory, **data):
 
 
 def test_the_program(directory, run_program, tmp_path):
-  """With a dash as the design writes it, no record read; what is drawn is in the two files, and these stand alone."""
+  """--data-only reads no record. The drawings are in two files, which need no other file."""
   done = run_program(*arguments(directory), "--data-only", f"--out={tmp_path}/out")
   assert done.returncode == 0 and not done.stderr, done.stderr
   for words in ("300 in the index", "fill ", "balance", "clips a row", "text a row", "config.steps = 240", "3.41 epochs", "image",
@@ -94,10 +94,10 @@ def test_what_it_advises_helps(directory, tmp_path):
   named = [line.split("\t") for line in (tmp_path / "misfits.txt").read_text().splitlines()]
   assert [(re.match(r"record (\d+): (\d+).mp4 at 0 s ", name)[2], why) for name, why in named] == [
       (f"{misfit.position:04d}", misfit.reason) for misfit in plan.misfits]
-  told = "\n".join(packings.View(t2v.get_config(), index, plan).lines())
-  assert re.search(r"fit in no row: \d+ of 300 clips; the first 10:", told)
-  assert ".mp4 at 0 s" in told and "tokens, a row holds 40" in told and "text tokens, a row holds 25" in told
-  advised = {name: int(value) for name, value in re.findall(r"--config\.data\.(row_tokens|row_text)=(\d+) or more", told)}
+  printed = "\n".join(packings.View(t2v.get_config(), index, plan).lines())
+  assert re.search(r"fit in no row: \d+ of 300 clips; the first 10:", printed)
+  assert ".mp4 at 0 s" in printed and "tokens, a row holds 40" in printed and "text tokens, a row holds 25" in printed
+  advised = {name: int(value) for name, value in re.findall(r"--config\.data\.(row_tokens|row_text)=(\d+) or more", printed)}
   length, text = (advised[name] for name in ("row_tokens", "row_text"))
   assert not make_plan(index.rows, length, text=text).misfits
   assert make_plan(index.rows, length - 1, text=text).misfits and make_plan(index.rows, length, text=text - 1).misfits
@@ -135,22 +135,22 @@ def test_clips_by_class():
   rows = make_rows()
   plan = make_plan(rows, length=60)
   tokens, _, fits = plan.sizes(slice(None))
-  found = packings.by_class(plan, STRIDE)
+  classes = packings.by_class(plan, STRIDE)
   assert 0 < fits.sum() < len(rows)
-  assert sum(row[2] for row in found) == fits.sum()
+  assert sum(row[2] for row in classes) == fits.sum()
   images = fits & (rows["t"] == 1)
-  of_images = [sum(row[i] for row in found if row[0] == "image") for i in (2, 3, 4)]
+  of_images = [sum(row[i] for row in classes if row[0] == "image") for i in (2, 3, 4)]
   np.testing.assert_allclose(of_images, [images.sum(), images.sum() / fits.sum(), tokens[images].sum() / tokens[fits].sum()])
 
 
 def test_a_mixture_is_counted_as_it_is_drawn():
-  """Of two datasets, one drawn nine times as often as its size says: so are the shares, of clips and of tokens."""
+  """If one of two datasets is drawn nine times as often as its size says, the shares say so as well."""
   few, many = make_rows(100), make_rows(900, seed=1)
   few["t"], many["t"] = 1, 5
   shape = RowShape(400, 40, 800)
   plan = Plan(Joined([few, many]), weights=(9, 1), rows_per_step=8, shape=shape, patch=(1, 2, 2), seed=0, window_clips=700)
-  packing, found = packings.look(plan), packings.by_class(plan, STRIDE)
-  images = [sum(row[i] for row in found if row[0] == "image") for i in (2, 3, 4)]
+  packing, classes = packings.look(plan), packings.by_class(plan, STRIDE)
+  images = [sum(row[i] for row in classes if row[0] == "image") for i in (2, 3, 4)]
   assert images[:2] == [100, pytest.approx(0.9, abs=1e-6)]
   steps = [step for _, step in itertools.islice(plan.steps(), len(packing.clips_AR))]
   drawn = np.array([position for step in steps for row in step.rows for position, _ in row])

@@ -28,7 +28,7 @@ DIT = ("--config=configs/t2v.py:tiny", "--config.steps=6", "--config.checkpoint_
 
 
 def stopped(name, *arguments, when, by=signal.SIGKILL):
-  """Starts a program and sends it a signal as soon as `when()` is true (a function of nothing). -> its exit code; None when it came too late."""
+  """Starts a program and signals it as soon as `when()` is true -> its exit code; None if it was too late."""
   environment = {**os.environ, "XLA_FLAGS": conftest.DEVICES.format(1), "PYTHONPATH": str(conftest.ROOT), "PYTHONSAFEPATH": "1"}
   child = subprocess.Popen([sys.executable, "-m", f"launch.{name}", *map(str, arguments)], cwd=conftest.ROOT, env=environment,
                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -84,7 +84,8 @@ def test_story(run_program, tmp_path):
       else:
         run(name, *arguments)
       again = time.monotonic()
-      assert any(word in run(name, *arguments) for word in ("nothing to do", "were there already")), name      # nothing is done twice
+      said = run(name, *arguments)  # nothing is done twice
+      assert any(word in said for word in ("nothing to do", "were there already")), name
       assert time.monotonic() - again < 60
     index = records.RecordIndex.open(clips)
     made[kind] = {
@@ -100,7 +101,7 @@ def test_story(run_program, tmp_path):
   for caption, latents in peace["records"].items():
     np.testing.assert_array_equal(latents, kills["records"][caption])
 
-  shutil.rmtree(tmp_path / "kills" / "vae" / "vae")                                  # as if killed between the last step and the end
+  shutil.rmtree(tmp_path / "kills" / "vae" / "vae")  # as if killed between the last step and the end
   run("train_vae", *VAE, f"--workdir={tmp_path / 'kills' / 'vae'}")
   assert parts.checksum(tmp_path / "kills" / "vae" / "vae") == parts.checksum(tmp_path / "peace" / "vae" / "vae")
 
@@ -108,18 +109,20 @@ def test_story(run_program, tmp_path):
   run("train_vae", *finer, f"--workdir={tmp_path / 'finer'}")
   before, after = (parts.load_part(tmp_path / name / "vae") for name in ("peace/vae", "finer"))
   assert before[0] == after[0] and not np.array_equal(before[1]["decoder"]["conv_out"]["kernel"], after[1]["decoder"]["conv_out"]["kernel"])
-  shutil.copytree(tmp_path / "finer" / "vae", tmp_path / "kills" / "dit" / "vae", dirs_exist_ok=True)      # its records are still good
+  # The records of the first VAE are still good for the finer one.
+  shutil.copytree(tmp_path / "finer" / "vae", tmp_path / "kills" / "dit" / "vae", dirs_exist_ok=True)
 
   report = tmp_path / "report.json"
   run("evaluate", f"--workdir={tmp_path / 'peace' / 'dit'}", "--clips=4", "--prompts=2", f"--out={report}")
-  found = json.loads(report.read_text())
-  assert found["vae"]["clips"] == 4 and len(found["loss_by_sigma"]) == 9 and "colour" in found["scores"]
+  measured = json.loads(report.read_text())
+  assert measured["vae"]["clips"] == 4 and len(measured["loss_by_sigma"]) == 9 and "colour" in measured["scores"]
   run("export", f"--workdir={tmp_path / 'peace' / 'dit'}", "--dtype=float32", f"--out={tmp_path / 'plain'}")
   run("sample", f"--workdir={tmp_path / 'plain'}", f"--requests={tmp_path / 'peace' / 'requests.jsonl'}", f"--out={tmp_path / 'again'}")
-  assert {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.mp4")} == peace["files"]      # an export samples the same
+  # An export gives the same samples.
+  assert {path.name: path.read_bytes() for path in (tmp_path / "again").glob("*.mp4")} == peace["files"]
 
   last = max((tmp_path / "kills" / "dit" / "checkpoints" / "6").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
   os.truncate(last, last.stat().st_size // 2)
   said = run("train", *DIT, f"--config.data.path={tmp_path / 'kills' / 'records'}", f"--workdir={tmp_path / 'kills' / 'dit'}")
-  assert "going on from the checkpoint of step 4" in said and "6" in said.split("going on")[0]      # it says which one is damaged
+  assert "going on from the checkpoint of step 4" in said and "6" in said.split("going on")[0]  # the damaged one
   assert metrics_of(tmp_path / "kills" / "dit")[6] == peace["dit"][6]

@@ -1,4 +1,4 @@
-"""launch.benchmark without the libraries that it compares with: what it says, and that it compares. Live: tests/oracle/test_benchmark.py."""
+"""launch.benchmark without the libraries that it compares with. With them: tests/oracle/test_benchmark.py."""
 
 import importlib.util
 

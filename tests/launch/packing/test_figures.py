@@ -1,4 +1,4 @@
-"""The packing benchmark measures what it says: tiles as the attention counts them, figures of hand-made rows, peers within the budgets."""
+"""The packing benchmark: tiles as attention counts them, figures of hand-made rows, limits of peers."""
 
 import json
 
@@ -70,7 +70,7 @@ def test_buckets_hold_clips_of_one_size(clips):
 
 
 def test_the_command(tmp_path, monkeypatch):
-  """A table a setting, ours without loss; the numbers as JSON."""
+  """Prints a table for each setting, ours without loss; the numbers can be written as JSON."""
   monkeypatch.setattr(packing, "ROWS", (4,))
   monkeypatch.setattr(packing, "SHAPES", (SHAPE,))
   lines = packing.packing(3000)

@@ -16,7 +16,7 @@ def index():
 def test_it_is_frozen(index):
   """Every packing figure ever quoted is of these sizes. (Number from this code, 2026-11.)"""
   assert zlib.crc32(index.tobytes()) == 1473230846
-  np.testing.assert_array_equal(reference.index(70_001), index[:70_001])        # an entry does not depend on how many there are
+  np.testing.assert_array_equal(reference.index(70_001), index[:70_001])  # independent of count
   assert zlib.crc32(reference.index(100_001)[1:].tobytes()) != zlib.crc32(index.tobytes())
 
 
@@ -37,7 +37,7 @@ def test_sizes_are_within_bounds(index):
 
 
 def test_every_kind_is_there(index):
-  """Wide, tall and square, images and clips; the longer a clip, the fewer its pixels; yet some are long and some large."""
+  """There are wide, tall and square images and clips. Longer clips have fewer pixels; some are large."""
   for source in (reference.IMAGES, reference.CLIPS):
     mine = index[index["source"] == source]
     wide = mine["w"] / mine["h"]

@@ -1,4 +1,4 @@
-"""The report of an encoding job: all is counted, much is named, and a million files make no page of a million lines."""
+"""The report of an encoding job: all files are counted, and the page names a limited number of them."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def index():
 
 
 def make_report(files):
-  """Of so many files a third is passed over, the others are taken, with all that there is to say of a file."""
+  """The report of so many files: a third is skipped, the others are taken, with all fields of an entry."""
   taken = {f"{i:06d} <b>.mp4": {
       "pieces": 1, "frames": 17, "seconds": 2.0, "fps": 24.0, "size": [64, 320], "notes": ["no caption & no sound"] * (i % 3),
       "cropped": {"from": [70, 321], "to": [64, 320]}, "scaled": {"from": [1080, 1920], "to": [540, 960]},
@@ -47,28 +47,28 @@ def make_report(files):
 
 def test_everything_is_counted(index):
   """Of 90 files 30 are passed over, for two reasons; each of the 60 others lost two stretches."""
-  found = report.numbers(make_report(90), index)
-  assert (found["clips"], found["images"], found["files_taken"], found["files_cropped"], found["files_scaled"]) == (60, 20, 60, 60, 60)
-  assert found["passed_over"] == {"corrupt": 20, "no clip": 10}
-  assert found["dropped"] == {"black": {"stretches": 60, "seconds": 15.0}, "too short": {"stretches": 60, "seconds": 30.0}}
-  assert found["seconds"] == pytest.approx(20 * (17 + 81) / 24, abs=1e-3)
-  assert all(sum(chart["clips"]) == (40 if name == "fps" else 60) for name, chart in found["histograms"].items())
+  numbers = report.numbers(make_report(90), index)
+  assert (numbers["clips"], numbers["images"], numbers["files_taken"], numbers["files_cropped"], numbers["files_scaled"]) == (60, 20, 60, 60, 60)
+  assert numbers["passed_over"] == {"corrupt": 20, "no clip": 10}
+  assert numbers["dropped"] == {"black": {"stretches": 60, "seconds": 15.0}, "too short": {"stretches": 60, "seconds": 30.0}}
+  assert numbers["seconds"] == pytest.approx(20 * (17 + 81) / 24, abs=1e-3)
+  assert all(sum(chart["clips"]) == (40 if name == "fps" else 60) for name, chart in numbers["histograms"].items())
 
 
 def test_the_page_is_whole(index):
   """Tags close, words are escaped, nothing is fetched, and each part says its piece."""
-  told = report.report_page(make_report(90), index)
-  said = " ".join(Reader(told).words)
+  html_page = report.report_page(make_report(90), index)
+  said = " ".join(Reader(html_page).words)
   for words in ("000001 <b>.mp4", "no caption & no sound", "line 7 is not UTF-8", "from 1.250 s on: corrupt: cut off", "1080 × 1920", "540 × 960",
                 "64 × 320", "1.50 s", "60", "Width : height"):
     assert words in said, words
-  assert not re.search(r"https?://| src=", told)
+  assert not re.search(r"https?://| src=", html_page)
 
 
 def test_a_clean_job_has_no_empty_tables(index):
   clean = make_report(3) | {"taken": {"a.mp4": {"pieces": 1}}, "passed_over": {}, "notes": {}}
-  told = report.report_page(clean, index)
-  assert "Everything was taken." in told and "<h2>Files" not in told and not Reader(told).all("table")
+  html_page = report.report_page(clean, index)
+  assert "Everything was taken." in html_page and "<h2>Files" not in html_page and not Reader(html_page).all("table")
 
 
 def test_many_files_are_counted_not_listed(index):
@@ -81,7 +81,7 @@ def test_many_files_are_counted_not_listed(index):
 
 
 def test_it_stands_beside_the_records(index, tmp_path):
-  """As the job writes it: numbers in report.json and the page beside it once there is an index; before that, what is known."""
+  """Once there is an index, the job writes numbers to report.json and the page beside it; not before."""
   source = types.SimpleNamespace(ignored=[("x.doc", "no clip")], notes=[])
   writer = types.SimpleNamespace(uids=range(60), files={"a.mp4": {"stamp": "s", "pieces": 60}})
   items = [types.SimpleNamespace(file="a.mp4")]

@@ -83,7 +83,7 @@ def story(clip, tmp_path):
 
 
 def test_everything_is_in_the_one_file(story, tmp_path):
-  """Videos and images are the files' own bytes; nothing else is fetched; tags close; what was said is escaped."""
+  """Videos and images are the bytes of the files; nothing is fetched; tags are closed; texts are escaped."""
   out = page.write_page(tmp_path / "deep" / "index.html", story)
   text = out.read_text()
   read = Reader(text)
@@ -152,10 +152,10 @@ def test_a_chart_stays_in_its_frame():
 
 def test_ticks_are_round_and_inside():
   for low, high in [(0, 1), (15.8, 31.3), (-3, 4e5), (1e-6, 3e-6), (2, 2)]:
-    found = charts.ticks(low, high)
-    assert 1 <= len(found) <= 9 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in found)
+    values = charts.ticks(low, high)
+    assert 1 <= len(values) <= 9 and all(low - 1e-9 <= tick <= high + 1e-9 for tick in values)
     if high > low:
-      steps = np.diff(found)
+      steps = np.diff(values)
       np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
 
 

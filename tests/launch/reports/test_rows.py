@@ -36,7 +36,7 @@ def test_a_segment_is_as_wide_as_its_tokens_are_many():
 
 
 def test_it_stands_by_itself():
-  """No other file, no script; words are escaped; light and dark; only the kinds that occur are in the legend."""
+  """No other file, no script; texts are escaped; light and dark; the legend has only kinds that occur."""
   svg = draw([[Segment(90, (17, 480, 832), 1), Segment(5, (1, 16, 16), 0)]], 100)
   text = "".join(ET.fromstring(svg).itertext())
   assert "rows & clips" in text and "as <packed>" in text and "short <clip>" in text and "17 × 480 × 832" in text

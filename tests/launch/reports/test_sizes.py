@@ -27,10 +27,10 @@ def make_rows(*clips):
 def test_the_class_that_a_person_would_name(clip, classes):
   rows = make_rows(clip)
   assert tuple(sizes.pixels(rows, STRIDE)[0]) == (clip[0], *(n // 8 * 8 for n in clip[1:3]))
-  found = sizes.histograms(rows, STRIDE)
+  charts = sizes.histograms(rows, STRIDE)
   for name, label in zip(("short_side", "seconds", "aspect", "fps", "caption"), classes):
-    assert found[name]["clips"] == ([0] if label is None else [1]), name
-    assert label is None or found[name]["labels"] == [label]
+    assert charts[name]["clips"] == ([0] if label is None else [1]), name
+    assert label is None or charts[name]["labels"] == [label]
 
 
 def test_each_clip_is_counted_once(monkeypatch):
@@ -49,8 +49,8 @@ def test_each_clip_is_counted_once(monkeypatch):
 def test_powers():
   """Every value lies within what its label says."""
   values = np.random.default_rng(1).integers(1, 300, 400)
-  for some in (values, values[:1], np.array([1, 1]), np.array([2]), np.array([5, 1])):
-    chart = sizes.powers("t", some)
+  for sample in (values, values[:1], np.array([1, 1]), np.array([2]), np.array([5, 1])):
+    chart = sizes.powers("t", sample)
     ranges = [[int(word) for word in label.split(" to ")] for label in chart["labels"]]
-    assert chart["clips"] == [int(((some >= r[0]) & (some <= r[-1])).sum()) for r in ranges]
-    assert sum(chart["clips"]) == len(some)
+    assert chart["clips"] == [int(((sample >= r[0]) & (sample <= r[-1])).sum()) for r in ranges]
+    assert sum(chart["clips"]) == len(sample)
