@@ -25,15 +25,26 @@ import jax
 import ml_collections
 import numpy as np
 from absl import flags
-from rich.table import Table
 
 from data import clips, records
 from data.sources import folder, shapes
 from data.sources.shapes import judge
-from launch.common import program, progress
+from launch.common import program
 from launch.common.progress import Bar, say
 from launch.jobs import sample as sampling_job
-from sora_jax import batch as batches, codec, files, metrics, parts, patches, sample, train, video, workdir as workdirs
+from launch.reports import tables
+from sora_jax import (
+  batch as batches,
+  codec,
+  files,
+  metrics,
+  parts,
+  patches,
+  sample,
+  train,
+  video,
+  workdir as workdirs,
+)
 from sora_jax.errors import BadInput, Stopped
 from sora_jax.models import vae
 from sora_jax.pipeline import Pipeline
@@ -285,14 +296,12 @@ def print_report(report):
     losses = "  ".join(f"{sigma} {loss:.4f}" for sigma, loss in report["loss_by_sigma"].items())
     say(f"loss by sigma: {losses}")
   if report.get("scores"):
-    table = Table(box=None)
-    table.add_column("score")
-    for name in ("right", "share", "chance"):
-      table.add_column(name, justify="right")
+    rows = []
     for name, score in report["scores"].items():
       right = f"{score['right']}/{score['of']}"
-      table.add_row(name, right, f"{100 * score['share']:.1f} %", f"{100 * score['chance']:.1f} %")
-    progress.console.print(table)
+      rows.append((name, right, f"{100 * score['share']:.1f} %", f"{100 * score['chance']:.1f} %"))
+    for line in tables.lines(("score", "right", "share", "chance"), rows):
+      say(line)
 
 
 if __name__ == "__main__":

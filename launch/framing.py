@@ -22,13 +22,13 @@ import pathlib
 
 import numpy as np
 from absl import flags
-from rich.table import Table
 
 from data.sources import shapes
 from data.sources.shapes import judge
-from launch.common import children, program, progress
+from launch.common import children, program
 from launch.common.progress import say
 from launch.jobs import sample
+from launch.reports import tables
 from sora_jax import files, video, workdir
 
 FLAGS = flags.FLAGS
@@ -91,13 +91,9 @@ def stages(kind, out, requests):
 
 def print_table(report):
   """Prints the shares of videos, by training set and size."""
-  table = Table(box=None)
-  table.add_column("subject wholly in view")
-  for name in ("squares", "all sizes"):
-    table.add_column(name, justify="right")
-  for kind, scores in report.items():
-    table.add_row(f"trained on {kind}", share(scores["squares"]), share(scores["all"]))
-  progress.console.print(table)
+  rows = [(f"trained on {kind}", share(scores["squares"]), share(scores["all"])) for kind, scores in report.items()]
+  for line in tables.lines(("subject wholly in view", "squares", "all sizes"), rows):
+    say(line)
 
 
 def share(values):

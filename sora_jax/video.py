@@ -19,7 +19,14 @@ from typing import NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
+from av.video.reformatter import (
+  ColorPrimaries,
+  ColorRange,
+  Colorspace,
+  ColorTrc,
+  Interpolation,
+  VideoReformatter,
+)
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".gif", ".avi")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

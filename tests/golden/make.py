@@ -20,7 +20,12 @@ import sys
 import numpy as np
 import sentencepiece
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import (
+  AutoencoderKLWan,
+  FlowMatchEulerDiscreteScheduler,
+  UniPCMultistepScheduler,
+  WanTransformer3DModel,
+)
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 

@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import (
+  AutoencoderKLWan,
+  DiffusionPipeline,
+  UniPCMultistepScheduler,
+  WanImageToVideoPipeline,
+  WanPipeline,
+  WanTransformer3DModel,
+)
 from peft import LoraConfig
 from PIL import Image
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
