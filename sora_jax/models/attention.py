@@ -2,15 +2,18 @@
 
   out_l = sum_m softmax_m(scale * q_l . k_m) v_m      over the keys m with segment_m == segment_l > 0
 
-Rows are packed, so most pairs of tokens are foreign to each other. Both kernels cut the row into tiles and pass over the tiles in
-which no segment meets itself, from the ranges of segment ids of each tile; ids that ascend give the most to skip, any order is right.
+Rows are packed, so most pairs of tokens belong to different clips. Both kernels cut the row into tiles, and
+skip the pairs of tiles that have no segment in common, judged by the range of segment ids of each tile.
+Ascending ids skip the most; any order is correct.
 
-  blocks   online softmax over tiles of keys, in plain JAX, its gradient by hand from the saved logsumexp, so memory is linear in
-           length: Rabe and Staats, arXiv:2112.05682; FlashAttention-2, arXiv:2307.08691, Alg. 1 and 2. CPU, GPU and tests.
-  splash   the stock Pallas kernel of TPU (jax.experimental.pallas.ops.tpu.splash_attention) under a MaskInfo made at run time. Its
-           segment ids alone mask but do not skip.
+  blocks   online softmax over tiles of keys, in plain JAX. The gradient is written by hand and uses the saved
+           logsumexp, so memory is linear in length: Rabe and Staats, arXiv:2112.05682; FlashAttention-2,
+           arXiv:2307.08691, Alg. 1 and 2. For CPU, GPU and tests.
+  splash   the Pallas kernel for TPU that comes with JAX (jax.experimental.pallas.ops.tpu.splash_attention), with
+           a MaskInfo made at run time: its segment ids alone mask tiles but do not skip them.
 
-Everything is computed in float32 inside, whatever the inputs are. A query of segment 0, or whose segment has no key, gets zeros.
+Everything is computed in float32, whatever the dtype of the inputs. A query of segment 0, or whose segment
+has no key, gets zeros.
 """
 
 import functools
@@ -26,31 +29,49 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 
 PAST = jnp.iinfo(jnp.int32).max
-MASKED, LOWEST = -1e30, -1e20  # a masked score, and where the running maximum starts: exp(MASKED - LOWEST) is 0
-SAVED = "attention"  # name of output and logsumexp, for remat policies that keep them
-COARSE = 4096  # keys in a tile of `blocks`, at most
-LANES = 128  # splash takes lengths and head sizes in multiples of it
+MASKED, LOWEST = -1e30, -1e20  # a masked score, and the initial running maximum: exp(MASKED - LOWEST) is 0
+SAVED = "attention"  # name of the output and logsumexp, for remat policies that save them
+COARSE = 4096  # most keys in a tile of `blocks`
+LANES = 128  # splash needs lengths and head sizes that are multiples of it
 
 
-def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=None, bias=None, log_count_BM=None, layout=None, kernel=None):
+def attend(
+  query_BLNK,
+  key_BMNK,
+  value_BMNK,
+  segment_BL,
+  segment_BM,
+  *,
+  scale=None,
+  bias=None,
+  log_count_BM=None,
+  layout=None,
+  kernel=None,
+):
   """Each query attends to the keys of its own segment.
 
-  query [B, L, N, K], key and value [B, M, N, K]; segment_BL, segment_BM int32, 0 for padding. `scale` defaults to K ** -0.5.
-  `bias` [N, L, M] is added to the scores of every row; such attention is dense (for the short rows of text encoders).
-  `log_count_BM`: a key counts for exp of it many equal ones; no gradient flows to it.
-  `layout`: rows and heads are worked on where it says they are; see `_specs` for tokens that are cut over devices.
-  `kernel`: "blocks" or "splash"; by default splash where the devices are TPUs.
+  query [B, L, N, K], key and value [B, M, N, K]. segment_BL and segment_BM are int32, 0 for padding. `scale`
+  defaults to K ** -0.5. `bias` [N, L, M] is added to the scores of every row. Attention is then dense (for
+  the short rows of text encoders). `log_count_BM`: each key counts as exp(log_count) equal keys; no gradient
+  flows to it. `layout`: rows and heads are sharded by its rules; see `_specs` for tokens that are sharded
+  over devices. `kernel`: "blocks" or "splash"; the default is splash where the devices are TPUs.
+
   Returns [B, L, N, K] in the query's dtype; zeros where a query has no key, with zero gradient.
   """
   scale = query_BLNK.shape[-1] ** -0.5 if scale is None else scale
   if bias is not None:
     return _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias)
   if log_count_BM is not None:
-    query_BLNK, key_BMNK, scale = *_counted(query_BLNK * scale, key_BMNK, lax.stop_gradient(log_count_BM)), 1.0
+    query_BLNK, key_BMNK = _with_counts(query_BLNK * scale, key_BMNK, lax.stop_gradient(log_count_BM))
+    scale = 1.0
   platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
-  one = KERNELS[kernel or ("splash" if platform == "tpu" else "blocks")]
+  if kernel is None:
+    kernel = "splash" if platform == "tpu" else "blocks"
   args = query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM
-  run = lambda *args: one(*args, scale)  # noqa: E731
+
+  def run(*args):
+    return KERNELS[kernel](*args, scale)
+
   if layout is None or layout.mesh.size == 1:
     return run(*args)
   query_spec, key_spec = _specs(query_BLNK.shape, key_BMNK.shape[1], layout)
@@ -58,33 +79,46 @@ def attend(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, *, scale=No
   return jax.shard_map(run, mesh=layout.mesh, in_specs=in_specs, out_specs=query_spec, check_vma=False)(*args)
 
 
-def _counted(query_BLNK, key_BMNK, log_count_BM):
-  """Two entries more in every head, 1 in queries, the logarithm in keys: the kernels need not know. Two, since bfloat16 holds a half of it."""
+def _with_counts(query_BLNK, key_BMNK, log_count_BM):
+  """Adds log_count to the scores by two more entries in every head, 1 in queries and log_count in keys.
+
+  So the kernels need no change. There are two entries because bfloat16 holds only half the digits of
+  log_count.
+  """
   high = log_count_BM.astype(key_BMNK.dtype)
-  parts = jnp.stack([high, (log_count_BM - high.astype(log_count_BM.dtype)).astype(high.dtype)], -1)
+  low = (log_count_BM - high.astype(log_count_BM.dtype)).astype(high.dtype)
+  parts = jnp.stack([high, low], -1)
   count = jnp.broadcast_to(parts[:, :, None], (*key_BMNK.shape[:3], 2))
-  return jnp.concatenate([query_BLNK, jnp.ones_like(query_BLNK[..., :2])], -1), jnp.concatenate([key_BMNK, count], -1)
+  ones = jnp.ones_like(query_BLNK[..., :2])
+  return jnp.concatenate([query_BLNK, ones], -1), jnp.concatenate([key_BMNK, count], -1)
 
 
 def _specs(query_shape, M, layout):
-  """Where queries and keys lie while they meet: (spec of [B, L, N, K], spec of [B, M, N, K]).
+  """Sharding of queries and keys during attention: (spec of [B, L, N, K], spec of [B, M, N, K]).
 
-  Few keys (text) come to the queries where those are. Otherwise heads are dealt over the axis that cut the tokens, so that each
-  device has whole rows of some heads (Ulysses, arXiv:2309.14509); where the heads run out, whole rows of all its heads.
+  Few keys (text) are gathered on the devices of the queries. Otherwise heads are sharded over the axis that
+  sharded the tokens, so that each device has whole rows of some heads (Ulysses, arXiv:2309.14509). Where
+  there are too few heads for that, each device has whole rows of all its heads.
   """
   _, L, N, _ = query_shape
   batch, length, heads, _ = layout.fitted(query_shape, "act_batch", "act_length", "act_heads", None).spec
   if length is not None and M * layout.ways(length) <= L:
     return PartitionSpec(batch, length, heads, None), PartitionSpec(batch, None, heads, None)
-  names = lambda cut: () if cut is None else (cut,) if isinstance(cut, str) else tuple(cut)  # noqa: E731
-  both = names(heads) + names(length)
+  both = _mesh_axes(heads) + _mesh_axes(length)
   if N % layout.ways(both) == 0:
     heads = both or None
   return (PartitionSpec(batch, None, heads, None),) * 2
 
 
+def _mesh_axes(entry):
+  """An entry of a PartitionSpec (None, a name or several) -> tuple of names of mesh axes."""
+  if entry is None:
+    return ()
+  return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 def _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias_NLM):
-  """Row by row with all scores of the row at once; the scores are recomputed in the backward pass."""
+  """Attention row by row, with all scores of a row in memory; the backward pass recomputes them."""
 
   @jax.checkpoint
   def row(args):
@@ -92,7 +126,8 @@ def _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias
     score_NLM = jnp.einsum("LNK,MNK->NLM", query_LNK * scale, key_MNK, preferred_element_type=jnp.float32) + bias_NLM
     same_LM = (segment_L[:, None] == segment_M[None]) & (segment_L[:, None] > 0)
     score_NLM = jnp.where(same_LM, score_NLM, MASKED)
-    weight_NLM = jnp.exp(score_NLM - lax.stop_gradient(jnp.maximum(score_NLM.max(-1, keepdims=True), LOWEST)))
+    max_NL1 = jnp.maximum(score_NLM.max(-1, keepdims=True), LOWEST)
+    weight_NLM = jnp.exp(score_NLM - lax.stop_gradient(max_NL1))
     total_NL1 = weight_NLM.sum(-1, keepdims=True)
     weight_NLM = weight_NLM / jnp.where(total_NL1 > 0, total_NL1, 1)
     return jnp.einsum("NLM,MNK->LNK", weight_NLM.astype(value_MNK.dtype), value_MNK)
@@ -101,60 +136,67 @@ def _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias
 
 
 def tile_ranges(segment_tiles):
-  """[n, b] ids -> lowest and highest nonzero id of each tile, (PAST, 0) where there is only padding, so that it meets nothing."""
+  """[n, b] ids -> lowest and highest nonzero id of each tile; (PAST, 0), which meets nothing, for only padding."""
   return jnp.where(segment_tiles > 0, segment_tiles, PAST).min(-1), segment_tiles.max(-1)
 
 
 def tiles_meet(segment_q, segment_k):
-  """Ids in tiles, [nq, bq] and [nk, bk] -> [nq, nk] bool: whether some segment may be in both."""
+  """Ids in tiles, [nq, bq] and [nk, bk] -> [nq, nk] bool: whether the two tiles may have a segment in common."""
   (low_q, high_q), (low_k, high_k) = tile_ranges(segment_q), tile_ranges(segment_k)
   return (low_q[:, None] <= high_k[None]) & (low_k[None] <= high_q[:, None])
 
 
-# -- blocks ------------------------------------------------------------------------------------------------------------------------
+# -- blocks ----------------------------------------------------------------------------------------------------
 
 
 def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale):
-  """All rows as one long row whose segments are told apart by row; tiles of it. -> [B, L, N, K]
+  """Attention over tiles of one long row, which joins all rows with segment ids unique to each. -> [B, L, N, K]
 
-  Tiles of 64 with all heads together for short rows, of 128 head by head for long ones: measured on two x86 cores (20 rows of 320
-  tokens, 6 heads of 32: 0.55 times the CPU time of dense attention row by row; 16 clips of 48 to 640 tokens, 12 heads of 128: tiles of
-  256 take 1.5 times as long). See `_by_density` for rows of one long clip.
+  Short rows have tiles of 64 with all heads together, long rows tiles of 128 head by head. Measured on two
+  x86 cores: 20 rows of 320 tokens, 6 heads of 32, take 0.55 times the CPU time of dense attention row by row;
+  for 16 clips of 48 to 640 tokens, 12 heads of 128, tiles of 256 take 1.5 times as long. See `_by_density`
+  for rows of one long clip.
   """
   B, L, N, _ = query_BLNK.shape
   M = key_BMNK.shape[1]
   ids = jnp.maximum(segment_BL.max(), segment_BM.max()) + 1
+  known = jax.core.is_constant_dim(L * M)  # lengths are symbolic where a model is exported
+  short = known and L * M <= 1024 * 1024
+  tile = 64 if short else 128
 
-  def tiles(x, tile):  # [B, L, ...] -> [n, tile, ...]; many are a multiple of COARSE
+  def tiles(x, tile):  # [B, L, ...] -> [n, tile, ...]; a long row is padded to a multiple of COARSE
     flat = x.reshape(-1, *x.shape[2:])
-    multiple = COARSE if not short and many(flat.shape[0]) else tile
+    coarse = not short and known and flat.shape[0] > COARSE
+    multiple = COARSE if coarse else tile
     n = -(-flat.shape[0] // multiple) * multiple
     flat = jnp.pad(flat, [(0, n - flat.shape[0])] + [(0, 0)] * (flat.ndim - 1))
     return flat.reshape(n // tile, tile, *flat.shape[1:])
 
-  def number(segment):
+  def unique_ids(segment):
     return jnp.where(segment > 0, segment + ids * jnp.arange(B, dtype=segment.dtype)[:, None], 0)
 
-  known = jax.core.is_constant_dim(L * M)  # lengths are symbols where a model is exported
-  many = lambda n: known and n > COARSE  # noqa: E731
-  short = known and L * M <= 1024 * 1024
-  tile = 64 if short else 128
-  segment_q, segment_k = tiles(number(segment_BL), tile), tiles(number(segment_BM), tile)
-  heads = [jnp.moveaxis(tiles(x.astype(jnp.float32), tile), 2, 1) for x in (query_BLNK * scale, key_BMNK, value_BMNK)]  # [n, N, tile, K]
+  def one_head(head):
+    return _flash(*(x[:, None] for x in head), segment_q, segment_k)[:, 0]
+
+  segment_q, segment_k = tiles(unique_ids(segment_BL), tile), tiles(unique_ids(segment_BM), tile)
+  arrays = (query_BLNK * scale, key_BMNK, value_BMNK)
+  heads = [jnp.moveaxis(tiles(x.astype(jnp.float32), tile), 2, 1) for x in arrays]  # each [n, N, tile, K]
   if short:
     out = _flash(*heads, segment_q, segment_k)
   else:
-    out = lax.map(lambda one: _flash(*(x[:, None] for x in one), segment_q, segment_k)[:, 0], [jnp.moveaxis(x, 1, 0) for x in heads])
+    out = lax.map(one_head, [jnp.moveaxis(x, 1, 0) for x in heads])
     out = jnp.moveaxis(out, 0, 1)
-  return jnp.moveaxis(out, 1, 2).reshape(-1, *value_BMNK.shape[2:])[: B * L].reshape(B, L, N, -1).astype(query_BLNK.dtype)
+  out = jnp.moveaxis(out, 1, 2).reshape(-1, *value_BMNK.shape[2:])
+  return out[: B * L].reshape(B, L, N, -1).astype(query_BLNK.dtype)
 
 
 def _key_bounds(segment_q, segment_k):
-  """[nq, bq], [nk, bk] -> for each query tile the first key tile that it meets and one past the last (0, 0 where none)."""
+  """[nq, bq], [nk, bk] -> for each query tile, the first key tile that it meets and one past the last (or 0, 0)."""
   meet = tiles_meet(segment_q, segment_k)
   at = jnp.arange(meet.shape[1])
   stop = jnp.where(meet, at + 1, 0).max(1)
-  return jnp.where(stop > 0, jnp.where(meet, at, meet.shape[1]).min(1), 0), stop
+  start = jnp.where(meet, at, meet.shape[1]).min(1)
+  return jnp.where(stop > 0, start, 0), stop
 
 
 def _scores(query, key, segment_q, segment_k):
@@ -164,7 +206,7 @@ def _scores(query, key, segment_q, segment_k):
 
 
 def _largest(x):
-  """Of the last axis, by halves: XLA on CPU vectorises that, and takes three times as long for `max`."""
+  """Maximum over the last axis, by halves. XLA on CPU vectorises this; `max` takes three times as long."""
   while x.shape[-1] > 8 and x.shape[-1] % 2 == 0:
     x = jnp.maximum(*jnp.split(x, 2, -1))
   return x.max(-1)
@@ -174,38 +216,52 @@ def _largest(x):
 def _flash(query, key, value, segment_q, segment_k):
   """Scaled query [nq, N, bq, K], key and value [nk, N, bk, K], ids [nq, bq] and [nk, bk] -> [nq, N, bq, K]; all float32.
 
-  Heads of values may be of another size than those of queries and keys.
+  The head size of values may differ from that of queries and keys.
   """
   return _flash_forward(query, key, value, segment_q, segment_k)[0]
 
 
 def _by_density(run, query, key, value, segment_q, segment_k, *rest):
-  """run(...) on these tiles of keys; or, for one head, on tiles of up to COARSE keys where that is not half as many again.
+  """run(...) on these tiles of keys, or, for a single head, on coarse tiles of up to COARSE keys.
 
-  Fewer and larger products and passes: 0.65 times the time for one clip of 1,280 tokens (two x86 cores, 12 heads of 128).
+  Coarse tiles are used where they visit less than 1.5 times as many keys: products are fewer and larger. For
+  one clip of 1,280 tokens they take 0.65 times the time (two x86 cores, 12 heads of 128).
   """
   nk, N, bk, _ = key.shape
   if not jax.core.is_constant_dim(nk):
     return run(query, key, value, segment_q, segment_k, *rest)
   group = max(n for n in range(1, COARSE // bk + 1) if nk % n == 0)
-  fine = lambda: run(query, key, value, segment_q, segment_k, *rest)  # noqa: E731
+
+  def fine():
+    return list(run(query, key, value, segment_q, segment_k, *rest))
+
   if N > 1 or group == 1:
     return fine()
-  join = lambda x: x.reshape(nk // group, 1, group * bk, -1)  # noqa: E731
-  coarse = lambda: run(query, join(key), join(value), segment_q, segment_k.reshape(-1, group * bk), *rest)  # noqa: E731
-  tiles = lambda segment_k: jnp.sum(jnp.subtract(*_key_bounds(segment_q, segment_k)[::-1]))  # noqa: E731
-  fewer = group * tiles(segment_k.reshape(-1, group * bk)) < 1.5 * tiles(segment_k)
-  like = jax.eval_shape(fine)
-  return lax.cond(fewer, lambda: [x.reshape(y.shape) for x, y in zip(coarse(), like)], lambda: list(fine()))
+  shapes = jax.eval_shape(fine)
+
+  def join(x):
+    return x.reshape(nk // group, 1, group * bk, -1)
+
+  def coarse():
+    outputs = run(query, join(key), join(value), segment_q, segment_k.reshape(-1, group * bk), *rest)
+    return [x.reshape(like.shape) for x, like in zip(outputs, shapes)]
+
+  def visits(segment_k):
+    start, stop = _key_bounds(segment_q, segment_k)
+    return jnp.sum(stop - start)
+
+  use_coarse = group * visits(segment_k.reshape(-1, group * bk)) < 1.5 * visits(segment_k)
+  return lax.cond(use_coarse, coarse, fine)
 
 
 def _flash_forward(query, key, value, segment_q, segment_k):
-  out, logsumexp = checkpoint_name(tuple(_by_density(_forward_tiles, query, key, value, segment_q, segment_k)), SAVED)
+  outputs = _by_density(_forward_tiles, query, key, value, segment_q, segment_k)
+  out, logsumexp = checkpoint_name(tuple(outputs), SAVED)
   return out, (query, key, value, segment_q, segment_k, out, logsumexp)
 
 
 def _forward_tiles(query, key, value, segment_q, segment_k):
-  """-> (out, logsumexp [nq, N, bq])."""
+  """The forward pass over tiles -> (out, logsumexp [nq, N, bq])."""
   at = functools.partial(lax.dynamic_index_in_dim, axis=0, keepdims=False)
 
   def tile(args):
@@ -220,7 +276,8 @@ def _forward_tiles(query, key, value, segment_q, segment_k):
       return new_top, total * shrink + weight.sum(-1), out
 
     empty = jnp.zeros(query.shape[:2])
-    top, total, out = lax.fori_loop(start, stop, step, (empty + LOWEST, empty, jnp.zeros((*query.shape[:2], value.shape[-1]))))
+    carry = (empty + LOWEST, empty, jnp.zeros((*query.shape[:2], value.shape[-1])))
+    top, total, out = lax.fori_loop(start, stop, step, carry)
     total = jnp.where(total > 0, total, 1)
     return out / total[..., None], top + jnp.log(total)
 
@@ -229,10 +286,12 @@ def _forward_tiles(query, key, value, segment_q, segment_k):
 
 def _flash_backward(saved, d_out):
   *args, out, logsumexp = saved
-  return *_by_density(_backward_tiles, *args, logsumexp, d_out, (out * d_out).sum(-1)), None, None
+  delta = (out * d_out).sum(-1)
+  return *_by_density(_backward_tiles, *args, logsumexp, d_out, delta), None, None
 
 
 def _backward_tiles(query, key, value, segment_q, segment_k, logsumexp, d_out, delta):
+  """The backward pass over tiles -> gradients of query, key and value."""
   at = functools.partial(lax.dynamic_index_in_dim, axis=0, keepdims=False)
 
   def tile(carry, args):
@@ -243,7 +302,10 @@ def _backward_tiles(query, key, value, segment_q, segment_k, logsumexp, d_out, d
       weight = jnp.exp(_scores(query, at(key, j), ids, at(segment_k, j)) - logsumexp[..., None])
       d_weight = jnp.einsum("NqK,NmK->Nqm", d_out, at(value, j))
       d_score = weight * (d_weight - delta[..., None])
-      add = lambda x, dx: lax.dynamic_update_index_in_dim(x, at(x, j) + dx, j, 0)  # noqa: E731
+
+      def add(x, dx):
+        return lax.dynamic_update_index_in_dim(x, at(x, j) + dx, j, 0)
+
       return (
         d_query + jnp.einsum("Nqm,NmK->NqK", d_score, at(key, j)),
         add(d_key, jnp.einsum("Nqm,NqK->NmK", d_score, query)),
@@ -253,22 +315,24 @@ def _backward_tiles(query, key, value, segment_q, segment_k, logsumexp, d_out, d
     d_query, *carry = lax.fori_loop(start, stop, step, (jnp.zeros_like(query), *carry))
     return tuple(carry), d_query
 
-  (d_key, d_value), d_query = lax.scan(
-    tile, (jnp.zeros_like(key), jnp.zeros_like(value)), (query, segment_q, *_key_bounds(segment_q, segment_k), logsumexp, d_out, delta)
-  )
+  carry = (jnp.zeros_like(key), jnp.zeros_like(value))
+  tiles = (query, segment_q, *_key_bounds(segment_q, segment_k), logsumexp, d_out, delta)
+  (d_key, d_value), d_query = lax.scan(tile, carry, tiles)
   return d_query, d_key, d_value
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
 
 
-# -- splash ------------------------------------------------------------------------------------------------------------------------
+# -- splash ----------------------------------------------------------------------------------------------------
 
 
 def _tile_mask(meet, by_query):
-  """[nq, nk] bool -> the kernel's MaskInfo; `by_query`: it walks over key tiles for each query tile, else the other way round.
+  """[nq, nk] bool -> the kernel's MaskInfo.
 
-  block_mask 2: run the tile (segment ids mask its edges), 0: skip it. data_next: the tile to fetch, the next that runs.
+  by_query: the kernel loops over key tiles for each query tile; otherwise over query tiles for each key tile.
+  block_mask is 2 where a tile runs (segment ids mask its edges), 0 where it is skipped. data_next is the tile
+  to fetch, which is the next that runs.
   """
   order = meet if by_query else meet.T
   flat, at = order.reshape(-1), jnp.arange(order.size)
@@ -285,16 +349,18 @@ def _tile_mask(meet, by_query):
 
 
 def _tile_size(length):
-  """Tiles of 1024 for rows long enough to fill 8 of them, down to one tile of the row padded to 128."""
+  """The largest of 1024, 512 and 256 of which the row fills 8 tiles; otherwise 128."""
   return next((tile for tile in (1024, 512, 256) if length >= 8 * tile), LANES)
 
 
 def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, interpret=False):
-  """Row by row (a pod's device holds one or two); lengths padded to the tile, head size to 128."""
+  """The splash kernel row by row (a device of a pod holds one or two).
+
+  Lengths are padded to a multiple of the tile, the head size to a multiple of 128.
+  """
   K = value_BMNK.shape[-1]
   tile_q, tile_k = _tile_size(query_BLNK.shape[1]), _tile_size(key_BMNK.shape[1])
-  pad = lambda x, tile: jnp.pad(x, [(0, -x.shape[0] % tile)] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
-  sizes = splash_kernel.BlockSizes(
+  sizes = splash_kernel.BlockSizes(  # no fused backward: it stores one dq for each key tile
     block_q=tile_q,
     block_kv=tile_k,
     block_kv_compute=tile_k,
@@ -303,14 +369,19 @@ def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, int
     block_kv_dkv_compute=tile_k,
     block_q_dq=tile_q,
     block_kv_dq=tile_k,
-  )  # no fused backward: it keeps one dq for each key tile
+  )
+
+  def pad(x, tile):
+    return jnp.pad(x, [(0, -x.shape[0] % tile)] + [(0, 0)] * (x.ndim - 1))
+
+  def heads_first(x, tile):
+    x = jnp.moveaxis(pad(x, tile), 1, 0)
+    return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % LANES)])
 
   def row(args):
-    *heads, segment_L, segment_M = args
-    query_NLK, key_NMK, value_NMK = (
-      jnp.pad(jnp.moveaxis(pad(x, tile), 1, 0), [(0, 0), (0, 0), (0, -x.shape[-1] % LANES)])
-      for x, tile in zip(heads, (tile_q, tile_k, tile_k), strict=True)
-    )
+    query_LNK, key_MNK, value_MNK, segment_L, segment_M = args
+    query_NLK = heads_first(query_LNK, tile_q)
+    key_NMK, value_NMK = heads_first(key_MNK, tile_k), heads_first(value_MNK, tile_k)
     ids_q, ids_k = pad(segment_L, tile_q), pad(segment_M, tile_k)
     meet = tiles_meet(ids_q.reshape(-1, tile_q), ids_k.reshape(-1, tile_k))
     run = splash_kernel.SplashAttentionKernel(
@@ -329,8 +400,10 @@ def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, int
     out_NLK = run(query_NLK * scale, key_NMK, value_NMK, splash_kernel.SegmentIds(ids_q, ids_k))
     out_LNK = jnp.moveaxis(out_NLK, 0, 1)[: segment_L.shape[0], :, :K]
     keys = jnp.sort(segment_M)
-    has_key = (segment_L > 0) & (keys[jnp.clip(jnp.searchsorted(keys, segment_L), max=keys.size - 1)] == segment_L)
-    return jnp.where(has_key[:, None, None], out_LNK, 0).astype(query_BLNK.dtype)  # the kernel gives such queries anything
+    nearest = keys[jnp.clip(jnp.searchsorted(keys, segment_L), max=keys.size - 1)]
+    has_key = (segment_L > 0) & (nearest == segment_L)
+    # The kernel's output is arbitrary for queries without a key.
+    return jnp.where(has_key[:, None, None], out_LNK, 0).astype(query_BLNK.dtype)
 
   args = query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM
   if query_BLNK.shape[0] == 1:

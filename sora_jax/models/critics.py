@@ -1,9 +1,10 @@
-"""Judges of a reconstruction, for training the VAE: a discriminator that learns, and VGG16 features that do not.
+"""Losses of a reconstruction, for training the VAE: a trained discriminator, and fixed VGG16 features.
 
-  discriminator   a logit for each patch of 8 x 8 pixels and each frame (arXiv:1611.07004 sec. 3.2.2), causal in time like the VAE, so
-                  that clips and images go through the same weights; the hinge loss is in train_vae.py
-  perceptual      distance of unit-length VGG16 features after each stage's last ReLU before pooling (arXiv:1801.03924 eq. 1, all
-                  channels of equal weight), mean over stages
+  discriminator   a logit for each patch of 8 x 8 pixels of each frame (arXiv:1611.07004 sec. 3.2.2). It is
+                  causal in time like the VAE, so that clips and images go through the same weights. The hinge
+                  loss is in train_vae.py.
+  perceptual      distance of unit-length VGG16 features after each stage's last ReLU before pooling
+                  (arXiv:1801.03924 eq. 1, all channels of equal weight), mean over stages
 """
 
 import flax.linen as nn
@@ -15,14 +16,15 @@ from sora_jax.models.causal_conv import plane_conv
 from sora_jax.models.vae_blocks import Conv, Norm, by_rows
 
 WIDTHS = (32, 64, 128)
-# torchvision's vgg16: index in `features` of each convolution, by stage
+# Index in `features` of torchvision's vgg16 of each convolution, by stage.
 VGG_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 VGG_WIDTHS = (64, 128, 256, 512, 512)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)      # of RGB in [0, 1], as torchvision trained it
+# Of RGB in [0, 1], as torchvision trained it.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Discriminator(nn.Module):
-  """Video [B, T, H, W, 3] in [-1, 1] -> logits [B, T, H/8, W/8]: positive says real."""
+  """Video [B, T, H, W, 3] in [-1, 1] -> logits [B, T, H/8, W/8]; positive means real."""
   layout: Layout | None = None
 
   @nn.compact
@@ -35,25 +37,34 @@ class Discriminator(nn.Module):
 
 
 def vgg_features(weights, video_BTHWC):
-  """Video in [-1, 1] -> list of VGG16 features [B, T, h, w, C] of five stages. Stages that the picture is too small for are left out.
+  """Video in [-1, 1] -> list of VGG16 features [B, T, h, w, C] of five stages.
+
+  Stages for which the frame is too small are left out.
 
   weights: {"features.N.weight": (height, width, in, out), "features.N.bias": (out,)}.
   """
   x = ((video_BTHWC + 1) / 2 - jnp.asarray(IMAGENET_MEAN)) / jnp.asarray(IMAGENET_STD)
-  found = []
+  features = []
   for i, stage in enumerate(VGG_STAGES):
     if i:
       if min(x.shape[2:4]) < 2:
         break
-      x = nn.max_pool(x.reshape(-1, *x.shape[2:]), (2, 2), (2, 2)).reshape(*x.shape[:2], x.shape[2] // 2, x.shape[3] // 2, -1)
+      B, T, H, W, C = x.shape
+      x = nn.max_pool(x.reshape(-1, H, W, C), (2, 2), (2, 2)).reshape(B, T, H // 2, W // 2, C)
     for n in stage:
       x = nn.relu(plane_conv(x, weights[f"features.{n}.weight"]) + weights[f"features.{n}.bias"])
-    found.append(x)
-  return found
+    features.append(x)
+  return features
 
 
 def perceptual_distance(weights, a_BTHWC, b_BTHWC):
-  """Mean over stages and places of the squared distance of unit-length features. -> scalar"""
-  unit = lambda x: x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-10)  # noqa: E731
-  pairs = zip(vgg_features(weights, a_BTHWC), vgg_features(weights, b_BTHWC), strict=True)
-  return jnp.mean(jnp.stack([jnp.mean(jnp.sum((unit(a) - unit(b)) ** 2, -1)) for a, b in pairs]))
+  """Squared distance of unit-length features, mean over stages and positions. -> scalar"""
+  distances = []
+  for a, b in zip(vgg_features(weights, a_BTHWC), vgg_features(weights, b_BTHWC), strict=True):
+    distances.append(jnp.mean(jnp.sum((_unit(a) - _unit(b)) ** 2, -1)))
+  return jnp.mean(jnp.stack(distances))
+
+
+def _unit(x):
+  """Vectors along the last axis, scaled to unit length."""
+  return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-10)

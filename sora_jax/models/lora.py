@@ -1,8 +1,11 @@
-"""Low-rank adaptation of a DiT's linear layers (Hu et al., LoRA, arXiv:2106.09685): W + (alpha / rank) A B, with A and B trained, W frozen.
+"""Low-rank adaptation of a DiT's linear layers (Hu et al., LoRA, arXiv:2106.09685).
 
-Adapters are a tree like the DiT's weights, holding at each adapted weight {"a": [layers, inputs..., rank], "b": [layers, rank, outputs...]}.
-Each layer adds its product to its weight where it uses it (models/dit.py), so that no second copy of all weights is ever there.
-Layers have the names of diffusers, which PEFT's `target_modules` match by their ends.
+  W + (alpha / rank) A B        A and B are trained, W is frozen
+
+Adapters are a tree like that of the DiT's weights. At each adapted weight it holds {"a": [layers, inputs...,
+rank], "b": [layers, rank, outputs...]}. Each layer adds the delta weight where it uses the weight
+(models/dit.py), so that there is never a second copy of all weights. Layers have the names of diffusers,
+which PEFT's `target_modules` match by suffix.
 """
 
 import dataclasses
@@ -13,9 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Their linear layer in a block: (our weight, how many of its axes are inputs).
+# Linear layer of a block in diffusers: (our weight, how many of its axes are inputs).
 LINEARS = {
-  **{f"{theirs}.to_{name[0]}": ((ours, name), 1) for theirs, ours in (("attn1", "self"), ("attn2", "cross")) for name in ("query", "key", "value")},
+  "attn1.to_q": (("self", "query"), 1),
+  "attn1.to_k": (("self", "key"), 1),
+  "attn1.to_v": (("self", "value"), 1),
+  "attn2.to_q": (("cross", "query"), 1),
+  "attn2.to_k": (("cross", "key"), 1),
+  "attn2.to_v": (("cross", "value"), 1),
   "attn1.to_out.0": (("self", "out"), 2),
   "attn2.to_out.0": (("cross", "out"), 2),
   "ffn.net.0.proj": (("mlp", "in"), 1),
@@ -25,7 +33,10 @@ LINEARS = {
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-  """rank; alpha, which scales by alpha / rank; targets: ends of names in LINEARS. Raises ValueError for what cannot be."""
+  """Which layers are adapted, and how. Raises ValueError for values out of range and unknown targets.
+
+  alpha: the delta weight is scaled by alpha / rank. targets: suffixes of names in LINEARS.
+  """
 
   rank: int
   alpha: float
@@ -37,14 +48,17 @@ class LoRAConfig:
       raise ValueError(f"LoRA needs rank >= 1 and alpha > 0, not rank {self.rank}, alpha {self.alpha}")
     wrong = [target for target in self.targets if not any(_ends(name, target) for name in LINEARS)]
     if wrong or not self.targets:
-      raise ValueError(f"LoRA targets {wrong or '()'}: no layer has such a name; there are {', '.join(LINEARS)}, or their ends")
+      raise ValueError(
+        f"LoRA targets {wrong or '()'}: no layer has such a name; known: {', '.join(LINEARS)}, "
+        "or suffixes of these"
+      )
 
   @property
   def scale(self):
     return self.alpha / self.rank
 
   def layers(self):
-    """[(their name, our path in a block, input axes)] of what is adapted."""
+    """[(name in diffusers, our path in a block, number of input axes)] of the adapted layers."""
     return [(name, *LINEARS[name]) for name in LINEARS if any(_ends(name, target) for target in self.targets)]
 
 
@@ -53,13 +67,18 @@ def _ends(name, target):
 
 
 def init(key, cfg, boxed):
-  """Adapters for a DiT, boxed like its weights (`boxed`: as init or eval_shape(init) give them). A is random, B zero: nothing changes yet."""
+  """Initial adapters for a DiT, boxed like its weights. A is random and B zero: the delta weights are zero.
+
+  boxed: the DiT's weights as init or eval_shape(init) return them.
+  """
   adapters = {}
   for i, (_, (part, name), inputs) in enumerate(cfg.layers()):
     box = boxed["blocks"][part][name]
     shape, axes = box.value.shape, box.names
     fan_in = math.prod(shape[1 : 1 + inputs])
-    a = jax.random.uniform(jax.random.fold_in(key, i), (*shape[: 1 + inputs], cfg.rank), minval=-1, maxval=1) * fan_in**-0.5  # as PEFT draws it
+    a_shape = (*shape[: 1 + inputs], cfg.rank)
+    a = jax.random.uniform(jax.random.fold_in(key, i), a_shape, minval=-1, maxval=1)
+    a = a * fan_in**-0.5  # as in PEFT
     b = jnp.zeros((shape[0], cfg.rank, *shape[1 + inputs :]))
     pair = {
       "a": nn.LogicallyPartitioned(a, (*axes[: 1 + inputs], None)),
@@ -69,13 +88,13 @@ def init(key, cfg, boxed):
   return {"blocks": adapters}
 
 
-def change(pair, scale):
-  """{"a", "b"} of one layer -> what is added to its weight, float32."""
+def delta_weight(pair, scale):
+  """{"a", "b"} of one layer -> the delta weight, float32, to be added to its weight."""
   return scale * jnp.tensordot(pair["a"], pair["b"], 1)
 
 
 class Merged:
-  """A weight with its adapter added when it is looked at, a layer at a time; numpy takes it for an array."""
+  """An array-like of a weight with its adapter added, computed one layer at a time when it is indexed."""
 
   def __init__(self, weight, pair, scale):
     self._weight, self._pair, self._scale = weight, pair, scale
@@ -83,7 +102,8 @@ class Merged:
 
   def __getitem__(self, i):
     weight = np.asarray(self._weight[i])
-    return (weight + np.asarray(change({name: np.asarray(value[i]) for name, value in self._pair.items()}, self._scale))).astype(weight.dtype)
+    pair = {name: np.asarray(value[i]) for name, value in self._pair.items()}
+    return (weight + np.asarray(delta_weight(pair, self._scale))).astype(weight.dtype)
 
   def __array__(self, dtype=None, copy=None):
     return np.stack([self[i] for i in range(len(self._weight))]).astype(dtype or self.dtype)
@@ -93,12 +113,20 @@ class Merged:
 
 
 def merge(params, adapters, scale, lazy=False):
-  """Weights of a DiT with adapters added for good, in the dtype they had; leaves that have none are as they were. lazy: as `Merged`."""
+  """Weights of a DiT with their adapters added, in the dtype that they had.
+
+  Leaves without an adapter are returned as they are. lazy: merged leaves are `Merged`.
+  """
 
   def add(weight, pair):
-    return jax.lax.map(lambda layer: (layer[0] + change(layer[1], scale)).astype(weight.dtype), (weight, pair))
+    def add_layer(layer):
+      weight, pair = layer
+      return (weight + delta_weight(pair, scale)).astype(weight.dtype)
 
-  merged = dict(params, blocks={name: dict(part) if isinstance(part, dict) else part for name, part in params["blocks"].items()})
+    return jax.lax.map(add_layer, (weight, pair))
+
+  blocks = {name: dict(part) if isinstance(part, dict) else part for name, part in params["blocks"].items()}
+  merged = dict(params, blocks=blocks)
   for part, names in adapters["blocks"].items():
     for name, pair in names.items():
       weight = merged["blocks"][part][name]

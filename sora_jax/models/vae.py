@@ -1,16 +1,18 @@
-"""The video VAE: causal in time, an image is a video of one frame. Architecture of the public Wan VAEs, so that their weights load.
+"""The video VAE. It is causal in time, and an image is a video of one frame.
 
   video [B, 1 + 4n, H, W, 3] in [-1, 1]  <->  latents [B, 1 + n, H / s, W / s, z]
 
-The first frame has a latent frame of its own; then four frames share one. Later frames never change earlier latents. Two kinds, by one
-config: the plain one (Wan 2.1: 4 x 8 x 8, 16 channels; arXiv:2503.20314 sec. 4.1) and the residual one with shortcuts past each
-resampling, on patches of pixels (Wan 2.2: 4 x 16 x 16, 48 channels). `SIZES` holds both, and our own, which may keep height and
-width between levels, and have a linear codec beside the convolutions (`fit_linear`).
+The first frame has its own latent frame; after it, four frames share one. Later frames never change earlier
+latents. The architecture is that of the public Wan VAEs, so that their weights load. One config describes two
+kinds: the plain one (Wan 2.1: 4 x 8 x 8, 16 channels; arXiv:2503.20314 sec. 4.1) and the residual one, which
+has shortcuts past each resampling and takes patches of pixels (Wan 2.2: 4 x 16 x 16, 48 channels). `SIZES`
+holds both, and our own. Ours may keep height and width between levels, and have a linear codec beside the
+convolutions (`fit_linear`).
 
-Latents of `encode` and `decode` are as the network has them; records and the DiT use `normalise(latents, cfg)`, of mean 0 and standard
-deviation 1 in each channel over a corpus.
+`encode` and `decode` use raw latents, as the network computes them. Records and the DiT use
+`normalise(latents, cfg)`, which has mean 0 and standard deviation 1 in each channel over a corpus.
 
-Everything is computed in the dtype of the array that is given (norms and softmax in float32).
+Everything is computed in the dtype of the input array (norms and softmax in float32).
 """
 
 import dataclasses
@@ -25,26 +27,29 @@ import numpy as np
 from sora_jax.layout import Layout, unbox
 from sora_jax.models.vae_blocks import Conv, Decoder, Encoder, LinearCodec, by_rows, corner, to_blocks
 
-LOGVAR_RANGE = (-30.0, 20.0)      # as the public ones clip it
-COMMON = (480, 720, 1088, 1920)   # sides of most videos: a canvas of their own
+LOGVAR_RANGE = (-30.0, 20.0)  # as in the public VAEs
+COMMON = (480, 720, 1088, 1920)  # sides of most videos; each is a canvas side
 
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-  """Widths and strides. Level i of the encoder is base_dim * dim_mult[i] wide; between levels height and width halve, and the frames
-  too where temporal_downsample[i]; where spatial_downsample[i] is False, height and width stay. The decoder mirrors it from
-  decoder_base_dim (None: base_dim). Before all, patch_size x patch_size pixels become channels. The mean and standard deviation of
-  latents default to 0 and 1."""
+  """Widths and strides of a VAE. Raises ValueError where they do not fit together.
+
+  Level i of the encoder is base_dim * dim_mult[i] wide. Between levels i and i + 1, height and width halve
+  where spatial_downsample[i] is True, and the number of frames halves where temporal_downsample[i] is True.
+  The decoder mirrors the encoder, with decoder_base_dim (None: base_dim). The first operation turns
+  patch_size x patch_size pixels into channels. The mean and standard deviation of latents default to 0 and 1.
+  """
   base_dim: int = 96
   decoder_base_dim: int | None = None
   z_dim: int = 16
   dim_mult: tuple[int, ...] = (1, 2, 4, 4)
   num_res_blocks: int = 2
   temporal_downsample: tuple[bool, ...] = (False, True, True)
-  spatial_downsample: tuple[bool, ...] = ()      # (): between all levels, as the public ones
+  spatial_downsample: tuple[bool, ...] = ()  # (): between all levels, as in the public VAEs
   is_residual: bool = False
   patch_size: int = 1
-  linear: bool = False             # with a LinearCodec beside the convolutions
+  linear: bool = False  # whether there is a LinearCodec beside the convolutions
   latents_mean: tuple[float, ...] = ()
   latents_std: tuple[float, ...] = ()
 
@@ -57,15 +62,19 @@ class VAEConfig:
     put("latents_std", tuple(self.latents_std) or (1.0,) * self.z_dim)
     for name in ("temporal_downsample", "spatial_downsample"):
       if len(getattr(self, name)) != len(self.dim_mult) - 1:
-        raise ValueError(f"VAEConfig: {name} has {len(getattr(self, name))} entries; {len(self.dim_mult) - 1} lie between the "
-                         f"{len(self.dim_mult)} levels of dim_mult")
+        raise ValueError(
+          f"VAEConfig: {name} has {len(getattr(self, name))} entries; it needs {len(self.dim_mult) - 1}, one "
+          f"between each two of the {len(self.dim_mult)} levels of dim_mult"
+        )
     if len(self.latents_mean) != self.z_dim or len(self.latents_std) != self.z_dim:
-      raise ValueError(f"VAEConfig: latents_mean and latents_std need {self.z_dim} values, one for each latent channel; got "
-                       f"{len(self.latents_mean)} and {len(self.latents_std)}")
+      raise ValueError(
+        f"VAEConfig: latents_mean and latents_std need {self.z_dim} values, one for each latent channel; got "
+        f"{len(self.latents_mean)} and {len(self.latents_std)}"
+      )
 
   @property
   def stride(self):
-    """(frames, rows, columns) of pixels to one latent, after the first frame."""
+    """(frames, rows, columns) of pixels that one latent stands for, after the first frame."""
     space = self.patch_size * 2 ** sum(self.spatial_downsample)
     return 2 ** sum(self.temporal_downsample), space, space
 
@@ -75,39 +84,51 @@ def _published(mean, std):
 
 
 SIZES = {
-    # Ours: convolutions at an eighth of the resolution, beside a linear codec, so that minutes on two CPU cores are enough.
-    "tiny": VAEConfig(base_dim=32, z_dim=48, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True),
-                      spatial_downsample=(False, False), is_residual=True, patch_size=8, linear=True),
-    # The public ones; latent statistics as in their config.json (Wan-AI/Wan2.1-T2V-14B-Diffusers, Wan-AI/Wan2.2-TI2V-5B-Diffusers).
-    "wan2.1": VAEConfig(**_published(
-        "-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508 .4134 -.0715 .5517 -.3632 -.1922 -.9497 .2503 -.2921",
-        "2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743 3.2687 2.1526 2.8652 1.5579 1.6382 1.1253 2.8251 1.9160")),
-    "wan2.2": VAEConfig(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, patch_size=2, **_published(
-        "-.2289 -.0052 -.1323 -.2339 -.2799 .0174 .1838 .1557 -.1382 .0542 .2813 .0891 .1570 -.0098 .0375 -.1825 "
-        "-.2246 -.1207 -.0698 .5109 .2665 -.2108 -.2158 .2502 -.2055 -.0322 .1109 .1567 -.0729 .0899 -.2799 -.1230 "
-        "-.0313 -.1649 .0117 .0723 -.2839 -.2083 -.0520 .3748 .0152 .1957 .1433 -.2944 .3573 -.0548 -.1681 -.0667",
-        ".4765 1.0364 .4514 1.1677 .5313 .4990 .4818 .5013 .8158 1.0344 .5894 1.0901 .6885 .6165 .8454 .4978 "
-        ".5759 .3523 .7135 .6804 .5833 1.4146 .8986 .5659 .7069 .5338 .4889 .4917 .4069 .4999 .6866 .4093 "
-        ".5709 .6065 .6415 .4944 .5726 1.2042 .5458 1.6887 .3971 1.0600 .3943 .5537 .5444 .4089 .7468 .7744")),
-}
+  # Ours: convolutions at an eighth of the resolution beside a linear codec. They train in minutes on two CPU
+  # cores.
+  "tiny": VAEConfig(
+    base_dim=32, z_dim=48, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True),
+    spatial_downsample=(False, False), is_residual=True, patch_size=8, linear=True,
+  ),
+  # The public VAEs. Latent statistics are those of their config.json (Wan-AI/Wan2.1-T2V-14B-Diffusers,
+  # Wan-AI/Wan2.2-TI2V-5B-Diffusers).
+  "wan2.1": VAEConfig(**_published(
+    "-.7571 -.7089 -.9113 .1075 -.1745 .9653 -.1517 1.5508 .4134 -.0715 .5517 -.3632 -.1922 -.9497 .2503 "
+    "-.2921",
+    "2.8184 1.4541 2.3275 2.6558 1.2196 1.7708 2.6052 2.0743 3.2687 2.1526 2.8652 1.5579 1.6382 1.1253 "
+    "2.8251 1.9160",
+  )),
+  "wan2.2": VAEConfig(base_dim=160, decoder_base_dim=256, z_dim=48, is_residual=True, patch_size=2,
+    **_published(
+      "-.2289 -.0052 -.1323 -.2339 -.2799 .0174 .1838 .1557 -.1382 .0542 .2813 .0891 "
+      ".1570 -.0098 .0375 -.1825 -.2246 -.1207 -.0698 .5109 .2665 -.2108 -.2158 .2502 "
+      "-.2055 -.0322 .1109 .1567 -.0729 .0899 -.2799 -.1230 -.0313 -.1649 .0117 .0723 "
+      "-.2839 -.2083 -.0520 .3748 .0152 .1957 .1433 -.2944 .3573 -.0548 -.1681 -.0667",
+      ".4765 1.0364 .4514 1.1677 .5313 .4990 .4818 .5013 .8158 1.0344 .5894 1.0901 "
+      ".6885 .6165 .8454 .4978 .5759 .3523 .7135 .6804 .5833 1.4146 .8986 .5659 "
+      ".7069 .5338 .4889 .4917 .4069 .4999 .6866 .4093 .5709 .6065 .6415 .4944 "
+      ".5726 1.2042 .5458 1.6887 .3971 1.0600 .3943 .5537 .5444 .4089 .7468 .7744",
+    )),
+}  # fmt: skip
 
 
-ENCODER = ("encoder", "quant", "linear")        # the weights that latents depend on
+ENCODER = ("encoder", "quant", "linear")  # the weights that latents depend on
 
 
 class VAE(nn.Module):
-  """The network. Use `encode`, `decode` and their streaming kin below; this is for `init`, and for training (no clipping)."""
+  """The network, for `init` and for training; it does not clip. Elsewhere, use the functions below."""
   cfg: VAEConfig
   layout: Layout | None = None
 
   def setup(self):
-    cfg, kind = self.cfg, self.cfg.is_residual
+    cfg, residual = self.cfg, self.cfg.is_residual
     down = (cfg.base_dim, *(cfg.base_dim * m for m in cfg.dim_mult))
     up = (cfg.dim_mult[-1], *reversed(cfg.dim_mult))
     up = tuple((cfg.decoder_base_dim or cfg.base_dim) * m for m in up)
     times, spaces = cfg.temporal_downsample, cfg.spatial_downsample
-    self.encoder = Encoder(down, times, spaces, cfg.num_res_blocks, 2 * cfg.z_dim, kind, self.layout)
-    self.decoder = Decoder(up, times[::-1], spaces[::-1], cfg.num_res_blocks, 3 * cfg.patch_size ** 2, kind, self.layout)
+    self.encoder = Encoder(down, times, spaces, cfg.num_res_blocks, 2 * cfg.z_dim, residual, self.layout)
+    pixels = 3 * cfg.patch_size ** 2
+    self.decoder = Decoder(up, times[::-1], spaces[::-1], cfg.num_res_blocks, pixels, residual, self.layout)
     self.quant = Conv(2 * cfg.z_dim, (1, 1, 1))
     self.post_quant = Conv(cfg.z_dim, (1, 1, 1))
     self.linear = LinearCodec(cfg.stride, cfg.z_dim) if cfg.linear else None
@@ -115,7 +136,9 @@ class VAE(nn.Module):
   def encode(self, video_BTHWC, first=True, valid_B2=None):
     """A chunk of video -> (mean, log variance) of its latents. valid_B2: see `encode_chunk`."""
     patches = to_patches(by_rows(self.layout, video_BTHWC), self.cfg.patch_size)
-    inside_BHW = None if valid_B2 is None else corner(valid_B2 * (self.cfg.stride[1] // self.cfg.patch_size), *patches.shape[2:4])
+    inside_BHW = None
+    if valid_B2 is not None:
+      inside_BHW = corner(valid_B2 * (self.cfg.stride[1] // self.cfg.patch_size), *patches.shape[2:4])
     moments = self.quant(self.encoder(patches, first, inside_BHW))
     mean, logvar = jnp.split(moments, 2, -1)
     if self.cfg.linear:
@@ -133,7 +156,7 @@ class VAE(nn.Module):
 
 
 def to_patches(video_BTHWC, patch):
-  """[B, T, H, W, 3] -> [B, T, H/p, W/p, 3 p p]; channels in the order (colour, column, row) of the public VAE."""
+  """[B, T, H, W, 3] -> [B, T, H/p, W/p, 3 p p]; channel order (colour, column, row), as in the public VAE."""
   B, T, H, W, C = video_BTHWC.shape
   x = video_BTHWC.reshape(B, T, H // patch, patch, W // patch, patch, C)
   return x.transpose(0, 1, 2, 4, 6, 5, 3).reshape(B, T, H // patch, W // patch, C * patch * patch)
@@ -147,9 +170,11 @@ def from_patches(x_BTHWC, patch):
 
 
 def init(key, cfg):
-  """Random weights, plain arrays. All kernels are cut from one draw: `VAE(cfg).init` has the same law, but minutes of compilation.
+  """Random weights, as plain arrays.
 
-  Latents start with a log variance of about -6, not 0, so that they carry something before the decoder has learned to ignore them.
+  All kernels are cut from one draw: `VAE(cfg).init` has the same distribution, but takes minutes to compile.
+  Latents start with a log variance of about -6, not 0, so that they carry information before the decoder has
+  learned to ignore them.
   """
   video = jax.ShapeDtypeStruct((1, 1, *cfg.stride[1:], 3), jnp.float32)
   shapes = unbox(jax.eval_shape(VAE(cfg).init, key, video))["params"]
@@ -160,36 +185,42 @@ def init(key, cfg):
   def weight(path, leaf, stop):
     if path[-1].key != "kernel":
       return jnp.full(leaf.shape, 1.0 if path[-1].key == "scale" else 0.0, jnp.float32)
-    return draw[stop - leaf.size:stop].reshape(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5     # as KERNEL: 1 / fan in
+    # Variance 1 / fan in, as KERNEL.
+    return draw[stop - leaf.size:stop].reshape(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5
+
   params = tree.unflatten(weight(path, leaf, stop) for (path, leaf), stop in zip(leaves, stops, strict=True))
   params["quant"]["bias"] = params["quant"]["bias"].at[cfg.z_dim:].set(-6.0)
   return params
 
 
 def fit_linear(params, cfg, video_BTHWC):
-  """params with a LinearCodec of the principal components of a video's blocks, and convolutions that add nothing to it yet.
+  """params with a LinearCodec that holds the principal components of a video's blocks.
 
-  The components are turned so that all latent channels have the same power, 1 on the mean, and no component is scaled: distances
-  between latents are those between pixels. Were each component scaled to 1 instead, the DiT would spend itself on what nobody sees.
+  The last convolutions become zero, so that they add nothing to it yet.
+  The components are rotated so that all latent channels have the same power, 1 on average. No component is
+  scaled by itself, so distances between latents are proportional to those between pixels. If each component
+  were scaled to power 1 instead, the DiT would spend its capacity on details that nobody sees.
   """
   blocks_NP = np.asarray(to_blocks(video_BTHWC, cfg.stride, True), np.float64).reshape(-1, 3 * math.prod(cfg.stride))
   mean_P = blocks_NP.mean(0)
   power, basis = np.linalg.eigh(np.cov((blocks_NP - mean_P).T))
   power, basis = np.maximum(power[::-1][:cfg.z_dim], 1e-6), basis[:, ::-1][:, :cfg.z_dim]
-  turned, scale = basis @ equal_power(power), np.sqrt(power.mean())
-  linear = {"mean": mean_P, "encode": turned / scale, "decode": (turned * scale).T}
-  quiet = jax.tree.map(lambda x: x, params)                 # new dicts, the same leaves
-  quiet["linear"] = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), linear)
-  for part in (quiet["quant"], quiet["decoder"]["conv_out"]):
+  rotated, scale = basis @ equal_power(power), np.sqrt(power.mean())
+  linear = {"mean": mean_P, "encode": rotated / scale, "decode": (rotated * scale).T}
+  params = jax.tree.map(lambda x: x, params)  # new dicts, the same leaves
+  params["linear"] = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), linear)
+  for part in (params["quant"], params["decoder"]["conv_out"]):
     part["kernel"] = jnp.zeros_like(part["kernel"])
-  return quiet
+  return params
 
 
 def equal_power(power):
-  """Powers of n uncorrelated numbers -> orthogonal [n, n] that turns them into n of equal power (Schur 1923, Horn 1954).
+  """Rotation that gives n uncorrelated variables equal power (Schur 1923, Horn 1954).
 
-  One plane after another: of the largest and the smallest power left, the first is made the mean."""
-  covariance, turn, mean = np.diag(power), np.eye(len(power)), np.mean(power)
+  power: their variances, [n]. -> orthogonal [n, n]. Planes are rotated one after another: each is that of the
+  largest and the smallest power left, and the first of the two becomes the mean.
+  """
+  covariance, rotation, mean = np.diag(power), np.eye(len(power)), np.mean(power)
   for _ in range(len(power) - 1):
     i, j = np.argmax(np.diag(covariance)), np.argmin(np.diag(covariance))
     a, b, c = covariance[i, i] - mean, covariance[j, j] - mean, covariance[i, j]
@@ -198,15 +229,16 @@ def equal_power(power):
     angle = np.arctan((-c - np.sqrt(c * c - a * b)) / b)     # a cos^2 + b sin^2 + 2 c sin cos = 0
     plane = np.eye(len(power))
     plane[[i, j, i, j], [i, j, j, i]] = np.cos(angle), np.cos(angle), -np.sin(angle), np.sin(angle)
-    covariance, turn = plane.T @ covariance @ plane, turn @ plane
-  return turn
+    covariance, rotation = plane.T @ covariance @ plane, rotation @ plane
+  return rotation
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layout"))
 def encode(params, video_BTHWC, cfg, layout=None):
-  """Whole video [B, 1 + 4n, H, W, 3] in [-1, 1] -> (mean, log variance), each [B, 1 + n, h, w, z], of raw latents.
+  """Whole video [B, 1 + 4n, H, W, 3] in [-1, 1] -> mean and log variance of raw latents, [B, 1 + n, h, w, z].
 
-  ValueError where the frames are not 1 + 4n, or the stride does not divide height and width: the caller crops, pads or repeats.
+  Raises ValueError where the frames are not 1 + 4n, or the stride does not divide height and width: the
+  caller crops, pads or repeats.
   """
   check_size(video_BTHWC.shape, cfg, first=True)
   return VAE(cfg, layout).apply({"params": params}, video_BTHWC, method="encode")
@@ -222,9 +254,10 @@ def decode(params, latents_BTHWC, cfg, layout=None):
 def encode_chunk(params, stream, video_BTHWC, cfg, layout=None, *, first, valid=None):
   """One chunk of a video, 1 + 4n frames if `first` (stream None), else 4n -> (stream, mean, log variance).
 
-  valid: int32 [B, 2], how many rows and columns of latents are of each video, the same for all its chunks; the frames stand in the
-  top-left corner of a `canvas`, and whatever is outside changes no latent inside (None: all is of the video). It is data: one
-  compilation serves all sizes on a canvas.
+  valid: int32 [B, 2], the numbers of rows and columns of latents that belong to each video; the same for all
+  its chunks. The frames stand in the top-left corner of a `canvas`, and pixels outside change no latent
+  inside. None: the video fills the canvas. `valid` is an array, so one compilation serves all sizes on a
+  canvas.
   """
   check_size(video_BTHWC.shape, cfg, first)
   (mean, logvar), stream = _run(params, stream, video_BTHWC, cfg, layout, first, "encode", valid_B2=valid)
@@ -238,18 +271,18 @@ def decode_chunk(params, stream, latents_BTHWC, cfg, layout=None, *, first):
   return stream, jnp.clip(video, -1, 1)
 
 
-def _run(params, stream, x, cfg, layout, first, method, **more):
+def _run(params, stream, x, cfg, layout, first, method, **kwargs):
   variables = {"params": params} if first else {"params": params, "stream": stream}
-  out, kept = VAE(cfg, layout).apply(variables, x, first=first, method=method, mutable=["stream"], **more)
-  return out, kept["stream"]
+  out, updated = VAE(cfg, layout).apply(variables, x, first=first, method=method, mutable=["stream"], **kwargs)
+  return out, updated["stream"]
 
 
 def encode_stream(params, chunks, cfg, layout=None, valid=None):
-  """Encode a video of any length in constant memory: yields the mean [B, 1, h, w, z] of each latent frame.
+  """Encodes a video of any length in constant memory: yields the mean [B, 1, h, w, z] of each latent frame.
 
-  chunks: iterable of frames [B, t, H, W, 3] in [-1, 1], t as it comes; taken one frame, then four at a time, so that there are two
-  compilations for a size; or for a canvas, by `valid`, as `encode_chunk` takes it. ValueError at the end when the frames were not 1 + 4n
-  in all: what is left over is never dropped in silence.
+  chunks: iterable of frames [B, t, H, W, 3] in [-1, 1], of any t. One frame is encoded, then four at a time,
+  so that there are two compilations for a size, or with `valid` (see `encode_chunk`) for a canvas. Raises
+  ValueError at the end where the frames were not 1 + 4n in all: frames left over are never dropped silently.
   """
   stream = None
   for video in regroup(chunks, 1, cfg.stride[0]):
@@ -258,9 +291,10 @@ def encode_stream(params, chunks, cfg, layout=None, valid=None):
 
 
 def decode_stream(params, chunks, cfg, layout=None):
-  """Decode latents of any length in constant memory: yields [B, 1, H, W, 3], then [B, 4, H, W, 3] for each latent frame.
+  """Decodes latents of any length in constant memory.
 
-  chunks: iterable of raw latents [B, n, h, w, z], n as it comes.
+  Yields [B, 1, H, W, 3] for the first latent frame, then [B, 4, H, W, 3] for each other.
+  chunks: iterable of raw latents [B, n, h, w, z], of any n.
   """
   stream = None
   for latents in regroup(chunks, 1, 1):
@@ -269,7 +303,10 @@ def decode_stream(params, chunks, cfg, layout=None):
 
 
 def regroup(chunks, head, step):
-  """Arrays [B, any, ...] -> the same frames as [B, head, ...], then [B, step, ...]. ValueError when some are left over."""
+  """Arrays [B, any, ...] -> the same frames as [B, head, ...], then [B, step, ...].
+
+  Raises ValueError where frames are left over.
+  """
   want, held = head, None
   for chunk in chunks:
     held = chunk if held is None or held.shape[1] == 0 else np.concatenate([held, chunk], 1)
@@ -281,31 +318,39 @@ def regroup(chunks, head, step):
 
 
 def check_size(shape, cfg, first):
-  """ValueError unless a chunk of video of this shape fits the strides."""
+  """Raises ValueError unless the strides divide a chunk of video of this shape."""
   frames, height, width = shape[1:4]
   t, h, w = cfg.stride
   if (frames - first) % t or frames < 1 or height % h or width % w or not height or not width:
-    raise ValueError(f"video: {frames} frames of {height} x {width}; this VAE takes {'1 + ' if first else ''}{t} n frames, height a "
-                     f"multiple of {h}, width of {w}; crop or pad it first")
+    head = "1 + " if first else ""
+    raise ValueError(
+      f"video: {frames} frames of {height} x {width}; this VAE takes {head}{t} n frames, height a multiple "
+      f"of {h}, width of {w}; crop or pad it first"
+    )
 
 
 def canvas(height, width, stride):
-  """Size in pixels of a clip, multiples of the stride (t, y, x) -> (H, W), the canvas that it is encoded on: of few sizes.
+  """Size of a clip in pixels, multiples of the stride (t, y, x) -> (H, W) of the canvas for its encoding.
 
-  A side is a multiple of 16 up to 128, of 32 up to 256, of 64 up to 512 and so on, or one of COMMON; then the stride divides it. Up to
-  2048 pixels there are 28 sides: 784 canvases at most, where a stride of 8 allows 65,536 sizes, and four more sides with each doubling.
-  Sizes drawn uniformly up to 2048 have 13 % more area on their canvases (videos of 480, 720 and 1080 rows: 6, 0 and 1 %). A canvas
+  There are few canvases. A side is a multiple of 16 up to 128, of 32 up to 256, of 64 up to 512 and so on, or
+  one of COMMON, rounded up to a multiple of the stride. Up to 2048 pixels there are 28 sides, so at most 784
+  canvases, where a stride of 8 allows 65,536 sizes. Each doubling adds four sides. Sizes drawn uniformly up
+  to 2048 have 13 % more area on their canvases (videos of 480, 720 and 1080 rows: 6, 0 and 1 %). A canvas
   takes two compilations, one for first frames and one for later chunks, for each number of rows in a batch.
   """
   def side(pixels, multiple):
     step = 1 << max((pixels - 1).bit_length() - 3, 4)
-    best = min([-(-pixels // step) * step, *(common for common in COMMON if common >= pixels)])
+    rounded = -(-pixels // step) * step
+    best = min([rounded, *(common for common in COMMON if common >= pixels)])
     return -(-best // multiple) * multiple
   return side(height, stride[1]), side(width, stride[2])
 
 
 def normalise(latents_BTHWC, cfg):
-  """Raw latents -> mean 0, standard deviation 1 in each channel, by the config's statistics. numpy or jnp."""
+  """Raw latents -> latents of mean 0 and standard deviation 1 in each channel, by the config's statistics.
+
+  Takes numpy or jax arrays.
+  """
   dtype = latents_BTHWC.dtype
   return (latents_BTHWC - np.asarray(cfg.latents_mean, dtype)) / np.asarray(cfg.latents_std, dtype)
 
@@ -317,14 +362,14 @@ def denormalise(latents_BTHWC, cfg):
 
 
 def config_to_dict(cfg, size=None):
-  """What stands in `W/vae/config.json`."""
+  """The content of `W/vae/config.json`."""
   return {"format_version": 1, "kind": "wan", "size": size, **dataclasses.asdict(cfg)}
 
 
 def config_from_dict(fields):
-  """The inverse of `config_to_dict`; ValueError for a later format or fields that are not known."""
-  about = ("kind", "size", "made_from", "weights_crc32")      # not of its shape
-  fields = {name: value for name, value in fields.items() if name not in about}
+  """The inverse of `config_to_dict`. Raises ValueError for a later format or unknown fields."""
+  provenance = ("kind", "size", "made_from", "weights_crc32")  # these do not describe the shape
+  fields = {name: value for name, value in fields.items() if name not in provenance}
   if fields.pop("format_version", 1) != 1:
     raise ValueError("vae/config.json: format_version is not 1; it was written by a later version of this program")
   known = {field.name for field in dataclasses.fields(VAEConfig)}

@@ -1,20 +1,22 @@
-"""The parts of the video VAE: causal convolutions with a memory, resampling in space and time, residual blocks.
+"""Layers of the video VAE: causal convolutions with a memory, resampling in space and time, residual blocks.
 
-Time runs one way. A video goes in as chunks; the first holds 1 + s n frames, later ones s n (s: the temporal stride; after each
-temporal down-sampling 1 + n, then n). Each layer that looks back keeps the last frames of its input in the linen collection
-"stream", when the caller makes that mutable, and finds them there when the next chunk comes (`first=False`). A whole video is one
-first chunk: the same sums as the same video in pieces, with no loop over pieces.
+Layers are causal in time. A video is processed in chunks. The first chunk holds 1 + s n frames, later chunks
+s n (s: the temporal stride; after each temporal down-sampling 1 + n, then n). A layer that reads earlier
+frames stores the last frames of its input in the linen collection "stream", if the caller makes that mutable,
+and reads them there for the next chunk (`first=False`). A whole video is a single first chunk. It gives the
+same sums as the video in several chunks, without a loop over chunks.
 
-What happens at the first frame follows the public Wan VAEs (arXiv:2503.20314 sec. 4.1; diffusers `AutoencoderKLWan`), for their
-weights are to load here:
+The first frame is treated as in the public Wan VAEs (arXiv:2503.20314 sec. 4.1; diffusers
+`AutoencoderKLWan`), so that their weights load here:
   convolution       zeros before the first frame
   down-sampling     frame 0 passes through; frame k sees 2k-2, 2k-1, 2k
   up-sampling       frame 0 passes through, once; frame 1 sees zeros before it, not frame 0
-  shortcuts         averages are padded in front; repeats of frame 0 lose all but the last
+  shortcuts         averages are padded in front; of the repeats of frame 0 only the last is kept
 
-A frame may stand in the top-left corner of a larger canvas, and what is outside changes nothing: `inside_BHW` says which pixels are
-of the frame, at the resolution of the input (None: all). Convolutions in space see zeros outside it, as they do past an edge, and
-attention does not look there; all else works by pixel, or by blocks that are inside or outside as a whole.
+A frame may stand in the top-left corner of a larger canvas. Pixels outside the frame then change nothing
+inside it. `inside_BHW` is True for the pixels of the frame, at the resolution of the input (None: all).
+Spatial convolutions see zeros outside it, as they do past an edge, and attention masks those pixels. All
+other layers work on single pixels, or on blocks that are wholly inside or wholly outside.
 
 Weights are (time, height, width, in, out). Arrays are BTHWC.
 """
@@ -29,57 +31,75 @@ from sora_jax.layout import Layout, param
 from sora_jax.models.causal_conv import SAME, causal_conv, in_front, plane_conv
 
 KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-ATTENTION_SCORES = 2 ** 24        # held at once; above that, frame by frame in blocks of queries
-LARGE = 2 ** 20                   # values of a layer's input above which the frames of a later chunk pass through it one by one
-HIDDEN = -1e30                    # a score of nothing; finite, so that a frame with no pixel inside gives no NaN
+ATTENTION_SCORES = 2 ** 24  # most scores in memory at once; above that, frame by frame in blocks of queries
+# If a layer's input has more values than this, the frames of a later chunk pass through the layer one by one.
+LARGE = 2 ** 20
+MASKED = -1e30  # a masked score; finite, so that a frame with no pixel inside gives no NaN
 
 
 def recall(module, x_BTHWC, n, first):
-  """The n frames before this chunk (None: it is the first), and remember the last n up to its end for the next one."""
+  """Returns the n frames before this chunk (None for the first), and stores the last n for the next chunk."""
   before = None if first else module.get_variable("stream", "tail")
   if module.is_mutable_collection("stream"):
     missing = max(n - x_BTHWC.shape[1], 0)
-    joined = jnp.pad(x_BTHWC, in_front(missing)) if first else jnp.concatenate([before, x_BTHWC], 1)
+    if first:
+      joined = jnp.pad(x_BTHWC, in_front(missing))
+    else:
+      joined = jnp.concatenate([before, x_BTHWC], 1)
     module.put_variable("stream", "tail", joined[:, joined.shape[1] - n:])
   return before
 
 
 def by_frames(module, layers, x_BTHWC, first):
-  """layers(module, x, first), which keep the number of frames. The frames of later chunks, if large, pass one by one: the memory of one."""
+  """layers(module, x, first), for layers that keep the number of frames.
+
+  The frames of a later chunk, if large, pass through the layers one by one, so that memory is that of one
+  frame.
+  """
   T = x_BTHWC.shape[1]
   if first or T == 1 or not jax.core.is_constant_dim(x_BTHWC.size) or x_BTHWC.size <= LARGE:
     return layers(module, x_BTHWC, first)
-  one = lambda module, _, x_BHWC: (None, layers(module, x_BHWC[:, None], False)[:, 0])  # noqa: E731
-  return nn.scan(one, variable_broadcast="params", variable_carry="stream", in_axes=1, out_axes=1)(module, None, x_BTHWC)[1]
+
+  def one_frame(module, _, x_BHWC):
+    return None, layers(module, x_BHWC[:, None], False)[:, 0]
+
+  scan = nn.scan(one_frame, variable_broadcast="params", variable_carry="stream", in_axes=1, out_axes=1)
+  return scan(module, None, x_BTHWC)[1]
 
 
 def corner(valid_B2, height, width):
-  """[B, height, width] bool: True in the first valid_B2 rows and columns of each."""
+  """[B, height, width] bool: True in the first valid_B2 rows and columns of each frame."""
   rows_BH, columns_BW = jnp.arange(height) < valid_B2[:, :1], jnp.arange(width) < valid_B2[:, 1:]
   return rows_BH[:, :, None] & columns_BW[:, None]
 
 
-def cut_out(x_BTHWC, inside_BHW):
-  """x inside, zeros outside."""
+def mask_outside(x_BTHWC, inside_BHW):
+  """x with zeros outside `inside_BHW` (None: x)."""
   return x_BTHWC if inside_BHW is None else jnp.where(inside_BHW[:, None, :, :, None], x_BTHWC, 0)
 
 
 def double(x_BTHWC):
-  """Every pixel four times: nearest neighbour, twice the height and width."""
+  """Nearest-neighbour up-sampling to twice the height and width."""
   return jnp.repeat(jnp.repeat(x_BTHWC, 2, 2), 2, 3)
 
 
 def average_down(x_BTHWC, features, time, space):
-  """Shortcut past a down-sampling: pixels of a block become channels, and groups of channels their mean. [.., C] -> [.., features]."""
+  """Shortcut past a down-sampling, [..., C] -> [..., features].
+
+  The pixels of a block become channels, which are averaged in groups.
+  """
   x = jnp.pad(x_BTHWC, in_front(-x_BTHWC.shape[1] % time))
   B, T, H, W, C = x.shape
   x = x.reshape(B, T // time, time, H // space, space, W // space, space, C)
-  x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)                  # a channel's pixels stay together
+  x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6)  # the pixels of a channel are neighbours
   return x.reshape(*x.shape[:4], features, -1).mean(-1)
 
 
 def duplicate_up(x_BTHWC, features, time, space, first):
-  """Shortcut past an up-sampling: channels, repeated as needed, become the pixels of a block. The inverse layout of `average_down`."""
+  """Shortcut past an up-sampling: channels, repeated as needed, become the pixels of a block.
+
+  The layout is the inverse of `average_down`'s.
+  """
   B, T, H, W, C = x_BTHWC.shape
   x = jnp.repeat(x_BTHWC, features * time * space * space // C, -1)
   x = x.reshape(B, T, H, W, features, time, space, space).transpose(0, 1, 5, 2, 6, 3, 7, 4)
@@ -94,12 +114,17 @@ class Norm(nn.Module):
   def __call__(self, x):
     gamma = param(self, "scale", nn.initializers.ones, (x.shape[-1],), (None,))
     x32 = x.astype(jnp.float32)
-    power = jnp.maximum(jnp.mean(x32 * x32, -1, keepdims=True), 1e-24 / x.shape[-1])     # torch's normalize: eps 1e-12 on the norm
+    # As torch's normalize, with eps 1e-12 on the norm.
+    power = jnp.maximum(jnp.mean(x32 * x32, -1, keepdims=True), 1e-24 / x.shape[-1])
     return (x32 * jax.lax.rsqrt(power) * gamma).astype(x.dtype)
 
 
 class Conv(nn.Module):
-  """A convolution with bias. `size` (3, 3, 3) is causal and remembers; (3, 3) works frame by frame; all ones mixes channels."""
+  """A convolution with bias.
+
+  size: (3, 3, 3) is causal and stores frames for the next chunk; (3, 3) works frame by frame; all ones mixes
+  channels.
+  """
   features: int
   size: tuple[int, ...] = (3, 3, 3)
 
@@ -109,14 +134,14 @@ class Conv(nn.Module):
     bias = _bias(self, x_BTHWC, self.features)
     if set(self.size) == {1}:
       return x_BTHWC @ kernel.reshape(kernel.shape[-2:]) + bias
-    x_BTHWC = cut_out(x_BTHWC, inside_BHW)
+    x_BTHWC = mask_outside(x_BTHWC, inside_BHW)
     if self.size == (3, 3, 3):
       return causal_conv(recall(self, x_BTHWC, 2, first), x_BTHWC, kernel) + bias
     return plane_conv(x_BTHWC, kernel, stride, padding) + bias
 
 
 def _weight(module, name, size, x, features):
-  """A kernel (*size, in, out), in the dtype that x is computed in."""
+  """A kernel (*size, in, out), in the dtype of x."""
   axes = (*[None] * len(size), "conv_in", "conv_out")
   return param(module, name, KERNEL, (*size, x.shape[-1], features), axes).astype(x.dtype)
 
@@ -141,7 +166,10 @@ class TimeDown(nn.Module):
 
 
 class TimeUp(nn.Module):
-  """Twice the frames: 1 + n -> 1 + 2n in a first chunk, n -> 2n after it. Frame 0 is no part of the convolution's past."""
+  """Twice the frames: 1 + n -> 1 + 2n in a first chunk, n -> 2n after it.
+
+  Frame 0 passes through; the convolution does not see it.
+  """
 
   @nn.compact
   def __call__(self, x_BTHWC, first):
@@ -158,7 +186,7 @@ class TimeUp(nn.Module):
 
 
 class ResBlock(nn.Module):
-  """norm, silu, convolution, twice, beside a shortcut (1 x 1 x 1 where the width changes)."""
+  """Norm, silu and convolution, twice, plus a shortcut (1 x 1 x 1 convolution where the width changes)."""
   features: int
 
   @nn.compact
@@ -178,34 +206,36 @@ class FrameAttention(nn.Module):
     B, T, H, W, C = x_BTHWC.shape
     qkv = Conv(3 * C, (1, 1), name="qkv")(Norm(name="norm")(x_BTHWC))
     query, key, value = jnp.split(qkv.reshape(B * T, H * W, 3 * C), 3, -1)
-    seen = None if inside_BHW is None else jnp.repeat(inside_BHW.reshape(B, H * W), T, 0)
-    out = attend_in_frames(query, key, value, seen).reshape(x_BTHWC.shape)
+    mask = None if inside_BHW is None else jnp.repeat(inside_BHW.reshape(B, H * W), T, 0)
+    out = attend_in_frames(query, key, value, mask).reshape(x_BTHWC.shape)
     return x_BTHWC + Conv(C, (1, 1), name="out")(out)
 
 
-def attend_in_frames(query, key, value, seen=None):
-  """Softmax attention of [frames, pixels, C] within each frame; in blocks of queries where the scores would be large.
+def attend_in_frames(query, key, value, mask=None):
+  """Softmax attention of [frames, pixels, C] within each frame; many scores are computed in blocks of queries.
 
-  seen: [frames, pixels] bool, the keys to look at (None: all)."""
+  mask: [frames, pixels] bool, True for the keys that are attended to (None: all).
+  """
   frames, pixels, C = query.shape
 
-  def attend(query, key, value, seen):
+  def attend(query, key, value, mask):
     scores = jnp.einsum("...qc,...kc->...qk", query, key, preferred_element_type=jnp.float32) * C ** -0.5
-    if seen is not None:
-      scores = jnp.where(seen[..., None, :], scores, HIDDEN)
+    if mask is not None:
+      scores = jnp.where(mask[..., None, :], scores, MASKED)
     return jnp.einsum("...qk,...kc->...qc", jax.nn.softmax(scores).astype(value.dtype), value)
 
-  if not jax.core.is_constant_dim(frames * pixels):         # symbols, where a model is exported
-    return jax.lax.map(lambda frame: attend(*frame), (query, key, value, seen))
+  if not jax.core.is_constant_dim(frames * pixels):  # symbolic sizes, where a model is exported
+    return jax.lax.map(lambda frame: attend(*frame), (query, key, value, mask))
   if frames * pixels * pixels <= ATTENTION_SCORES:
-    return attend(query, key, value, seen)
+    return attend(query, key, value, mask)
   block = max(ATTENTION_SCORES // pixels, 1)
 
   @jax.checkpoint
   def one_frame(args):
-    query, key, value, seen = args
-    return jax.lax.map(lambda q: attend(q[None], key, value, seen)[0], query, batch_size=min(block, pixels))
-  return jax.lax.map(one_frame, (query, key, value, seen))
+    query, key, value, mask = args
+    return jax.lax.map(lambda q: attend(q[None], key, value, mask)[0], query, batch_size=min(block, pixels))
+
+  return jax.lax.map(one_frame, (query, key, value, mask))
 
 
 class Middle(nn.Module):
@@ -219,7 +249,10 @@ class Middle(nn.Module):
 
 
 class Down(nn.Module):
-  """A level of the encoder: residual blocks, then (not at the last) half the height and width, and half the frames if `time`."""
+  """A level of the encoder: residual blocks, then down-sampling.
+
+  It halves the height and width if `space`, and the frames if `time`; at the last level neither.
+  """
   features: int
   blocks: int
   space: bool
@@ -232,7 +265,8 @@ class Down(nn.Module):
       for i in range(self.blocks):
         x = ResBlock(self.features, name=f"block_{i}", parent=module)(x, first, inside_BHW)
       if self.space:
-        x = Conv(self.features, (3, 3), name="resample", parent=module)(x, first, inside_BHW, stride=2, padding=((0, 1), (0, 1)))
+        conv = Conv(self.features, (3, 3), name="resample", parent=module)
+        x = conv(x, first, inside_BHW, stride=2, padding=((0, 1), (0, 1)))
       return x
 
     x = by_frames(self, layers, x_BTHWC, first)
@@ -244,7 +278,10 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-  """A level of the decoder: residual blocks, then (not at the last) twice the frames if `time`, and twice the height and width."""
+  """A level of the decoder: residual blocks, then up-sampling.
+
+  It doubles the frames if `time`, and the height and width if `space`; at the last level neither.
+  """
   features: int
   blocks: int
   space: bool
@@ -260,7 +297,8 @@ class Up(nn.Module):
 
     def resample(module, x, first):
       del first
-      return Conv(self.features if self.residual else self.features // 2, (3, 3), name="resample", parent=module)(double(x))
+      features = self.features if self.residual else self.features // 2
+      return Conv(features, (3, 3), name="resample", parent=module)(double(x))
 
     x = by_frames(self, blocks, x_BTHWC, first)
     if self.time:
@@ -273,7 +311,7 @@ class Up(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Patches of pixels -> 2 z channels. `widths`, `times` and `spaces` are those of the levels."""
+  """Patches of pixels -> 2 z channels. `widths`, `times` and `spaces` have an entry for each level."""
   widths: tuple[int, ...]
   times: tuple[bool, ...]
   spaces: tuple[bool, ...]
@@ -312,18 +350,23 @@ class Decoder(nn.Module):
     x = Middle(name="middle")(x, first)
     last = len(self.widths) - 2
     for i, width in enumerate(self.widths[1:]):
-      x = Up(width, self.blocks, i < last and self.spaces[i], i < last and self.times[i], self.residual, name=f"up_{i}")(x, first)
+      space, time = i < last and self.spaces[i], i < last and self.times[i]
+      x = Up(width, self.blocks, space, time, self.residual, name=f"up_{i}")(x, first)
       x = by_rows(self.layout, x)
-    out = lambda module, x, first: Conv(self.features, name="conv_out", parent=module)(  # noqa: E731
-        nn.silu(Norm(name="norm_out", parent=module)(x)), first)
+
+    def out(module, x, first):
+      x = nn.silu(Norm(name="norm_out", parent=module)(x))
+      return Conv(self.features, name="conv_out", parent=module)(x, first)
+
     return by_frames(self, out, x, first)
 
 
 class LinearCodec(nn.Module):
-  """The linear part of a VAE: what the best projection of single blocks of pixels can do, so that convolutions learn the rest.
+  """The linear part of a VAE: the best projection of single blocks of pixels. Convolutions learn the rest.
 
-  Blocks of stride pixels, a first frame standing for a block of equal ones -> z numbers, and back. Not trained: `vae.fit_linear`
-  sets it to the principal components of a few clips, as other networks fix a whitening first layer.
+  It maps blocks of stride pixels to z numbers, and back; a first frame stands for a block of equal frames. It
+  is not trained: `vae.fit_linear` sets it to the principal components of a few clips, as other networks fix a
+  whitening first layer.
   """
   stride: tuple[int, int, int]
   features: int
@@ -344,21 +387,25 @@ class LinearCodec(nn.Module):
 
 
 def to_blocks(video_BTHWC, stride, first):
-  """[B, T, H, W, 3] -> [B, n, H/h, W/w, 3 t h w]; frame 0 of a first chunk counts t times."""
+  """[B, T, H, W, 3] -> [B, n, H/h, W/w, 3 t h w]; frame 0 of a first chunk is repeated t times."""
   t, h, w = stride
-  x = jnp.concatenate([jnp.repeat(video_BTHWC[:, :1], t, 1), video_BTHWC[:, 1:]], 1) if first else video_BTHWC
+  x = video_BTHWC
+  if first:
+    x = jnp.concatenate([jnp.repeat(video_BTHWC[:, :1], t, 1), video_BTHWC[:, 1:]], 1)
   B, T, H, W, C = x.shape
-  return x.reshape(B, T // t, t, H // h, h, W // w, w, C).transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(B, T // t, H // h, W // w, -1)
+  x = x.reshape(B, T // t, t, H // h, h, W // w, w, C).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+  return x.reshape(B, T // t, H // h, W // w, -1)
 
 
 def from_blocks(x_BTHWC, stride, first):
   """The inverse of `to_blocks`; frame 0 of a first chunk is the mean of its block."""
   t, h, w = stride
   B, T, H, W, C = x_BTHWC.shape
-  x = x_BTHWC.reshape(B, T, H, W, t, h, w, 3).transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(B, T * t, H * h, W * w, 3)
+  x = x_BTHWC.reshape(B, T, H, W, t, h, w, 3).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+  x = x.reshape(B, T * t, H * h, W * w, 3)
   return jnp.concatenate([x[:, :t].mean(1, keepdims=True), x[:, t:]], 1) if first else x
 
 
 def by_rows(layout, x):
-  """x, whose batch is dealt over the mesh's data and fsdp axes."""
+  """x with its batch sharded over the mesh's data and fsdp axes."""
   return x if layout is None else layout.constrain(x, "act_batch", *[None] * (x.ndim - 1))

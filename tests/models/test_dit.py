@@ -215,8 +215,8 @@ def test_a_model_that_predicts_data_gives_its_velocity(params):
   cfg = dataclasses.replace(CFG, predicts="data")
   data, sigma = np.asarray(velocity(params, ROW)), np.take_along_axis(ROW["sigma"], ROW["index"], 1)[..., None]
   found = np.asarray(jax.jit(lambda params, row: run(params, row, cfg))(params, ROW))
-  np.testing.assert_allclose(found, (ROW["tokens"] - data) / np.maximum(sigma, dit.SMALLEST), atol=1e-4)
-  at = np.broadcast_to(sigma >= dit.SMALLEST, data.shape)
+  np.testing.assert_allclose(found, (ROW["tokens"] - data) / np.maximum(sigma, dit.MIN_SIGMA), atol=1e-4)
+  at = np.broadcast_to(sigma >= dit.MIN_SIGMA, data.shape)
   np.testing.assert_allclose((ROW["tokens"] - sigma * found)[at], data[at], atol=1e-4)
   with pytest.raises(ValueError, match="predicts='noise'; known: velocity, data"):
     dataclasses.replace(CFG, predicts="noise")
