@@ -1,13 +1,16 @@
-"""PackedBatch: the one contract between data and model. Clips of any size, packed into rows of a fixed number of tokens.
+"""PackedBatch: clips of any size, packed into rows of a fixed number of tokens.
 
-Axis letters, one meaning everywhere (suffixes of array names, e.g. `query_BLNK`):
+It is the only interface of data and model.
 
-  B rows · L tokens in a row · G clips in a row · U distinct sigmas in a row · S text tokens in a row · P values in a patch,
-  in the order (pt, ph, pw, C) · Q condition channels · D model width · F mlp width · N heads · K head size · E text width ·
-  M keys attended to · C channels · T H W frames, height, width
+Axis letters, which are suffixes of array names (`query_BLNK`) and have the same meaning everywhere:
 
-A row holds several clips one after another, their segments ascending from 1; segment 0 is padding. A token sees only its own
-clip, and reads only the span of text that `prompt` names. Patch n' Pack, arXiv:2307.06304, sec. 2.
+  B rows · L tokens in a row · G clips in a row · U distinct sigmas in a row · S text tokens in a row ·
+  P values in a patch, in the order (pt, ph, pw, C) · Q condition channels · D model width · F mlp width ·
+  N heads · K head size · E text width · M keys attended to · C channels · T H W frames, height, width
+
+A row holds several clips one after another, with segments ascending from 1; segment 0 is padding. A token
+attends only to its own clip, and only to the span of text that `prompt` names. Patch n' Pack,
+arXiv:2307.06304, sec. 2.
 """
 
 import dataclasses
@@ -19,42 +22,48 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class PackedBatch:
-  """B rows of packed clips. numpy on the host, jax arrays in a step; `None` where a model takes no such input."""
-  tokens_BLP: jax.Array            # clean latent patches, normalised; float32; zeros in padding
-  coords_BL3: jax.Array            # float32 t, y, x in the patch grid, from 0 in each clip
-  segment_BL: jax.Array            # int32; 0 padding, 1..G which clip
-  given_BL: jax.Array              # bool; True: a condition, kept clean (sigma 0), no loss
-  prompt_BL: jax.Array             # int32; which span of text the token reads; 0 none
-  prompt_BS: jax.Array             # int32; which span a text token belongs to; 0 padding
-  uid_BG2: jax.Array               # uint32; the 64 bits of each clip's uid, high word first; zeros where there is no clip
-  epoch_BG: jax.Array              # int32; which pass over the data this is for the clip
-  fps_BG: jax.Array                # float32; frames a second; 0 where there is no clip
-  size_BG3: jax.Array              # int32; latent t, h, w; 0 where there is no clip
-  source_BG: jax.Array             # int32; which data source; 0 where there is no clip
-  text_BS: jax.Array | None = None       # int32 token ids, when the text encoder is trained with the DiT
-  text_BSE: jax.Array | None = None      # text embeddings otherwise
-  cond_BLQ: jax.Array | None = None      # channels joined to the tokens (Wan I2V)
+  """B rows of packed clips: numpy on the host, jax arrays in a step; None where a model takes no such input.
+
+  Arrays of clips (G) are 0 where there is no clip.
+  """
+
+  tokens_BLP: jax.Array  # float32; clean latent patches, normalised; zeros in padding
+  coords_BL3: jax.Array  # float32; t, y, x in the patch grid, from 0 in each clip
+  segment_BL: jax.Array  # int32; number of the clip, 1..G; 0 padding
+  given_BL: jax.Array  # bool; True for a condition, which stays clean (sigma 0) and has no loss
+  prompt_BL: jax.Array  # int32; number of the span of text that the token reads; 0 none
+  prompt_BS: jax.Array  # int32; number of the span that a text token belongs to; 0 padding
+  uid_BG2: jax.Array  # uint32; the 64 bits of each clip's uid, high word first
+  epoch_BG: jax.Array  # int32; number of the pass over the data, for the clip
+  fps_BG: jax.Array  # float32; frames a second
+  size_BG3: jax.Array  # int32; latent t, h, w
+  source_BG: jax.Array  # int32; number of the data source
+  text_BS: jax.Array | None = None  # int32; token ids, where the text encoder is trained with the DiT
+  text_BSE: jax.Array | None = None  # text embeddings otherwise
+  cond_BLQ: jax.Array | None = None  # channels joined to the tokens (Wan I2V)
 
 
 @dataclasses.dataclass
 class Clip:
-  """One clip before packing; n tokens."""
+  """One clip before packing, of L tokens."""
+
   tokens_LP: np.ndarray
   coords_L3: np.ndarray
-  texts: list                      # one array a prompt: int32 ids [s] or float embeddings [s, E]
+  texts: list  # one array for each prompt: int32 ids [s] or float embeddings [s, E]
   uid: int
-  size: tuple                      # latent t, h, w
+  size: tuple  # latent t, h, w
   fps: float
   epoch: int = 0
   source: int = 0
-  given_L: np.ndarray | None = None      # None: nothing is given
-  prompt_L: np.ndarray | None = None     # 1..len(texts), 0 none; None: all tokens read the first text
+  given_L: np.ndarray | None = None  # None: no token is given
+  prompt_L: np.ndarray | None = None  # 1..len(texts), 0 none; None: all tokens read the first text
   cond_LQ: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class RowShape:
-  """What one row holds at most: L tokens, G clips, S text tokens."""
+  """Capacity of a row: L tokens, G clips, S text tokens. Raises ValueError where one is below 1."""
+
   length: int
   clips: int
   text: int
@@ -65,15 +74,24 @@ class RowShape:
 
 
 def array_specs(rows, shape, width, text_width=None, cond_width=0):
-  """{name: (shape, dtype)} of the arrays of a PackedBatch of so many rows; those that a model does not take are left out.
+  """{name: (shape, dtype)} of the arrays of a PackedBatch; those that a model does not take are left out.
 
-  shape: RowShape. width: P. text_width: E; None where texts are ids. cond_width: Q.
+  rows: their number. shape: RowShape. width: P. text_width: E; None where texts are ids. cond_width: Q.
   """
   L, G, S = shape.length, shape.clips, shape.text
   specs = {
-      "tokens_BLP": ((L, width), np.float32), "coords_BL3": ((L, 3), np.float32), "segment_BL": ((L,), np.int32),
-      "given_BL": ((L,), bool), "prompt_BL": ((L,), np.int32), "prompt_BS": ((S,), np.int32), "uid_BG2": ((G, 2), np.uint32),
-      "epoch_BG": ((G,), np.int32), "fps_BG": ((G,), np.float32), "size_BG3": ((G, 3), np.int32), "source_BG": ((G,), np.int32)}
+    "tokens_BLP": ((L, width), np.float32),
+    "coords_BL3": ((L, 3), np.float32),
+    "segment_BL": ((L,), np.int32),
+    "given_BL": ((L,), bool),
+    "prompt_BL": ((L,), np.int32),
+    "prompt_BS": ((S,), np.int32),
+    "uid_BG2": ((G, 2), np.uint32),
+    "epoch_BG": ((G,), np.int32),
+    "fps_BG": ((G,), np.float32),
+    "size_BG3": ((G, 3), np.int32),
+    "source_BG": ((G,), np.int32),
+  }
   if text_width is None:
     specs["text_BS"] = ((S,), np.int32)
   else:
@@ -84,14 +102,14 @@ def array_specs(rows, shape, width, text_width=None, cond_width=0):
 
 
 def pack(rows, shape):
-  """Lists of `Clip`, one list a row -> PackedBatch of numpy arrays. An empty list is an empty row.
+  """Packs lists of `Clip`, one for each row -> PackedBatch of numpy arrays. An empty list is an empty row.
 
-  Clips keep their order. Raises ValueError where a row overflows `shape`: planning it is the caller's work (data/plan.py).
-  At least one clip must be there, to know P and the kind of text.
+  Clips keep their order. Raises ValueError where a row exceeds `shape`, which the caller plans
+  (data/plan.py), and where there is no clip at all: P and the kind of text follow from the clips.
   """
   clips = [clip for row in rows for clip in row]
   if not clips:
-    raise ValueError("a batch of no clips at all has no shape")
+    raise ValueError("pack: a batch needs at least one clip, which tells its shape")
   first, num_rows = clips[0], len(rows)
   width = first.tokens_LP.shape[-1]
   is_ids = first.texts[0].ndim == 1
@@ -106,7 +124,9 @@ def pack(rows, shape):
     for g, clip in enumerate(row):
       n, spans = len(clip.tokens_LP), sum(len(t) for t in clip.texts)
       if at + n > L or g >= G or text_at + spans > S:
-        raise ValueError(f"row {b} overflows {shape}: clip {g} brings {n} tokens to {at} and {spans} text tokens to {text_at}")
+        raise ValueError(
+          f"row {b} overflows {shape}: clip {g} adds {n} tokens to {at}, and {spans} text tokens to {text_at}"
+        )
       span = slice(at, at + n)
       batch.tokens_BLP[b, span] = clip.tokens_LP
       batch.coords_BL3[b, span] = clip.coords_L3
@@ -130,13 +150,16 @@ def pack(rows, shape):
 
 
 def image_channels(latents_THWC, channels):
-  """Latents of an image and grey frames after it -> what a model that takes its image as channels is given, [T, H, W, channels]: before the
-  latents, for each pixel frame of a latent frame whether it is given (`WanImageToVideoPipeline.prepare_latents`, diffusers 0.42.1)."""
+  """Condition channels [T, H, W, channels] of a model that takes its image as channels (Wan I2V).
+
+  latents_THWC: latents of the image and grey frames after it. The channels before them are 1 for each pixel
+  frame of a latent frame that is given, else 0 (`WanImageToVideoPipeline.prepare_latents`, diffusers 0.42.1).
+  """
   mask = np.zeros((*latents_THWC.shape[:3], channels - latents_THWC.shape[-1]), np.float32)
   mask[0] = 1.0
   return np.concatenate([mask, latents_THWC], -1)
 
 
 def fill(batch):
-  """Share of the rows' tokens that are not padding, 0 to 1."""
+  """Fraction of the rows' tokens that are not padding, 0 to 1."""
   return float(np.mean(np.asarray(batch.segment_BL) > 0))

@@ -1,8 +1,9 @@
 """Video latents <-> spacetime patches.
 
-A latent video [T, H, W, C] is cut into patches of (pt, ph, pw); a patch is one token of P = pt * ph * pw * C values, in the
-order (pt, ph, pw, C); tokens follow each other in raster order: t slowest, x fastest. Every function takes numpy or jax
-arrays and returns the same kind. Source of the idea: Sora technical report (2024), "Spacetime latent patches"; ViT, arXiv:2010.11929.
+A latent video [T, H, W, C] is cut into patches of (pt, ph, pw). A patch is one token of P = pt * ph * pw * C
+values, in the order (pt, ph, pw, C). Tokens are in raster order: t slowest, x fastest. Every function takes
+numpy or jax arrays and returns the same kind. The idea is from the Sora technical report (2024), "Spacetime
+latent patches", and ViT, arXiv:2010.11929.
 """
 
 import math
@@ -11,9 +12,9 @@ import numpy as np
 
 
 def grid(thw, patch):
-  """(T, H, W) of a latent video and (pt, ph, pw) of a patch -> (nt, ny, nx) patches along each axis.
+  """(T, H, W) of a latent video and (pt, ph, pw) of a patch -> (nt, ny, nx), the patches along each axis.
 
-  Raises ValueError where a patch does not divide the video.
+  Raises ValueError where patches do not divide the video.
   """
   if any(n % p or n < p for n, p in zip(thw, patch, strict=True)):
     raise ValueError(f"a latent video of {tuple(thw)} (t, h, w) is not a whole number of patches {tuple(patch)}")
@@ -21,13 +22,13 @@ def grid(thw, patch):
 
 
 def whole(latents_THWC, patch):
-  """The latents without those at the end, the lower and the right edge that fill no patch."""
+  """The latents that fill whole patches: the last frames, rows and columns that do not are cropped."""
   t, h, w = (n // p * p for n, p in zip(latents_THWC.shape[:3], patch, strict=True))
   return latents_THWC[:t, :h, :w]
 
 
 def token_count(thw, patch):
-  """How many tokens a latent video of (T, H, W) makes."""
+  """Number of tokens of a latent video of (T, H, W)."""
   return math.prod(grid(thw, patch))
 
 
@@ -48,12 +49,15 @@ def unpatchify(tokens_NP, thw, patch):
 
 
 def time_scale(base_fps, fps):
-  """What t is multiplied by, so that it counts frames of a video of `base_fps`, whatever a clip's own rate; None: 1."""
+  """Factor that makes t count frames at `base_fps`, whatever the clip's fps. 1 where base_fps is None."""
   return base_fps / fps if base_fps else 1.0
 
 
 def coords(grid_tyx, time_scale=1.0):
-  """(nt, ny, nx) -> [N, 3] float32: t, y, x of each token in the patch grid, in token order; t is multiplied by `time_scale`."""
+  """(nt, ny, nx) -> [N, 3] float32: t, y, x of each token in the patch grid, in token order.
+
+  t is multiplied by `time_scale`.
+  """
   nt, ny, nx = grid_tyx
   tyx_TYX3 = np.empty((nt, ny, nx, 3), np.float32)
   tyx_TYX3[..., 0] = np.arange(nt)[:, None, None]

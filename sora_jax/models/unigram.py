@@ -1,25 +1,26 @@
-"""Prompts into ids as T5's family does it (UMT5, arXiv:2304.09151), by the library `tokenizers`.
+"""Tokenization of prompts as in T5's family (UMT5, arXiv:2304.09151), by the library `tokenizers`.
 
-It is set up as `T5Tokenizer` of transformers 5.23.0 does. sentencepiece's own processor gives other ids for
-134 of the 266 golden prompts: it reads special tokens as text and falls back to bytes. With special tokens
-user-defined and no bytes it still does for 87: no word begins after a special token, one begins before it,
-and "▁" in the text is doubled.
+The library is set up as `T5Tokenizer` of transformers 5.23.0 does. sentencepiece's own processor gives
+different ids for 134 of the 266 golden prompts, because it reads special tokens as text and falls back to
+bytes. With user-defined special tokens and without bytes it still differs for 87: no word begins after a
+special token, a word begins before it, and "▁" in the text is doubled.
 """
 
 import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import models, normalizers, pre_tokenizers
 
-UNKNOWN = 2  # whatever the model says: the public vocabulary has `<s>` there and `<unk>` at 3
+UNKNOWN = 2  # regardless of the model: the public vocabulary has `<s>` there and `<unk>` at 3
 PIECE = ModelProto.SentencePiece
 ORDINARY = (PIECE.NORMAL, PIECE.BYTE)  # a piece of any other type is a special token
 
 
 def add_tokens(proto, config):
-  """Makes special what tokenizer_config.json (a dict) names of a spiece.model, and appends what it lacks.
+  """Marks the tokens of a spiece.model that tokenizer_config.json (a dict) names as special.
 
-  The order: `extra_ids` of <extra_id_N>, the highest N first, then `added_tokens_decoder`, then lists.
-  Where the config has a list, user-defined and control pieces are special only if named.
+  Missing tokens are appended in the order: `extra_ids` tokens <extra_id_N>, the highest N first;
+  `added_tokens_decoder`; the lists of special tokens. Where the config has such a list, user-defined and
+  control pieces are special only if named.
   """
   listed = []
   for name in ("additional_special_tokens", "extra_special_tokens"):
@@ -42,19 +43,19 @@ def add_tokens(proto, config):
 
 
 class Unigram:
-  """A ModelProto -> `encode`."""
+  """The tokenizer of a ModelProto of a unigram model."""
 
   def __init__(self, proto):
     model = models.Unigram([(piece.piece, piece.score) for piece in proto.pieces], unk_id=UNKNOWN)
     self._tokenizer = tokenizers.Tokenizer(model)
-    table = proto.normalizer_spec.precompiled_charsmap
-    if table:
-      self._tokenizer.normalizer = normalizers.Precompiled(table)
+    charsmap = proto.normalizer_spec.precompiled_charsmap
+    if charsmap:
+      self._tokenizer.normalizer = normalizers.Precompiled(charsmap)
     words = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
     self._tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
     special = [piece.piece for piece in proto.pieces if piece.type not in ORDINARY]
     self._tokenizer.add_special_tokens([tokenizers.AddedToken(text, normalized=False) for text in special])
 
   def encode(self, text):
-    """Text that `text.clean` has been over -> list of ids, without an end."""
+    """Text cleaned by `text.clean` -> list of ids, without EOS."""
     return self._tokenizer.encode(text).ids

@@ -212,7 +212,7 @@ class FrameAttention(nn.Module):
 
 
 def attend_in_frames(query, key, value, mask=None):
-  """Softmax attention of [frames, pixels, C] within each frame; many scores are computed in blocks of queries.
+  """Softmax attention of [frames, pixels, C] within each frame, in blocks of queries where pixels are many.
 
   mask: [frames, pixels] bool, True for the keys that are attended to (None: all).
   """

@@ -1,10 +1,10 @@
-"""The tokenizer of a public model (folder `tokenizer`) -> the one sentencepiece model that W/text holds.
+"""Converts the tokenizer of a public model (folder `tokenizer`) to the sentencepiece model in W/text.
 
-transformers 5 saves `tokenizer.json` alone, and reads it before `spiece.model` where both are there. It
-holds pieces, scores and the table of replacements, so the model follows from it, special tokens included:
-the same ids for every text, though not the same bytes as the first spiece.model (how it was trained is not
-in there). Scores come out as float32, which they were in spiece.model. The library `tokenizers` reads
-tokenizer.json, but writes no sentencepiece model.
+transformers 5 saves only `tokenizer.json`, and prefers it to `spiece.model` where both exist. It holds
+pieces, scores and the table of replacements, so the model follows from it, special tokens included. The
+result gives the same ids for every text, but is not byte-equal to the first spiece.model, since training
+settings are not stored. Scores are float32, as they were in spiece.model. The library `tokenizers` reads
+tokenizer.json, but does not write sentencepiece models.
 """
 
 import base64
@@ -21,20 +21,22 @@ from sora_jax.models import unigram
 def from_folder(path):
   """Folder with tokenizer.json or spiece.model (and tokenizer_config.json) -> bytes of a sentencepiece model.
 
-  Raises BadInput.
+  Raises BadInput where the folder has neither, or a file cannot be read.
   """
   path = pathlib.Path(path)
   if (path / "tokenizer.json").exists():
     return from_tokenizer_json(path / "tokenizer.json")
   model = path / "spiece.model"
   if not model.exists():
-    lacking = "holds neither tokenizer.json nor spiece.model"
-    raise BadInput(f"tokenizer: {path} {lacking}; give the folder `tokenizer` of a Wan model")
+    raise BadInput(
+      f"tokenizer: {path} holds neither tokenizer.json nor spiece.model; give the folder `tokenizer` of "
+      "a Wan model"
+    )
   data = model.read_bytes()
   try:
     sentencepiece.SentencePieceProcessor(model_proto=data)
   except RuntimeError as error:
-    raise BadInput(f"tokenizer: {model} is no sentencepiece model ({error}); download it again") from error
+    raise BadInput(f"tokenizer: {model} is not a sentencepiece model ({error}); download it again") from error
   proto = ModelProto.FromString(data)
   config = path / "tokenizer_config.json"
   if config.exists():
@@ -46,25 +48,27 @@ def from_folder(path):
 
 
 def from_tokenizer_json(path):
-  """tokenizer.json of T5's family -> bytes of a sentencepiece model. Raises BadInput where it is another."""
+  """tokenizer.json of T5's family -> bytes of a sentencepiece model. Raises BadInput for other tokenizers."""
   try:
     theirs = json.loads(pathlib.Path(path).read_text())
     model, added = theirs["model"], {token["content"]: token for token in theirs["added_tokens"]}
     if model["type"] != "Unigram" or "<unk>" not in added:
       raise ValueError(f"model {model['type']}, special tokens {sorted(added)[:3]}")
   except (OSError, ValueError, KeyError, TypeError) as error:
-    kind = "no tokenizer of T5's kind, Unigram with <unk>"
-    raise BadInput(f"tokenizer: {path} is {kind} ({error}); give that of a Wan model") from error
+    raise BadInput(
+      f"tokenizer: {path} is not a tokenizer of T5's kind, Unigram with <unk> ({error}); give that of "
+      "a Wan model"
+    ) from error
   vocab = list(model["vocab"])
   vocab += [[text, 0.0] for text, token in added.items() if token["id"] >= len(model["vocab"])]
   proto = ModelProto()
   for text, score in vocab:
     proto.pieces.add(piece=text, score=score, type=type_of(text, added))
-  at = {text: i for i, (text, _) in enumerate(vocab)}
+  ids = {text: i for i, (text, _) in enumerate(vocab)}
   proto.trainer_spec.model_type = proto.trainer_spec.UNIGRAM
   proto.trainer_spec.vocab_size = len(vocab)
   for name, text in (("unk", "<unk>"), ("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>")):
-    setattr(proto.trainer_spec, f"{name}_id", at.get(text, -1))
+    setattr(proto.trainer_spec, f"{name}_id", ids.get(text, -1))
   normalizer = theirs.get("normalizer") or {}
   for part in [normalizer, *normalizer.get("normalizers", [])]:
     if part.get("type") == "Precompiled":
@@ -73,7 +77,7 @@ def from_tokenizer_json(path):
 
 
 def type_of(text, added):
-  """Type of a piece in a sentencepiece model; `added`: tokenizer.json's `added_tokens` by their text."""
+  """Type of a piece in a sentencepiece model. added: {text: entry} of tokenizer.json's `added_tokens`."""
   if text not in added:
     return "NORMAL"
   if text == "<unk>":

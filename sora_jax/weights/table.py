@@ -1,9 +1,10 @@
-"""Two layouts of the same weights as one table, read in either direction.
+"""Tables that convert weights between our layout and that of another framework, in both directions.
 
-A row says of one of our arrays which tensors of theirs it is made of, and how the axes lie. Axes are words of single letters:
-"(Nkp) D" is a matrix whose first axis is N, k, p merged, "D N (pk)" the same numbers as three axes, the last one merged the other
-way round; the letter o is an axis of length 1. `{}` in a name stands for the number of the layer: our weights of all layers are one
-array, layers first. `parts` (a slice) takes some entries of their second axis, for a tensor that we keep as two.
+A row describes one of our arrays: the tensors of the other framework ("theirs") that it is made of, and the
+axes of both. Axes are words of single letters. "(Nkp) D" is a matrix whose first axis is N, k and p merged;
+"D N (pk)" has the same numbers as three axes, the last of which merges p and k; the letter o is an axis of
+length 1. `{}` in a name stands for the number of the layer: our weights of all layers are one array with a
+leading layer axis. `parts` (a slice) selects entries of their second axis, for a tensor that we keep as two.
 """
 
 import dataclasses
@@ -16,15 +17,18 @@ from sora_jax.errors import BadInput
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One of our arrays, `path` in nested dicts, and their tensors: one, or `depth` of them where `name` has a {}."""
+  """One of our arrays, at `path` in nested dicts, and their tensors.
+
+  There is one tensor, or `depth` of them where `name` has a {}.
+  """
 
   path: tuple
   name: str
-  theirs: str  # axes
-  ours: str
+  theirs: str  # their axes
+  ours: str  # our axes
   sizes: dict  # length of each letter
   depth: int = 0
-  parts: slice | None = None  # of their second axis; the letter there has the length of this part
+  parts: slice | None = None  # of their second axis; its letter has the length of this part
 
   @property
   def names(self):
@@ -32,21 +36,23 @@ class Row:
 
   @property
   def our_shape(self):
-    one = _shape(self.ours, self.sizes)
-    return (self.depth, *one) if "{}" in self.name else one
+    shape = _shape(self.ours, self.sizes)
+    return (self.depth, *shape) if "{}" in self.name else shape
 
   def of(self, params):
-    """Our array in a nested dict."""
+    """Our array in the nested dict `params`."""
     for key in self.path:
       params = params[key]
     return params
 
   def from_diffusers(self, tensor):
     """One tensor of theirs -> our array, or one layer of it."""
-    return rearrange(tensor if self.parts is None else tensor[:, self.parts], self.theirs, self.ours, self.sizes)
+    if self.parts is not None:
+      tensor = tensor[:, self.parts]
+    return rearrange(tensor, self.theirs, self.ours, self.sizes)
 
   def to_diffusers(self, array):
-    """The inverse of `from_diffusers`; of a part, that part."""
+    """The inverse of `from_diffusers`; with `parts`, that part of their tensor."""
     return rearrange(array, self.ours, self.theirs, self.sizes)
 
 
@@ -59,7 +65,10 @@ def _shape(axes, sizes):
 
 
 def rearrange(x, source, target, sizes):
-  """x with axes `source` -> axes `target`; `sizes` gives the length of each letter. Raises ValueError where x has another shape."""
+  """x with axes `source` -> axes `target`. sizes: the length of each letter.
+
+  Raises ValueError where x has another shape.
+  """
   if tuple(x.shape) != _shape(source, sizes):
     raise ValueError(f"shape {tuple(x.shape)} where {_shape(source, sizes)} was expected ({source})")
   order = [_letters(source).index(c) for c in _letters(target)]
@@ -67,7 +76,7 @@ def rearrange(x, source, target, sizes):
 
 
 def their_shapes(rows):
-  """rows -> {their name: shape}."""
+  """Rows -> {their name: shape}."""
   shapes = {}
   for row in rows:
     for name in row.names:
@@ -79,29 +88,42 @@ def their_shapes(rows):
 
 
 def check(tensors, rows):
-  """BadInput names what is missing, left over, or of another shape; nothing is read of `tensors` that can tell its shapes (files.Tensors)."""
+  """Raises BadInput, which names tensors that are missing, unknown or of another shape.
+
+  No tensor is read where `tensors` has a method `shape` (files.Tensors).
+  """
   shapes = their_shapes(rows)
   missing, extra = sorted(shapes.keys() - set(tensors)), sorted(set(tensors) - shapes.keys())
   if missing or extra:
     wanted = f" (shape {shapes[missing[0]]})" if missing else ""
     raise BadInput(
-      f"weights: {len(missing)} tensors missing {missing[:3]}{wanted}, {len(extra)} not known {extra[:3]}; is config.json of this model?"
+      f"weights: {len(missing)} tensors missing {missing[:3]}{wanted}, {len(extra)} not known {extra[:3]}; "
+      "is config.json of this model?"
     )
-  tell = getattr(tensors, "shape", lambda name: tuple(np.shape(tensors[name])))
+  shape_of = getattr(tensors, "shape", lambda name: tuple(np.shape(tensors[name])))
   for name, shape in shapes.items():
-    if tell(name) != shape:
-      raise BadInput(f"weights: {name} has shape {tell(name)} where {shape} was expected; is config.json of this model?")
+    if shape_of(name) != shape:
+      raise BadInput(
+        f"weights: {name} has shape {shape_of(name)} where {shape} was expected; "
+        "is config.json of this model?"
+      )
 
 
 def stream(tensors, rows):
-  """Mapping name -> array in their layout -> iterator of (row, our array or a layer of it), in the order of rows, one tensor in memory at a time."""
+  """Mapping of names to arrays in their layout -> iterator of (row, our array or a layer of it).
+
+  Items are in the order of rows. One tensor is in memory at a time.
+  """
   for row in rows:
     for name in row.names:
       yield row, row.from_diffusers(np.asarray(tensors[name]))
 
 
 def from_diffusers(tensors, rows, dtype=np.float32):
-  """Mapping name -> array in their layout -> nested dict of ours. Raises BadInput that names what is missing, left over or of another shape."""
+  """Mapping of names to arrays in their layout -> nested dict of our arrays.
+
+  Raises BadInput, which names tensors that are missing, unknown or of another shape.
+  """
   check(tensors, rows)
   params = {}
   for row in rows:
@@ -117,15 +139,15 @@ def from_diffusers(tensors, rows, dtype=np.float32):
 
 
 def to_diffusers(params, rows):
-  """Nested dict of ours -> iterator of (name, numpy array) in their layout, one at a time."""
-  held = []
+  """Nested dict of our arrays -> iterator of (name, numpy array) in their layout, one at a time."""
+  parts = []
   for at, row in enumerate(rows):
     value = row.of(params)
     for i, name in enumerate(row.names):
-      one = row.to_diffusers(np.asarray(value[i] if "{}" in row.name else value))
+      tensor = row.to_diffusers(np.asarray(value[i] if "{}" in row.name else value))
       if row.parts is not None:
-        held.append(one)
+        parts.append(tensor)
         if at + 1 < len(rows) and rows[at + 1].name == row.name:
           continue
-        one, held = np.concatenate(held, 1), []
-      yield name, np.ascontiguousarray(one)
+        tensor, parts = np.concatenate(parts, 1), []
+      yield name, np.ascontiguousarray(tensor)

@@ -1,4 +1,4 @@
-"""Weights of `UMT5EncoderModel` (transformers 5.23.0; folder `text_encoder` of the Wan models) <-> `models.text`."""
+"""Weights of `UMT5EncoderModel` (transformers 5.23.0; `text_encoder` of the Wan models) <-> `models.text`."""
 
 import dataclasses
 
@@ -8,11 +8,13 @@ from sora_jax.errors import BadInput
 from sora_jax.models.text import SIZES, TextConfig
 from sora_jax.weights import files, table
 
-# V vocabulary, E width, N heads, K head size, F mlp, R buckets of distance
+# V vocabulary, E width, N heads, K head size, F mlp width, R buckets of distance
 _LAYER, _ATTENTION, _MLP = "encoder.block.{}.layer.", "0.SelfAttention.", "1.DenseReluDense."
 TABLE = [
   (("vocab",), "shared.weight", "V E", "V E"),
-  *[(("layers", name), f"{_LAYER}{_ATTENTION}{name[0]}.weight", "(NK) E", "E N K") for name in ("query", "key", "value")],
+  (("layers", "query"), f"{_LAYER}{_ATTENTION}q.weight", "(NK) E", "E N K"),
+  (("layers", "key"), f"{_LAYER}{_ATTENTION}k.weight", "(NK) E", "E N K"),
+  (("layers", "value"), f"{_LAYER}{_ATTENTION}v.weight", "(NK) E", "E N K"),
   (("layers", "out"), f"{_LAYER}{_ATTENTION}o.weight", "E (NK)", "N K E"),
   (("layers", "distance"), f"{_LAYER}{_ATTENTION}relative_attention_bias.weight", "R N", "R N"),
   (("layers", "attention_norm"), f"{_LAYER}0.layer_norm.weight", "E", "E"),
@@ -22,7 +24,7 @@ TABLE = [
   (("layers", "mlp_norm"), f"{_LAYER}1.layer_norm.weight", "E", "E"),
   (("norm",), "encoder.final_layer_norm.weight", "E", "E"),
 ]
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # the same memory; save_pretrained keeps either
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # the same memory; save_pretrained keeps one of them
 
 
 def rows(cfg):
@@ -32,13 +34,16 @@ def rows(cfg):
 
 
 def names(tensors):
-  """{name in the table: name in `tensors`}: the embedding stands under either of its names, or both."""
+  """{name in the table: name in `tensors`}. The embedding may have either of its names, or both."""
   embedding = next((name for name in EMBEDDINGS if name in tensors), None)
-  return {name: name for name in tensors if name not in EMBEDDINGS} | ({EMBEDDINGS[0]: embedding} if embedding else {})
+  out = {name: name for name in tensors if name not in EMBEDDINGS}
+  if embedding is not None:
+    out[EMBEDDINGS[0]] = embedding
+  return out
 
 
 def from_diffusers(tensors, cfg, dtype=np.float32):
-  """Mapping of their names to arrays -> params of a TextEncoder. Raises BadInput that names what does not fit."""
+  """Mapping of their names to arrays -> params of a TextEncoder. Raises BadInput, which names a misfit."""
   return table.from_diffusers(files.Renamed(tensors, names(tensors)), rows(cfg), dtype)
 
 
@@ -66,7 +71,10 @@ def config_from_diffusers(theirs):
 
 
 def config_of(tensors):
-  """The config of an encoder that comes without one, from the shapes of its weights; the rest is UMT5-XXL's. `tensors` tell shapes."""
+  """The config of an encoder without a config.json, from the shapes of its weights. The rest is UMT5-XXL's.
+
+  tensors: with a method `shape`, as files.Tensors.
+  """
   layer = "encoder.block.{}.layer.0.SelfAttention.{}.weight"
   vocab, width = tensors.shape(EMBEDDINGS[0])
   buckets, heads = tensors.shape(layer.format(0, "relative_attention_bias"))

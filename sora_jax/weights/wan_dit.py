@@ -1,7 +1,9 @@
-"""Weights of `WanTransformer3DModel` (diffusers 0.42.1; folders `transformer`, `transformer_2` of the Wan models) <-> `models.dit`.
+"""Weights of `WanTransformer3DModel` (diffusers 0.42.1) <-> `models.dit`.
 
-Their patches go in as (C, pt, ph, pw) and come out as (pt, ph, pw, C); ours are (pt, ph, pw, C) both ways. Their rotary pairs are
-neighbours, ours stand half a head apart: queries and keys of self-attention, and their norms, are permuted.
+They are in the folders `transformer` and `transformer_2` of the Wan models. Their input patches are (C, pt,
+ph, pw) and their output patches (pt, ph, pw, C); ours are (pt, ph, pw, C) on both sides. The entries of their
+rotary pairs are neighbours, ours are half a head apart. So queries and keys of self-attention, and their
+norms, are permuted.
 """
 
 import dataclasses
@@ -12,7 +14,8 @@ from sora_jax.errors import BadInput
 from sora_jax.models.dit import DiTConfig
 from sora_jax.weights import table
 
-# N heads, k pairs of entries, p the 2 of a pair, K head size; D and e width; s parts of a modulation; t h w patch; C, Q channels
+# N heads, k rotary pairs, p the 2 entries of a pair, K head size; D and e width; s and r parts of a
+# modulation; t h w patch; C and Q channels; F mlp width; E text width; f sinusoids
 _HEADS = {"self": ("attn1", "(Nkp)", "N (pk)"), "cross": ("attn2", "(NK)", "N K")}
 
 
@@ -26,8 +29,8 @@ def _linear(ours, their, their_in, their_out, our_in=None, our_out=None):
 
 
 def _attention(ours):
-  their, pairs, our_pairs = _HEADS[ours]
-  path, their = ("blocks", ours), f"blocks.{{}}.{their}"
+  name, pairs, our_pairs = _HEADS[ours]
+  path, their = ("blocks", ours), f"blocks.{{}}.{name}"
   return [
     *_linear((*path, "query"), f"{their}.to_q", "D", pairs, our_out=our_pairs),
     *_linear((*path, "key"), f"{their}.to_k", "D", pairs, our_out=our_pairs),
@@ -61,7 +64,10 @@ CROSS_NORM = [
 
 
 def rows(cfg):
-  """The table of a DiT of this shape. Condition channels follow the latents' in one tensor of theirs; ours are two arrays."""
+  """The table of a DiT of this shape.
+
+  In their patch embedding the condition channels follow the latents' in one tensor; ours are two arrays.
+  """
   t, h, w = cfg.patch
   sizes = {
     "D": cfg.width,
@@ -82,15 +88,17 @@ def rows(cfg):
     "w": w,
     "o": 1,
   }
-  found = [table.Row(*row, sizes, cfg.depth) for row in TABLE + CROSS_NORM * cfg.cross_norm]
+  entries = TABLE + CROSS_NORM if cfg.cross_norm else TABLE
+  out = [table.Row(*entry, sizes, cfg.depth) for entry in entries]
   if cfg.cond_channels:
-    cond = table.Row(("patch_cond",), found[0].name, "D Q t h w", "(thwQ) D", sizes, parts=slice(cfg.channels, None))
-    found[:1] = [dataclasses.replace(found[0], parts=slice(cfg.channels)), cond]
-  return found
+    parts = slice(cfg.channels, None)
+    cond = table.Row(("patch_cond",), out[0].name, "D Q t h w", "(thwQ) D", sizes, parts=parts)
+    out[:1] = [dataclasses.replace(out[0], parts=slice(cfg.channels)), cond]
+  return out
 
 
 def from_diffusers(tensors, cfg, dtype=np.float32):
-  """Mapping of their names to arrays -> params of a DiT. Raises BadInput that names what does not fit."""
+  """Mapping of their names to arrays -> params of a DiT. Raises BadInput, which names a misfit."""
   return table.from_diffusers(tensors, rows(cfg), dtype)
 
 
@@ -100,19 +108,26 @@ def to_diffusers(params, cfg):
 
 
 def config_from_diffusers(theirs, expand_timesteps=False):
-  """Their config.json -> DiTConfig. `expand_timesteps` stands in model_index.json: true for TI2V-5B, which knows a sigma for each token.
+  """Their config.json -> DiTConfig.
 
-  Raises BadInput for a Wan 2.1 image-to-video model (it reads CLIP features of the image, which we do not compute).
+  expand_timesteps: as in model_index.json; true for TI2V-5B, which takes a sigma for each token. Raises
+  BadInput for a Wan 2.1 image-to-video model: it reads CLIP features of the image, which we do not compute.
   """
   for name in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
     if theirs.get(name) is not None:
       raise BadInput(
-        f"weights: {name}={theirs[name]!r} (image features by cross-attention, Wan 2.1 I2V); it must be null; use the Wan 2.2 models"
+        f"weights: {name}={theirs[name]!r} (image features by cross-attention, Wan 2.1 I2V); it must be "
+        "null; use the Wan 2.2 models"
       )
   if theirs.get("qk_norm", "rms_norm_across_heads") != "rms_norm_across_heads":
     raise BadInput(f"weights: qk_norm={theirs['qk_norm']!r}; only rms_norm_across_heads is known")
   out = theirs.get("out_channels") or theirs["in_channels"]
   cond = theirs["in_channels"] - out
+  conditioning = "replacement"
+  if cond:
+    conditioning = "channels"
+  elif expand_timesteps:
+    conditioning = "token_sigma"
   return DiTConfig(
     depth=theirs["num_layers"],
     heads=theirs["num_attention_heads"],
@@ -126,15 +141,16 @@ def config_from_diffusers(theirs, expand_timesteps=False):
     cross_norm=theirs["cross_attn_norm"],
     eps=theirs["eps"],
     text_pad=512,
-    conditioning="channels" if cond else "token_sigma" if expand_timesteps else "replacement",
+    conditioning=conditioning,
   )
 
 
 def config_to_diffusers(cfg):
-  """DiTConfig -> their config.json. BadInput where their class has no such model."""
+  """DiTConfig -> their config.json. Raises BadInput where their class has no such model."""
   if cfg.predicts != "velocity" or cfg.rope_theta != 10_000:
     raise BadInput(
-      f"WanTransformer3DModel predicts velocity, with rope_theta 10000; this model has predicts={cfg.predicts!r}, rope_theta {cfg.rope_theta:g}"
+      "WanTransformer3DModel predicts velocity, with rope_theta 10000; this model has "
+      f"predicts={cfg.predicts!r}, rope_theta {cfg.rope_theta:g}"
     )
   return {
     "_class_name": "WanTransformer3DModel",

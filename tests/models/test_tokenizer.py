@@ -43,7 +43,7 @@ def test_folders_that_hold_no_such_tokenizer(tmp_path):
   with pytest.raises(BadInput, match="neither"):
     spiece.from_folder(tmp_path)
   (tmp_path / "spiece.model").write_bytes(b"no model")
-  with pytest.raises(BadInput, match="spiece.model is no sentencepiece model"):
+  with pytest.raises(BadInput, match="spiece.model is not a sentencepiece model"):
     spiece.from_folder(tmp_path)
   for written in ("{", json.dumps({"model": {"type": "BPE"}, "added_tokens": []}), "[]"):
     (tmp_path / "tokenizer.json").write_text(written)
