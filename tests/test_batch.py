@@ -1,4 +1,4 @@
-"""Packing: every clip lies whole in its row, with its own segment, prompts and identity."""
+"""Packing: every clip is whole in its row, with its own segment, prompts and uid."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,12 @@ from sora_jax import batch as batches, patches
 
 def clip(uid, n, texts=((1, 2),), prompt_L=None, embed=None):
   rng = np.random.default_rng(uid)
-  texts = [np.asarray(t, np.int32) if embed is None else rng.normal(size=(len(t), embed)).astype(np.float32) for t in texts]
-  return batches.Clip(rng.normal(size=(n, 6)).astype(np.float32), patches.coords((1, 1, n)), texts, uid=uid, size=(1, 1, n),
-                      fps=8.0, prompt_L=prompt_L)
+  if embed is None:
+    texts = [np.asarray(t, np.int32) for t in texts]
+  else:
+    texts = [rng.normal(size=(len(t), embed)).astype(np.float32) for t in texts]
+  tokens, coords = rng.normal(size=(n, 6)).astype(np.float32), patches.coords((1, 1, n))
+  return batches.Clip(tokens, coords, texts, uid=uid, size=(1, 1, n), fps=8.0, prompt_L=prompt_L)
 
 
 SHAPE = batches.RowShape(length=10, clips=3, text=7)

@@ -1,4 +1,4 @@
-"""Patches: a round trip, the order of values, and coordinates that match."""
+"""Patches: round trip, order of values, and coordinates."""
 
 import jax.numpy as jnp
 import numpy as np

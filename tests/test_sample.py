@@ -1,4 +1,4 @@
-"""The sampling loop: a request gets the same latents alone or packed; what is given stays; rows hold requests of all kinds."""
+"""The sampling loop: results do not depend on packing, given tokens stay, rows mix all requests."""
 
 import functools
 
@@ -31,55 +31,84 @@ def work(encode=None, **fields):
   return sample.prepare(request, canvas, tokenize, (1, 1, 1))
 
 
-def share_rows(works, row_tokens):
-  """As a job does, from sizes alone."""
-  text_tokens = [max(sum(map(len, one.clip.texts)), len(one.negative)) for one in works]
-  return sample.share_rows([len(one.clip.tokens_LP) for one in works], text_tokens, row_tokens)
+def share_rows(items, row_tokens):
+  """Assigns prepared requests to rows by their sizes, as a job does."""
+  text_tokens = [max(sum(map(len, item.clip.texts)), len(item.negative)) for item in items]
+  return sample.share_rows([len(item.clip.tokens_LP) for item in items], text_tokens, row_tokens)
 
 
-def run(works, sampler="unipc", row_tokens=64, **how):
-  rows, shape = share_rows(works, row_tokens)
-  found = sample.denoise(MODEL, weights(), [[works[i] for i in row] for row in rows], shape, sampler, **how)
-  if found is None:
+def run(items, sampler="unipc", row_tokens=64, **kwargs):
+  rows, shape = share_rows(items, row_tokens)
+  latents = sample.denoise(
+    MODEL, weights(), [[items[i] for i in row] for row in rows], shape, sampler, **kwargs
+  )
+  if latents is None:
     return None
-  by_place = {i: tokens for row, each in zip(rows, found, strict=True) for i, tokens in zip(row, each, strict=True)}
-  return [by_place[i] for i in range(len(works))]
+  by_item = {}
+  for row, row_latents in zip(rows, latents, strict=True):
+    by_item.update(zip(row, row_latents, strict=True))
+  return [by_item[i] for i in range(len(items))]
 
 
 def test_alone_equals_packed():
-  """Of different size, steps, guidance and prompt, five requests packed give what each gives alone; another seed does not."""
-  works = [work(seed=1), work(seed=2, size=[48, 32], guidance=1.0), work(seed=3, frames=9, steps=6), work(seed=4, frames=1, prompt="two"),
-           work(seed=5, guidance_interval=[0.2, 0.7], guidance_rescale=0.5, negative_prompt="a square")]
-  rows, shape = share_rows(works, 96)
+  """Five packed requests of different size, steps, guidance and prompt give what each gives alone.
+
+  Another seed gives other latents.
+  """
+  items = [
+    work(seed=1),
+    work(seed=2, size=[48, 32], guidance=1.0),
+    work(seed=3, frames=9, steps=6),
+    work(seed=4, frames=1, prompt="two"),
+    work(seed=5, guidance_interval=[0.2, 0.7], guidance_rescale=0.5, negative_prompt="a square"),
+  ]
+  rows, shape = share_rows(items, 96)
   assert len(rows) == 1
-  together = dict(zip(rows[0], sample.denoise(MODEL, weights(), [[works[i] for i in rows[0]]], shape, "unipc")[0], strict=True))
-  alone = lambda one: sample.denoise(MODEL, weights(), [[one]], shape, "unipc")[0][0]     # in a row as long: the same program  # noqa: E731
-  for i, one in enumerate(works):
-    np.testing.assert_allclose(alone(one), together[i], atol=2e-4)
+
+  def denoise(row):
+    return sample.denoise(MODEL, weights(), [row], shape, "unipc")[0]
+
+  def alone(item):
+    return denoise([item])[0]  # a row of the same length runs the same program
+
+  together = dict(zip(rows[0], denoise([items[i] for i in rows[0]]), strict=True))
+  for i, item in enumerate(items):
+    np.testing.assert_allclose(alone(item), together[i], atol=2e-4)
   assert np.abs(alone(work(seed=9)) - together[0]).max() > 0.1
 
 
-def test_every_setting_counts():
+def test_every_setting_matters():
   """Prompt, guidance, its interval, rescaling, negative prompt, steps and shift each change the result."""
   base = run([work(seed=1)])[0]
-  changes = ({"prompt": "a cube"}, {"guidance": 1.5}, {"guidance_interval": [0.5, 1.0]}, {"guidance_rescale": 0.7},
-             {"negative_prompt": "blue"}, {"steps": 5}, {"shift": 3.0})
+  changes = (
+    {"prompt": "a cube"},
+    {"guidance": 1.5},
+    {"guidance_interval": [0.5, 1.0]},
+    {"guidance_rescale": 0.7},
+    {"negative_prompt": "blue"},
+    {"steps": 5},
+    {"shift": 3.0},
+  )
   for change in changes:
     assert np.abs(run([work(seed=1, **change)])[0] - base).max() > 1e-4, change
 
 
-def test_a_given_image_stays_and_is_seen():
-  """image_to_video keeps the first latent frame to the bit, and the rest depends on it."""
+def test_a_given_image_stays_and_is_used():
+  """image_to_video keeps the first latent frame bit for bit, and the others depend on it."""
+
   def given(value):
-    one = work(lambda path, size, padded: np.full((1, 2, 2, 4), value, np.float32), task="image_to_video", image="x.png", frames=9)
-    return run([one])[0]
+    def encode(path, size, padded):
+      return np.full((1, 2, 2, 4), value, np.float32)
+
+    return run([work(encode, task="image_to_video", image="x.png", frames=9)])[0]
+
   low, high = given(-1.0), given(2.0)
   np.testing.assert_array_equal(low[:4], np.full((4, 4), -1.0))
   assert np.abs(low[4:] - high[4:]).max() > 1e-3
 
 
 def test_rows_are_shared_and_large_canvases_fit():
-  """Eight requests of 8 tokens share one row of 64; one of more tokens than a row gets a longer one."""
+  """Eight requests of 8 tokens share a row of 64; a request of more tokens than a row has a longer row."""
   rows, shape = share_rows([work(seed=i) for i in range(8)], 64)
   assert len(rows) == 1 and shape.length == 64 and shape.clips == 8
   rows, shape = share_rows([work(size=[160, 160])], 64)
@@ -87,17 +116,18 @@ def test_rows_are_shared_and_large_canvases_fit():
 
 
 def test_it_can_be_stopped():
-  told = []
-  assert run([work()], on_step=lambda done, of: told.append((done, of)), stop=lambda: len(told) == 2) is None
-  assert told == [(1, 4), (2, 4)]
+  steps = []
+  stopped = run([work()], on_step=lambda done, of: steps.append((done, of)), stop=lambda: len(steps) == 2)
+  assert stopped is None
+  assert steps == [(1, 4), (2, 4)]
 
 
-def test_noise_is_of_the_seed_alone():
-  """Two requests with the same seed start from the same noise, whatever their prompts: the first tokens differ by the text only."""
-  params = jax.tree.map(np.zeros_like, weights())       # a model that always says 0: what comes out is the noise
-  works = [work(seed=7), work(seed=7, prompt="something else", frames=9)]
-  rows, shape = share_rows(works, 64)
-  tokens = sample.denoise(MODEL, params, [[works[i] for i in row] for row in rows], shape, "euler")[0]
+def test_noise_depends_only_on_the_seed():
+  """Two requests with the same seed start from the same noise, whatever their prompts."""
+  params = jax.tree.map(np.zeros_like, weights())  # the velocity is always 0, so the result is the noise
+  items = [work(seed=7), work(seed=7, prompt="something else", frames=9)]
+  rows, shape = share_rows(items, 64)
+  tokens = sample.denoise(MODEL, params, [[items[i] for i in row] for row in rows], shape, "euler")[0]
   first = {i: t for i, t in zip(rows[0], tokens, strict=True)}
   np.testing.assert_array_equal(first[0], first[1][:8])
   assert np.std(first[0]) > 0.5

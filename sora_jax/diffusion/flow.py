@@ -31,7 +31,7 @@ class SigmaConfig:
   base_shift: float = 1.0  # the shift of a clip of `base_tokens`
   base_tokens: int = 256
   shift_power: float = 0.5  # shift = base_shift * (tokens / base_tokens) ** shift_power; SD3 eq. 23 has 0.5
-  uniform: float = 0.1  # share of clips whose sigma is drawn uniformly, so that both ends of the range are trained
+  uniform: float = 0.1  # share of clips whose sigma is drawn uniformly, so that both ends are trained
   low: float = 0.0  # sigma lies in [low, high]: the range of an expert
   high: float = 1.0
 

@@ -123,7 +123,9 @@ def _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias
   @jax.checkpoint
   def row(args):
     query_LNK, key_MNK, value_MNK, segment_L, segment_M = args
-    score_NLM = jnp.einsum("LNK,MNK->NLM", query_LNK * scale, key_MNK, preferred_element_type=jnp.float32) + bias_NLM
+    query_LNK = query_LNK * scale
+    score_NLM = jnp.einsum("LNK,MNK->NLM", query_LNK, key_MNK, preferred_element_type=jnp.float32)
+    score_NLM = score_NLM + bias_NLM
     same_LM = (segment_L[:, None] == segment_M[None]) & (segment_L[:, None] > 0)
     score_NLM = jnp.where(same_LM, score_NLM, MASKED)
     max_NL1 = jnp.maximum(score_NLM.max(-1, keepdims=True), LOWEST)
@@ -346,7 +348,8 @@ def _tile_mask(meet, by_query):
   order = meet if by_query else meet.T
   flat, at = order.reshape(-1), jnp.arange(order.size)
   following = lax.cummin(jnp.where(flat, at, order.size), reverse=True)
-  fetch = jnp.where(following < order.size, following % order.shape[1], 0).reshape(order.shape).astype(jnp.int16)
+  fetch = jnp.where(following < order.size, following % order.shape[1], 0)
+  fetch = fetch.reshape(order.shape).astype(jnp.int16)
   return splash_mask.MaskInfo(
     data_next=(fetch if by_query else fetch.T)[None],
     mask_next=None,

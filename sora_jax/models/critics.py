@@ -1,10 +1,10 @@
 """Losses of a reconstruction, for training the VAE: a trained discriminator, and fixed VGG16 features.
 
-  discriminator   a logit for each patch of 8 x 8 pixels of each frame (arXiv:1611.07004 sec. 3.2.2). It is
-                  causal in time like the VAE, so that clips and images go through the same weights. The hinge
-                  loss is in train_vae.py.
-  perceptual      distance of unit-length VGG16 features after each stage's last ReLU before pooling
-                  (arXiv:1801.03924 eq. 1, all channels of equal weight), mean over stages
+discriminator   a logit for each patch of 8 x 8 pixels of each frame (arXiv:1611.07004 sec. 3.2.2). It is
+                causal in time like the VAE, so that clips and images go through the same weights. The hinge
+                loss is in train_vae.py.
+perceptual      distance of unit-length VGG16 features after each stage's last ReLU before pooling
+                (arXiv:1801.03924 eq. 1, all channels of equal weight), mean over stages
 """
 
 import flax.linen as nn

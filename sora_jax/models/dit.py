@@ -45,7 +45,8 @@ REMAT = {  # what a block saves for its backward pass
   "full": jax.checkpoint_policies.nothing_saveable,  # its input
   # Its input, the products with weights, the output of attention.
   "dots": jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED)
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(SAVED),
   ),
 }
 CONDITIONING = ("token_sigma", "channels", "replacement")

@@ -63,8 +63,11 @@ class TextConfig:
 
 
 SIZES = {
-  "tiny": TextConfig(vocab=512, width=128, depth=2, heads=4, head_size=32, mlp=256),  # vocab is replaced by the tokenizer's
-  "umt5-xxl": TextConfig(vocab=256384, width=4096, depth=24, heads=64, head_size=64, mlp=10240, dtype="bfloat16"),
+  # vocab is replaced by that of the tokenizer.
+  "tiny": TextConfig(vocab=512, width=128, depth=2, heads=4, head_size=32, mlp=256),
+  "umt5-xxl": TextConfig(
+    vocab=256384, width=4096, depth=24, heads=64, head_size=64, mlp=10240, dtype="bfloat16"
+  ),
 }
 
 
@@ -112,7 +115,8 @@ class Layer(nn.Module):
       return jnp.einsum(equation, x, param(self, name, init, shape, axes).astype(dtype))
 
     def norm(name):
-      return rms_norm(x_BSE, param(self, name, nn.initializers.ones, (E,), ("text_embed",)), cfg.eps).astype(dtype)
+      weight_E = param(self, name, nn.initializers.ones, (E,), ("text_embed",))
+      return rms_norm(x_BSE, weight_E, cfg.eps).astype(dtype)
 
     h_BSE = norm("attention_norm")
     heads = ("text_embed", "heads", "head_dim")
@@ -150,7 +154,8 @@ class TextEncoder(nn.Module):
   @nn.compact
   def __call__(self, text_BS, prompt_BS):
     cfg, S = self.cfg, text_BS.shape[1]
-    vocab_VE = param(self, "vocab", nn.initializers.normal(1.0), (cfg.vocab, cfg.width), ("vocab", "text_embed"))
+    shape, axes = (cfg.vocab, cfg.width), ("vocab", "text_embed")
+    vocab_VE = param(self, "vocab", nn.initializers.normal(1.0), shape, axes)
     x_BSE = vocab_VE[text_BS].astype(cfg.dtype)
     at = jnp.arange(S)
     bucket_SM = relative_bucket(at[None] - at[:, None], cfg.buckets, cfg.max_distance)

@@ -57,7 +57,8 @@ class VAEConfig:
     put = functools.partial(object.__setattr__, self)
     put("dim_mult", tuple(self.dim_mult))
     put("temporal_downsample", tuple(bool(t) for t in self.temporal_downsample))
-    put("spatial_downsample", tuple(bool(s) for s in self.spatial_downsample) or (True,) * (len(self.dim_mult) - 1))
+    spatial = tuple(bool(s) for s in self.spatial_downsample)
+    put("spatial_downsample", spatial or (True,) * (len(self.dim_mult) - 1))
     put("latents_mean", tuple(self.latents_mean) or (0.0,) * self.z_dim)
     put("latents_std", tuple(self.latents_std) or (1.0,) * self.z_dim)
     for name in ("temporal_downsample", "spatial_downsample"):
@@ -201,7 +202,8 @@ def fit_linear(params, cfg, video_BTHWC):
   scaled by itself, so distances between latents are proportional to those between pixels. If each component
   were scaled to power 1 instead, the DiT would spend its capacity on details that nobody sees.
   """
-  blocks_NP = np.asarray(to_blocks(video_BTHWC, cfg.stride, True), np.float64).reshape(-1, 3 * math.prod(cfg.stride))
+  blocks = np.asarray(to_blocks(video_BTHWC, cfg.stride, True), np.float64)
+  blocks_NP = blocks.reshape(-1, 3 * math.prod(cfg.stride))
   mean_P = blocks_NP.mean(0)
   power, basis = np.linalg.eigh(np.cov((blocks_NP - mean_P).T))
   power, basis = np.maximum(power[::-1][:cfg.z_dim], 1e-6), basis[:, ::-1][:, :cfg.z_dim]
@@ -226,7 +228,7 @@ def equal_power(power):
     a, b, c = covariance[i, i] - mean, covariance[j, j] - mean, covariance[i, j]
     if a <= 1e-12 * mean or b >= 0:
       break
-    angle = np.arctan((-c - np.sqrt(c * c - a * b)) / b)     # a cos^2 + b sin^2 + 2 c sin cos = 0
+    angle = np.arctan((-c - np.sqrt(c * c - a * b)) / b)  # a cos^2 + b sin^2 + 2 c sin cos = 0
     plane = np.eye(len(power))
     plane[[i, j, i, j], [i, j, j, i]] = np.cos(angle), np.cos(angle), -np.sin(angle), np.sin(angle)
     covariance, rotation = plane.T @ covariance @ plane, rotation @ plane
@@ -314,7 +316,9 @@ def regroup(chunks, head, step):
       yield held[:, :want]
       held, want = held[:, want:], step
   if held is not None and held.shape[1]:
-    raise ValueError(f"video: {held.shape[1]} frames left over; a video has {head} + {step} n frames; cut or extend it first")
+    raise ValueError(
+      f"video: {held.shape[1]} frames left over; a video has {head} + {step} n frames; cut or extend it first"
+    )
 
 
 def check_size(shape, cfg, first):
@@ -371,7 +375,9 @@ def config_from_dict(fields):
   provenance = ("kind", "size", "made_from", "weights_crc32")  # these do not describe the shape
   fields = {name: value for name, value in fields.items() if name not in provenance}
   if fields.pop("format_version", 1) != 1:
-    raise ValueError("vae/config.json: format_version is not 1; it was written by a later version of this program")
+    raise ValueError(
+      "vae/config.json: format_version is not 1; it was written by a later version of this program"
+    )
   known = {field.name for field in dataclasses.fields(VAEConfig)}
   if set(fields) - known:
     raise ValueError(f"vae/config.json: unknown fields {sorted(set(fields) - known)}; known: {sorted(known)}")

@@ -24,7 +24,8 @@ TABLE = [
   (("layers", "mlp_norm"), f"{_LAYER}1.layer_norm.weight", "E", "E"),
   (("norm",), "encoder.final_layer_norm.weight", "E", "E"),
 ]
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")  # the same memory; save_pretrained keeps one of them
+# Two names of one array; save_pretrained keeps one of them.
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight")
 
 
 def rows(cfg):

@@ -143,7 +143,9 @@ def config_of(tensors):
       f"has {size.z_dim}"
     )
   decoder_base = tensors.shape("decoder.conv_out.weight")[1]
-  return dataclasses.replace(size, base_dim=base, decoder_base_dim=None if decoder_base == base else decoder_base)
+  if decoder_base == base:
+    decoder_base = None
+  return dataclasses.replace(size, base_dim=base, decoder_base_dim=decoder_base)
 
 
 def config_to_diffusers(cfg):

@@ -1,4 +1,4 @@
-"""Laws of the noise: it belongs to a clip and a place, not to a row, a host or a neighbour."""
+"""Laws of the noise: it depends on the clip and the position, not on the row, the host or neighbours."""
 
 import jax
 import jax.numpy as jnp
@@ -29,25 +29,30 @@ def noise_and_sigma(rows):
 
 
 def test_noise_is_independent_of_packing():
-  """The same clip after another one, and alone in another row, gets the same noise and sigma, to the bit; another epoch does not."""
+  """A clip after another one, and alone in another row, has bit-equal noise and sigma.
+
+  In another epoch it has others.
+  """
   a, b = make_clip(2**60 + 11, (3, 4, 4)), make_clip(12, (2, 4, 6))
   again = make_clip(2**60 + 11, (3, 4, 4), epoch=1)
   _, noise, sigma = noise_and_sigma([[b, a], [a], [again]])
   np.testing.assert_array_equal(noise[0, 12:24], noise[1, :12])
   assert sigma[0, 1] == sigma[1, 0]
-  assert sigma[2, 0] != sigma[1, 0] and np.abs(noise[2, :12] - noise[1, :12]).max() > 0.1
+  assert sigma[2, 0] != sigma[1, 0]
+  assert np.abs(noise[2, :12] - noise[1, :12]).max() > 0.1
 
 
 def test_every_token_has_its_own_noise():
-  """Standard normal, no two tokens alike, nothing in padding; the high word of a uid counts."""
+  """Noise is standard normal, different for all tokens, and 0 in padding; the high word of a uid matters."""
   packed, noise, _ = noise_and_sigma([[make_clip(5, (3, 4, 4)), make_clip(2**32 + 5, (3, 4, 4))]])
-  alive = noise[packed.segment_BL > 0]
-  assert len(np.unique(alive)) == alive.size and abs(alive.std() - 1) < 0.1 and abs(alive.mean()) < 0.15
+  of_clips = noise[packed.segment_BL > 0]
+  assert len(np.unique(of_clips)) == of_clips.size
+  assert abs(of_clips.std() - 1) < 0.1 and abs(of_clips.mean()) < 0.15
   assert not noise[packed.segment_BL == 0].any()
 
 
 def test_sigma_is_shifted_towards_noise_by_length():
-  """Longer clips see more noise; all sigmas lie strictly between 0 and 1."""
+  """Longer clips have more noise; all sigmas are between 0 and 1."""
   keys = jax.random.split(jax.random.key(0), 4096).reshape(1, -1)
   cfg = flow.SigmaConfig()
   short, long = (np.asarray(flow.draw_sigma(keys, jnp.full((1, 4096), n), cfg)) for n in (64, 4096))
@@ -56,7 +61,7 @@ def test_sigma_is_shifted_towards_noise_by_length():
 
 
 def test_given_tokens_and_padding_have_no_sigma_and_no_loss():
-  """Given tokens read sigma 0; changing what the model says of them does not change the loss, of others it does."""
+  """Given tokens have sigma 0. Predictions for them and for padding do not change the loss; others do."""
   clip = make_clip(3, (3, 4, 4))
   clip.given_L = np.arange(12) < 4
   packed, noise, sigma_BG = noise_and_sigma([[make_clip(9, (1, 4, 4)), clip]])
@@ -76,20 +81,22 @@ def test_the_path_and_its_velocity():
   """x at both ends, and dx/dsigma by automatic differentiation."""
   data, noise = np.float32(0.3), np.float32(-1.2)
   assert flow.interpolate(data, noise, 0.0) == data and flow.interpolate(data, noise, 1.0) == noise
-  slope = jax.grad(lambda s: flow.interpolate(data, noise, s))(0.4)
-  loss, _ = flow.velocity_loss(jnp.full((1, 1, 1), slope), jnp.full((1, 1, 1), data), jnp.full((1, 1, 1), noise),
-                               jnp.ones((1, 1), int), jnp.zeros((1, 1), bool))
+  velocity = jax.grad(lambda s: flow.interpolate(data, noise, s))(0.4)
+  arrays = [jnp.full((1, 1, 1), value) for value in (velocity, data, noise)]
+  loss, _ = flow.velocity_loss(*arrays, jnp.ones((1, 1), int), jnp.zeros((1, 1), bool))
   assert float(loss) < 1e-12
 
 
-def test_an_expert_sees_its_range_alone():
-  """Cut off, not squeezed: within the range, sigma has the law that it has without one."""
+def test_an_expert_is_trained_in_its_range():
+  """Sigma is truncated, not rescaled: in the range it is distributed as without a range."""
   keys, tokens = jax.random.split(jax.random.key(0), 4000).reshape(1, -1), jnp.full((1, 4000), 256)
   plain = np.asarray(flow.draw_sigma(keys, tokens, flow.SigmaConfig(base_shift=3.0)))[0]
   for low, high in ((0.0, 0.8), (0.8, 1.0)):
-    drawn = np.asarray(flow.draw_sigma(keys, tokens, flow.SigmaConfig(base_shift=3.0, uniform=0.0, low=low, high=high)))[0]
-    of_range = np.asarray(flow.draw_sigma(keys, tokens, flow.SigmaConfig(base_shift=3.0, uniform=0.0)))[0]
-    of_range = of_range[(of_range >= low) & (of_range <= high)]
-    assert low <= drawn.min() and drawn.max() <= high and len(of_range) > 500
-    np.testing.assert_allclose(np.quantile(drawn, (0.1, 0.5, 0.9)), np.quantile(of_range, (0.1, 0.5, 0.9)), atol=0.02)
+    cfg = flow.SigmaConfig(base_shift=3.0, uniform=0.0, low=low, high=high)
+    drawn = np.asarray(flow.draw_sigma(keys, tokens, cfg))[0]
+    expected = np.asarray(flow.draw_sigma(keys, tokens, flow.SigmaConfig(base_shift=3.0, uniform=0.0)))[0]
+    expected = expected[(expected >= low) & (expected <= high)]
+    assert low <= drawn.min() and drawn.max() <= high and len(expected) > 500
+    quantiles = (0.1, 0.5, 0.9)
+    np.testing.assert_allclose(np.quantile(drawn, quantiles), np.quantile(expected, quantiles), atol=0.02)
   assert plain.min() < 0.3 and plain.max() > 0.95

@@ -1,4 +1,4 @@
-"""Samplers against an ODE whose solution is known: the flow from N(0, 1) noise to one Gaussian, x(sigma) = mean (1-sigma) + std-mix."""
+"""Samplers on an ODE with a known solution: the flow from N(0, 1) noise to data of one Gaussian."""
 
 import pathlib
 
@@ -15,14 +15,17 @@ MEAN, STD = 0.7, 0.4
 
 
 def exact_velocity(x, sigma, aux):
-  """Marginal velocity of the path from N(MEAN, STD^2) data to N(0, 1) noise (Albergo et al., arXiv:2303.08797, Gaussian case)."""
+  """Marginal velocity of the path from N(MEAN, STD^2) data to N(0, 1) noise.
+
+  Albergo et al., arXiv:2303.08797, Gaussian case.
+  """
   variance = (1 - sigma) ** 2 * STD**2 + sigma**2
-  slope = (sigma - (1 - sigma) * STD**2) / variance
-  return -MEAN + slope * (x - (1 - sigma) * MEAN), aux
+  factor = (sigma - (1 - sigma) * STD**2) / variance
+  return -MEAN + factor * (x - (1 - sigma) * MEAN), aux
 
 
 def exact_end(noise, sigma=1.0):
-  """Data that the flow carries `noise` to: the monotone map between the two Gaussians."""
+  """Data at the end of the flow from `noise`: the monotone map between the two Gaussians."""
   start = np.sqrt((1 - sigma) ** 2 * STD**2 + sigma**2)
   return MEAN + STD * (noise - (1 - sigma) * MEAN) / start
 
@@ -37,7 +40,10 @@ def run(name, x, sigmas, velocity=exact_velocity):
 
 @pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("unipc", 2)])
 def test_order_of_convergence(name, order):
-  """Twice the steps, 2^order less error or better (UniPC's corrector adds up to one), where float32 does not yet limit it."""
+  """Twice the steps divide the error by at least 2^order (UniPC's corrector adds up to one order).
+
+  The numbers of steps are such that float32 does not limit the error.
+  """
   x = np.linspace(-2, 2, 7).astype(np.float32)
   errors = []
   for steps in (16, 32, 64):
@@ -49,7 +55,7 @@ def test_order_of_convergence(name, order):
   rates = np.log2(np.asarray(errors[:-1]) / errors[1:])
   assert (rates > order - 0.35).all(), (errors, rates)
   if order == 1:
-    assert (rates < 1.5).all()       # the test can tell orders apart
+    assert (rates < 1.5).all()  # the test distinguishes orders
 
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
@@ -62,7 +68,7 @@ def test_reaches_the_data(name):
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_given_tokens_stay_and_do_not_disturb(name):
-  """Tokens at sigma 0 keep their value to the bit; the others go as if those were not there."""
+  """Tokens at sigma 0 keep their values bit for bit; the others are sampled as if alone."""
   x = np.linspace(-2, 2, 6).astype(np.float32).reshape(1, 6, 1)
   given = np.asarray([1, 0, 0, 1, 0, 0], bool).reshape(1, 6, 1)
   init, step = samplers.SAMPLERS[name]
@@ -76,7 +82,7 @@ def test_given_tokens_stay_and_do_not_disturb(name):
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_a_loop_in_jit(name):
-  """init and step trace: the same inside lax.scan, with an aux that counts evaluations."""
+  """init and step give the same in lax.scan, with an aux that counts evaluations."""
   sigmas = jnp.linspace(1, 0, 6)
   init, step = samplers.SAMPLERS[name]
 
@@ -98,19 +104,22 @@ def test_a_loop_in_jit(name):
 
 
 @pytest.mark.parametrize("name", ["unipc", "euler"])
-def test_as_diffusers_steps(name):
-  """Noise levels, what the model is told of them, and every x of diffusers' schedulers (golden/make.py) at 1, 2, 3, 10 and 50 steps."""
+def test_steps_are_those_of_diffusers(name):
+  """Sigmas, times and every x are those of diffusers (golden/make.py), at 1, 2, 3, 10 and 50 steps."""
   golden = np.load(GOLDEN)
   init, step = samplers.SAMPLERS[name]
-  velocity = lambda x, sigma, time: (jnp.tanh(1.3 * x) * (1.5 - time) - 0.4 * jnp.cos(3 * x + 2 * time), time)  # noqa: E731
-  stepped = jax.jit(lambda *state: step(velocity, *state, None))
+
+  def velocity(x, sigma, time):
+    return jnp.tanh(1.3 * x) * (1.5 - time) - 0.4 * jnp.cos(3 * x + 2 * time), time
+
+  jitted_step = jax.jit(lambda *state: step(velocity, *state, None))
   for key in [key for key in golden if key.startswith(name) and key.endswith("_x")]:
     _, steps, shift, _ = key.split("_")
     sigmas, times = flow.schedule("diffusers", name, int(steps), float(shift))
     np.testing.assert_allclose(sigmas, golden[key[:-1] + "sigmas"], atol=1e-7)
     np.testing.assert_allclose(1000 * times, golden[key[:-1] + "times"], atol=1e-3)
     x, carry = golden["start"], init(golden["start"], jnp.float32(0))
-    for i, time in enumerate(times):      # the aux of a sampler carries the time here
+    for i, time in enumerate(times):  # the aux of the sampler is the time here
       carry = carry | {"aux": jnp.float32(time)} if name == "unipc" else jnp.float32(time)
-      x, carry = stepped(x, carry, jnp.float32(sigmas[i]), jnp.float32(sigmas[i + 1]))
+      x, carry = jitted_step(x, carry, jnp.float32(sigmas[i]), jnp.float32(sigmas[i + 1]))
       np.testing.assert_allclose(x, golden[key][i], atol=1e-5, err_msg=f"{key} after step {i + 1}")

@@ -1,4 +1,4 @@
-"""What the real DiT does in several calls, ours does in one row; for the golden files and the live comparison."""
+"""Runs in one row of our DiT what the reference runs in several calls, for golden and live comparisons."""
 
 import jax
 import numpy as np
@@ -8,8 +8,10 @@ from sora_jax.models import dit
 
 
 def dit_velocities(cfg, params, clips):
-  """All clips packed in one row: list of (latents_THWC with conditions joined, time 0..1000 of the clip or of each token, text_SE) ->
-  list of velocities [T, H, W, C]."""
+  """Velocities [T, H, W, C] of clips that are packed in one row.
+
+  clips: list of (latents_THWC with conditions joined, time 0..1000 of the clip or of each token, text_SE).
+  """
   row = {"tokens": [], "coords": [], "segment": [], "sigma": [], "text": [], "prompt": [], "cond": []}
   for i, (latents, timestep, text) in enumerate(clips, start=1):
     tokens = patches.patchify(latents[..., : cfg.channels], cfg.patch)
@@ -34,5 +36,7 @@ def dit_velocities(cfg, params, clips):
     row["prompt"],
     row["cond"] if cfg.cond_channels else None,
   )[0]
-  ends = np.cumsum([patches.token_count(c[0].shape[:3], cfg.patch) for c in clips])[:-1]
-  return [patches.unpatchify(part, c[0].shape[:3], cfg.patch) for part, c in zip(np.split(np.asarray(velocity), ends), clips, strict=True)]
+  sizes = [latents.shape[:3] for latents, _, _ in clips]
+  ends = np.cumsum([patches.token_count(size, cfg.patch) for size in sizes])[:-1]
+  parts = np.split(np.asarray(velocity), ends)
+  return [patches.unpatchify(part, size, cfg.patch) for part, size in zip(parts, sizes, strict=True)]

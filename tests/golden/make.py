@@ -1,13 +1,18 @@
-"""Golden files, from the real classes with random weights:  python -m tests.golden.make [tensors tokenizer ...]   (needs the extra `oracle`)
+"""Makes golden files from the reference classes with random weights. Needs the extra `oracle`.
 
-dit, dit_image      WanTransformer3DModel of diffusers 0.42.1, in shards: clips of odd sizes, a time for each clip and for each token
+  python -m tests.golden.make [tensors tokenizer ...]
+
+dit, dit_image      WanTransformer3DModel of diffusers 0.42.1, in shards: clips of odd sizes, a time for each clip
+                    and for each token
 vae, vae_residual   AutoencoderKLWan of both kinds: clips of several lengths, not square
 umt5                UMT5EncoderModel of transformers 5.23.0: prompts of several lengths
   golden.npz        inputs and outputs of call 0, 1, ...
-schedulers.npz      noise levels, times and every x of UniPC and Euler as diffusers steps, for the velocity below
-tokenizer/public    a small UMT5-like vocabulary in the layout of the public ones (spiece.model, tokenizer_config.json), no replacements
-tokenizer/table     another, with replacements of characters, as transformers 5 saves it (tokenizer.json alone)
-  golden.json       rows [prompt, ids]: `T5Tokenizer` of transformers 5.23.0 on diffusers' `prompt_clean` of the prompt, cut to 48
+schedulers.npz      noise levels, times and every x of UniPC and Euler in diffusers, for the velocity below
+tokenizer/public    a small UMT5-like vocabulary in the layout of the public ones (spiece.model,
+                    tokenizer_config.json), without replacements
+tokenizer/table     another, with replacements of characters, as transformers 5 saves it (only tokenizer.json)
+  golden.json       rows [prompt, ids]: `T5Tokenizer` of transformers 5.23.0 on diffusers' `prompt_clean` of the
+                    prompt, cut to 48 ids
 wan_original.json   made by wan_names.py
 """
 
@@ -66,7 +71,11 @@ FIXED = [
 
 
 def prompts(count, seed=0):
-  """`count` prompts: the fixed ones, words of many scripts and kinds with odd gaps, letters, characters of a block of Unicode."""
+  """Returns `count` prompts.
+
+  They are the fixed ones, words of many scripts and kinds with odd gaps, letters, characters of a block of
+  Unicode.
+  """
   rng = random.Random(seed)
   out = list(FIXED)
   while len(out) < count:
@@ -77,89 +86,129 @@ def prompts(count, seed=0):
       text = "".join(rng.choice("abcde aeiou mnt红猫の") for _ in range(rng.randint(1, 60)))
     else:
       block = rng.choice(BLOCKS)
-      text = "".join(chr(rng.randint(*block)) if rng.random() < 0.8 else rng.choice("ae ") for _ in range(rng.randint(1, 20)))
+      text = ""
+      for _ in range(rng.randint(1, 20)):
+        text += chr(rng.randint(*block)) if rng.random() < 0.8 else rng.choice("ae ")
     out.append(text)
   return out
 
 
 def sentencepiece_model(**options):
-  """A unigram model of the corpus in T5's layout -> bytes."""
+  """Bytes of a unigram model of the corpus with T5's special ids."""
   out = io.BytesIO()
-  layout = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "vocab_size": 1000, "hard_vocab_limit": False, "character_coverage": 1.0}
+  defaults = {
+    "pad_id": 0,
+    "eos_id": 1,
+    "unk_id": 2,
+    "bos_id": -1,
+    "vocab_size": 1000,
+    "hard_vocab_limit": False,
+    "character_coverage": 1.0,
+  }
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CORPUS * 20), model_writer=out, model_type="unigram", minloglevel=2, num_threads=1, **(layout | options)
+    sentence_iterator=iter(CORPUS * 20),
+    model_writer=out,
+    model_type="unigram",
+    minloglevel=2,
+    num_threads=1,
+    **(defaults | options),
   )
   return out.getvalue()
 
 
 def tokenizer_folder(path, model, config):
-  """spiece.model and tokenizer_config.json in a folder, and what transformers reads there."""
+  """Writes spiece.model and tokenizer_config.json to a folder -> the tokenizer that transformers reads there."""
   path.mkdir(parents=True, exist_ok=True)
   (path / "spiece.model").write_bytes(model)
   (path / "tokenizer_config.json").write_text(json.dumps(config))
   return T5Tokenizer.from_pretrained(str(path))
 
 
-PUBLIC = {"normalization_rule_name": "identity", "byte_fallback": True, "bos_id": 2, "unk_id": 3, "user_defined_symbols": ["[web]"]}
+PUBLIC = {
+  "normalization_rule_name": "identity",
+  "byte_fallback": True,
+  "bos_id": 2,
+  "unk_id": 3,
+  "user_defined_symbols": ["[web]"],
+}
 
 
 def public_config():
-  """As in the folders of Wan: 300 more ids, flags of the special tokens all false."""
+  """tokenizer_config.json as in the folders of Wan: 300 more ids, all flags of the special tokens false."""
   token = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+  special = ("<pad>", "</s>", "<s>", "<unk>")
   return {
-    "added_tokens_decoder": {str(i): {"content": text} | token for i, text in enumerate(("<pad>", "</s>", "<s>", "<unk>"))},
+    "added_tokens_decoder": {str(i): {"content": text} | token for i, text in enumerate(special)},
     "additional_special_tokens": [f"<extra_id_{n}>" for n in range(300)],
-    "eos_token": "</s>", "extra_ids": 300, "model_max_length": 512, "pad_token": "<pad>", "sp_model_kwargs": {},
-    "tokenizer_class": "T5Tokenizer", "unk_token": "<unk>",
+    "eos_token": "</s>",
+    "extra_ids": 300,
+    "model_max_length": 512,
+    "pad_token": "<pad>",
+    "sp_model_kwargs": {},
+    "tokenizer_class": "T5Tokenizer",
+    "unk_token": "<unk>",
   }
 
 
-# A few rules of NFKC with which nmt_nfkc does what it is known for: pairs and their beginnings, more characters, fewer, none.
+# A few rules of NFKC that cover the cases of nmt_nfkc: pairs and their beginnings; more characters, fewer,
+# none.
 REPLACED = {
   "①": "1", "½": "1/2", "™": "TM", "Ⅷ": "VIII", "㎞": "km", "㍿": "株式会社",
   "ﷲ": "الله", "𝒳": "X", "\u200b": " ", "\u00ad": "", "\u2060": "",
   "e\u0301": "é", "q": "k", "q\u0307": "Q", "ā": "a", "ガ": "が", "…": "...", "—": "-", "ß": "ss", "İ": "i",
   "ｱ": "ア", "ｱﾞ": "ア゛", "ක": "k", "🙂": ":)",
-}
+}  # fmt: skip
+
+
+def codepoints(text):
+  """Hexadecimal code points of a string, as sentencepiece's rules have them."""
+  return " ".join(f"{ord(c):X}" for c in text)
 
 
 def make_tokenizer():
+  """Writes tokenizer/."""
   folder = HERE / "tokenizer"
   theirs = {"public": tokenizer_folder(folder / "public", sentencepiece_model(**PUBLIC), public_config())}
   rules = folder / "rules.tsv"
-  rules.write_text("".join(f"{' '.join(f'{ord(c):X}' for c in a)}\t{' '.join(f'{ord(c):X}' for c in b)}\n" for a, b in REPLACED.items()))
+  rules.write_text("".join(f"{codepoints(a)}\t{codepoints(b)}\n" for a, b in REPLACED.items()))
   model = sentencepiece_model(normalization_rule_tsv=str(rules))
   rules.unlink()
-  tokenizer_folder(folder / "table", model, {"tokenizer_class": "T5Tokenizer", "extra_ids": 5}).save_pretrained(str(folder / "table"))
+  config = {"tokenizer_class": "T5Tokenizer", "extra_ids": 5}
+  tokenizer_folder(folder / "table", model, config).save_pretrained(str(folder / "table"))
   (folder / "table" / "spiece.model").unlink()
   theirs["table"] = T5Tokenizer.from_pretrained(str(folder / "table"))
   for name, tokenizer in theirs.items():
     texts = [text for text in prompts(140, seed=1) if len(text) < 200]
-    rows = [[text, tokenizer(prompt_clean(text), truncation=True, max_length=48)["input_ids"]] for text in texts]
+    rows = []
+    for text in texts:
+      rows.append([text, tokenizer(prompt_clean(text), truncation=True, max_length=48)["input_ids"]])
     (folder / name / "golden.json").write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
-DITS = {  # arguments; calls: latents t, y, x; tokens of text; time of the clip, or of its first frame's tokens and of the others
+# Arguments; calls: latents t, y, x; tokens of text; time of the clip, or of its first frame's tokens and of
+# the others.
+DITS = {
   "dit": (
-    {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 16, "out_channels": 16, "text_dim": 32, "freq_dim": 64, "ffn_dim": 96},
+    {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 16, "out_channels": 16, "text_dim": 32,
+     "freq_dim": 64, "ffn_dim": 96},
     [((3, 8, 8), 7, 731.0), ((1, 6, 10), 3, 12.5), ((2, 4, 6), 5, (0.0, 400.0))],
   ),
   "dit_image": (
-    {"patch_size": (2, 1, 3), "num_attention_heads": 1, "attention_head_dim": 14, "in_channels": 7, "out_channels": 4, "text_dim": 9,
-     "freq_dim": 10, "ffn_dim": 21, "cross_attn_norm": False},
+    {"patch_size": (2, 1, 3), "num_attention_heads": 1, "attention_head_dim": 14, "in_channels": 7,
+     "out_channels": 4, "text_dim": 9, "freq_dim": 10, "ffn_dim": 21, "cross_attn_norm": False},
     [((4, 3, 9), 2, 999.0), ((2, 5, 3), 6, 250.0)],
   ),
 }  # fmt: skip
 VAES = {  # arguments; calls: frames, height, width
   "vae": (
-    {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [False, True, True],
-     "latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1,
+     "temperal_downsample": [False, True, True], "latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
     [(9, 24, 40), (1, 16, 8)],
   ),
   "vae_residual": (
-    {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
-     "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 8,
-     "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
+     "temperal_downsample": [True, True], "is_residual": True, "patch_size": 2, "in_channels": 12,
+     "out_channels": 12, "scale_factor_spatial": 8, "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
     [(9, 16, 24), (1, 24, 8)],
   ),
 }  # fmt: skip
@@ -167,12 +216,15 @@ STEPS, SHIFTS = (1, 2, 3, 10, 50), (1.0, 3.0, 5.0)
 
 
 def velocity(x, time):
-  """Any smooth function of both, not linear in x; `time` in [0, 1] is what the model is told."""
+  """A smooth function of both, not linear in x. time: that of the model, in [0, 1]."""
   return (np.tanh(1.3 * x) * (1.5 - time) - 0.4 * np.cos(3 * x + 2 * time)).astype(np.float32)
 
 
-def shaken(kind, config, only=""):
-  """A random model whose weights (those whose names end in one of `only`) are moved from where they start, so that none is just 0 or 1."""
+def perturbed(kind, config, only=""):
+  """A random model whose weights are perturbed, so that none is exactly 0 or 1.
+
+  only: suffixes of the names of the weights that are perturbed; by default all are.
+  """
   torch.manual_seed(0)
   model = kind(**config) if isinstance(config, dict) else kind(config)
   with torch.no_grad():
@@ -183,33 +235,45 @@ def shaken(kind, config, only=""):
 
 
 def save(model, name, calls, **options):
-  """The model's folder and its calls: dicts of tensors with a leading axis of 1, which is left out."""
+  """Writes the model's folder and its calls: dicts of tensors with a leading axis of 1, which is dropped."""
   model.save_pretrained(str(HERE / name), **options)
-  arrays = {f"{key}{i}": value[0].detach().numpy() for i, call in enumerate(calls) for key, value in call.items()}
+  arrays = {}
+  for i, call in enumerate(calls):
+    arrays |= {f"{key}{i}": value[0].detach().numpy() for key, value in call.items()}
   np.savez_compressed(HERE / name / "golden.npz", **arrays)
 
 
 def make_tensors():
-  """dit, dit_image, vae, vae_residual, umt5."""
+  """Writes dit, dit_image, vae, vae_residual, umt5."""
   for name, (fields, shapes) in DITS.items():
-    model, calls = shaken(WanTransformer3DModel, {"num_layers": 2} | fields), []
+    model, calls = perturbed(WanTransformer3DModel, {"num_layers": 2} | fields), []
     for thw, words, time in shapes:
       tokens = [n // p for n, p in zip(thw, model.config.patch_size, strict=True)]
       x, text = torch.randn(1, model.config.in_channels, *thw), torch.randn(1, words, model.config.text_dim)
       if isinstance(time, tuple):
-        time = [time[0]] * (tokens[1] * tokens[2]) + [time[1]] * ((tokens[0] - 1) * tokens[1] * tokens[2])
+        in_frame = tokens[1] * tokens[2]
+        time = [time[0]] * in_frame + [time[1]] * ((tokens[0] - 1) * in_frame)
       time = torch.tensor([time])
       calls.append({"x": x, "time": time, "text": text, "y": model(x, time, text, return_dict=False)[0]})
     save(model, name, calls, max_shard_size="100KB")
   for name, (fields, shapes) in VAES.items():
-    model, calls = shaken(AutoencoderKLWan, fields, only=("gamma", "bias")), []  # kernels of few channels magnify rounding
+    # Perturbed kernels of few channels would magnify rounding errors.
+    model, calls = perturbed(AutoencoderKLWan, fields, only=("gamma", "bias")), []
     for shape in shapes:
       video = 2 * torch.rand(1, 3, *shape) - 1
       latents = model.encode(video).latent_dist.mean
       calls.append({"video": video, "latents": latents, "again": model.decode(latents).sample})
     save(model, name, calls)
-  config = UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
-  model, calls = shaken(UMT5EncoderModel, config), []
+  config = UMT5Config(
+    vocab_size=128,
+    d_model=32,
+    d_kv=8,
+    d_ff=64,
+    num_layers=2,
+    num_heads=4,
+    feed_forward_proj="gated-gelu",
+  )
+  model, calls = perturbed(UMT5EncoderModel, config), []
   for length in (7, 1, 140):
     ids = torch.randint(2, 128, (1, length))
     calls.append({"ids": ids, "h": model(ids).last_hidden_state})
@@ -217,10 +281,13 @@ def make_tensors():
 
 
 def make_schedulers():
+  """Writes schedulers.npz."""
   arrays = {"start": np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)}
   for steps in STEPS:
     for shift in SHIFTS:
-      unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2)
+      unipc = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
+      )
       for name, scheduler in (("unipc", unipc), ("euler", FlowMatchEulerDiscreteScheduler(shift=shift))):
         scheduler.set_timesteps(steps)
         x, path = torch.from_numpy(arrays["start"]), []
@@ -229,7 +296,9 @@ def make_schedulers():
           x = scheduler.step(torch.from_numpy(v), time, x, return_dict=False)[0]
           path.append(x.numpy())
         key = f"{name}_{steps}_{shift:g}_"
-        arrays |= {f"{key}sigmas": scheduler.sigmas.numpy(), f"{key}times": scheduler.timesteps.numpy(), f"{key}x": np.stack(path)}
+        arrays[f"{key}sigmas"] = scheduler.sigmas.numpy()
+        arrays[f"{key}times"] = scheduler.timesteps.numpy()
+        arrays[f"{key}x"] = np.stack(path)
   np.savez_compressed(HERE / "schedulers.npz", **arrays)
 
 

@@ -2,7 +2,8 @@
 
   python -m tests.golden.wan_names WAN2.1 WAN2.2     clones of github.com/Wan-Video/Wan2.1 (9737cba) and Wan2.2 (42bf4cf); needs `oracle`, einops
 
-One entry a model: {"size": arguments, "weights": {name: [shape, how often]}}; `{}` stands for the number of a block that is like all others.
+One entry a model: {"size": arguments, "weights": {name: [shape, how often]}}; `{}` stands for the number of a
+block that is like all others.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""Attention by segments: both kernels against plain softmax, what is skipped, what has no key, and its memory."""
+"""Attention by segments: both kernels against plain softmax, skipped tiles, queries without keys, memory."""
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +22,28 @@ def inputs(B, L, M, N, K):
 
 
 def segments(*rows):
-  """Run lengths by row, as (id, count) pairs -> int32 ids."""
+  """Run lengths of each row, as (id, count) pairs -> int32 ids."""
   return jnp.asarray([np.concatenate([np.full(n, i) for i, n in row]) for row in rows], jnp.int32)
 
 
-# two rows; in the second, segment 2 has no key, and the keys' ids do not ascend
+# Two rows. In the second, segment 2 has no key, and the ids of the keys do not ascend.
 QUERIES = segments([(1, 70), (2, 50), (3, 9), (0, 21)], [(1, 33), (2, 40), (4, 77)])
 KEYS = segments([(1, 3), (2, 90), (3, 30), (0, 7)], [(4, 20), (1, 60), (3, 50)])
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "splash_interpret"])
 @pytest.mark.parametrize("cross", [False, True])
-def test_a_query_sees_the_keys_of_its_segment(kernel, cross):
-  """Output and gradients are those of plain softmax, also for queries that have no key (zeros) and for padding."""
+def test_a_query_attends_to_the_keys_of_its_segment(kernel, cross):
+  """Output and gradients are those of plain softmax, also for queries without a key and for padding."""
   query, key, value, weight = inputs(2, 150, 130 if cross else 150, 2, 16)
   ids = (QUERIES, KEYS) if cross else (QUERIES, QUERIES)
 
   def run(f):
-    return jax.jit(lambda *a: jax.value_and_grad(lambda *a: (lambda o: ((o * weight).sum(), o))(f(*a)), (0, 1, 2), has_aux=True)(*a))
+    def loss(*args):
+      out = f(*args)
+      return (out * weight).sum(), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
 
   (_, ours), grads = run(lambda q, k, v: attention.attend(q, k, v, *ids, kernel=kernel))(query, key, value)
   (_, theirs), expected = run(lambda q, k, v: plain(q, k, v, *ids, 16**-0.5))(query, key, value)
@@ -47,7 +51,7 @@ def test_a_query_sees_the_keys_of_its_segment(kernel, cross):
   for ours, theirs in zip(grads, expected, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
   if cross:
-    assert not np.any(np.asarray(grads[0])[1, 33:73])  # finite, and nothing flows
+    assert not np.any(np.asarray(grads[0])[1, 33:73])  # finite, and zero
 
 
 def test_merged_segments_differ():
@@ -58,7 +62,10 @@ def test_merged_segments_differ():
 
 
 def test_a_long_row_in_tiles():
-  """Beyond 1,024 tokens: tiles of 128, head by head; same answer, and no array of the size of length x length."""
+  """Beyond 1,024 tokens there are tiles of 128, head by head.
+
+  The result is the same, and no array has length x length entries.
+  """
   query, key, value, weight = inputs(1, 1500, 1500, 2, 8)
   ids = segments([(1, 700), (2, 130), (3, 600), (0, 70)])
 
@@ -69,17 +76,21 @@ def test_a_long_row_in_tiles():
   theirs = jax.jit(jax.grad(lambda *a: loss(*a, lambda q, k, v: plain(q, k, v, ids, ids, 8**-0.5)), (0, 1, 2)))
   for a, b in zip(ours(query, key, value), theirs(query, key, value), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
-  needs = lambda f: f.lower(query, key, value).compile().memory_analysis().temp_size_in_bytes  # noqa: E731
-  assert needs(ours) < 7e6 < needs(theirs) / 4
+
+  def memory(f):
+    return f.lower(query, key, value).compile().memory_analysis().temp_size_in_bytes
+
+  assert memory(ours) < 7e6 < memory(theirs) / 4
 
 
-def test_tiles_of_other_segments_are_passed_over():
-  """Poisoned keys in tiles that no query of ours meets: were they multiplied, NaN would come out."""
+def test_tiles_of_other_segments_are_skipped():
+  """Keys are NaN in tiles that some queries do not meet; multiplied, they would give NaN there."""
   query, key, value, _ = inputs(1, 256, 256, 1, 8)
   ids = segments([(1, 64), (2, 128), (3, 64)])
   key = key.at[:, 64:192].set(jnp.nan)
   out = jax.jit(attention.attend)(query, key, value, ids, ids)
-  assert np.isfinite(out[0, :64]).all() and np.isfinite(out[0, 192:]).all() and np.isnan(out[0, 64:192]).all()
+  assert np.isfinite(out[0, :64]).all() and np.isfinite(out[0, 192:]).all()
+  assert np.isnan(out[0, 64:192]).all()
   meet = attention.tiles_meet(ids.reshape(4, 64), ids.reshape(4, 64))
   np.testing.assert_array_equal(meet, [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
   assert not attention.tiles_meet(jnp.zeros((1, 64), int), ids.reshape(4, 64)).any()  # padding meets nothing
@@ -88,24 +99,37 @@ def test_tiles_of_other_segments_are_passed_over():
 @pytest.mark.parametrize("kernel", ["blocks", "splash_interpret"])
 @pytest.mark.parametrize("dtype, within", [("float32", 5e-6), ("bfloat16", 2e-2)])
 def test_a_key_that_counts_for_many(kernel, dtype, within):
-  """One key with the logarithm of 399 beside it is 399 equal keys; and the other keys count once."""
+  """One key with log_count log(399) equals 399 equal keys; the other keys count once."""
   query, key, value, _ = (x.astype(dtype) for x in inputs(1, 140, 131, 2, 16))
   ids, log_count = jnp.ones((1, 140), int), jnp.zeros((1, 131)).at[0, 130].set(np.log(399))
-  many = lambda x: jnp.concatenate([x, jnp.repeat(x[:, 130:], 398, 1)], 1)  # noqa: E731
-  run = jax.jit(lambda k, v, **counted: attention.attend(query, k, v, ids, jnp.ones(k.shape[:2], int), kernel=kernel, **counted))
-  counted, repeated = run(key, value, log_count_BM=log_count), run(many(key), many(value))
+
+  def repeat_last(x):
+    return jnp.concatenate([x, jnp.repeat(x[:, 130:], 398, 1)], 1)
+
+  @jax.jit
+  def run(k, v, **kwargs):
+    return attention.attend(query, k, v, ids, jnp.ones(k.shape[:2], int), kernel=kernel, **kwargs)
+
+  counted, repeated = run(key, value, log_count_BM=log_count), run(repeat_last(key), repeat_last(value))
   np.testing.assert_allclose(counted.astype("float32"), repeated.astype("float32"), atol=within)
   assert np.abs(counted - run(key, value)).max() > 0.1
 
 
 @pytest.mark.parametrize("most", [4096, 512])
 def test_one_clip_in_a_long_row(most, monkeypatch):
-  """Where most tiles meet, more keys are taken at once: same answers and gradients."""
+  """Where most tiles meet, tiles of keys are larger; outputs and gradients are the same."""
   monkeypatch.setattr(attention, "COARSE", most)
   query, key, value, weight = inputs(1, 1100, 1100, 2, 8)
   ids = segments([(1, 1000), (2, 70), (0, 30)])
-  run = lambda f: jax.jit(jax.value_and_grad(lambda *a: (f(*a) * weight).sum(), (0, 1, 2)))(query, key, value)  # noqa: E731
-  ours, theirs = run(lambda *a: attention.attend(*a, ids, ids)), run(lambda *a: plain(*a, ids, ids, 8**-0.5))
+
+  def run(f):
+    def loss(*args):
+      return (f(*args) * weight).sum()
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, key, value)
+
+  ours = run(lambda *a: attention.attend(*a, ids, ids))
+  theirs = run(lambda *a: plain(*a, ids, ids, 8**-0.5))
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -120,20 +144,28 @@ def test_bias_is_added_to_scores():
   np.testing.assert_allclose(only_self, jnp.where(ids[..., None, None] > 0, value, 0), atol=1e-6)
 
 
-@pytest.mark.parametrize("heads, keys", [(4, 150), (2, 150), (2, 40)], ids=["heads-dealt", "heads-run-out", "few-keys"])
-def test_sharded_is_unsharded(heads, keys):
-  """Rows over data, tokens over context, heads over tensor, on 8 virtual devices: the same outputs and gradients."""
+@pytest.mark.parametrize(
+  "heads, keys, heads_spec",
+  [
+    pytest.param(4, 150, (None, ("tensor", "context")), id="heads-sharded-twice"),
+    pytest.param(2, 150, (None, "tensor"), id="too-few-heads"),
+    pytest.param(2, 40, ("context", "tensor"), id="few-keys"),
+  ],
+)
+def test_sharded_is_unsharded(heads, keys, heads_spec):
+  """The same with rows sharded over data, tokens over context, heads over tensor (8 devices)."""
   layout = Layout(make_mesh(data=2, context=2, tensor=2))
   query, key, value, weight = inputs(2, 150, keys, heads, 16)
   ids = QUERIES, QUERIES[:, :keys]
 
   def run(layout):
-    f = lambda *a: (attention.attend(*a, *ids, layout=layout) * weight).sum()  # noqa: E731
-    return jax.jit(jax.value_and_grad(f, (0, 1, 2)))(query, key, value)
+    def loss(*args):
+      return (attention.attend(*args, *ids, layout=layout) * weight).sum()
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(query, key, value)
 
   for a, b in zip(jax.tree.leaves(run(layout)), jax.tree.leaves(run(None)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   query_spec, key_spec = attention._specs(query.shape, keys, layout)
-  expected = {"heads-dealt": (None, ("tensor", "context")), "heads-run-out": (None, "tensor"), "few-keys": ("context", "tensor")}
-  assert query_spec[1:3] == expected["few-keys" if keys < 150 else "heads-dealt" if heads == 4 else "heads-run-out"]
+  assert query_spec[1:3] == heads_spec
   assert key_spec[1] is None

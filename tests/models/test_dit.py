@@ -1,4 +1,7 @@
-"""The DiT: a clip does not know its neighbours, sigma belongs to tokens, every size has its shape, and Wan's weights give Wan's answer."""
+"""Laws of the DiT: clips of a row are independent, sigma belongs to tokens, every size has its shape.
+
+Wan's weights give Wan's outputs.
+"""
 
 import dataclasses
 import pathlib
@@ -16,13 +19,14 @@ from tests.golden.calls import dit_velocities
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 CFG = dit.DiTConfig(depth=2, heads=2, head_size=16, mlp=48, channels=4, text_width=8, time_freqs=32)
-GRIDS, PROMPTS, SIGMAS = [(2, 2, 3), (1, 3, 2), (3, 2, 2)], [3, 5, 4], [0.2, 0.5, 0.8]  # three clips: size, text tokens, noise level
+# Three clips: size, text tokens, noise level.
+GRIDS, PROMPTS, SIGMAS = [(2, 2, 3), (1, 3, 2), (3, 2, 2)], [3, 5, 4], [0.2, 0.5, 0.8]
 LENGTH, TEXT = 33, 15
 TOKENS = [slice(0, 12), slice(12, 18), slice(18, 30)]
 
 
 def row_of(numbers):
-  """Inputs of the numbered clips packed into one row of fixed shape; the first two tokens of each are given (sigma 0)."""
+  """Inputs of clips packed into one row of fixed shape; the first two tokens of each are given (sigma 0)."""
   row = {
     "tokens": np.zeros((1, LENGTH, CFG.values_in), np.float32),
     "coords": np.zeros((1, LENGTH, 3), np.float32),
@@ -55,7 +59,8 @@ def run(params, row, cfg=CFG, layout=None):
 
 
 def loss(params, row, cfg=CFG):
-  return jnp.sum(jnp.where(row["segment"][..., None] > 0, (run(params, row, cfg) - row["tokens"]) ** 2, 0))
+  error = (run(params, row, cfg) - row["tokens"]) ** 2
+  return jnp.sum(jnp.where(row["segment"][..., None] > 0, error, 0))
 
 
 velocity, gradient = jax.jit(run), jax.jit(jax.value_and_grad(loss))
@@ -69,19 +74,19 @@ def new_params():
 
 @pytest.fixture(scope="module")
 def params(new_params):
-  """Initial weights, every one moved, so that gates, tables and the last layer all matter."""
+  """Initial weights, all perturbed, so that gates, tables and the last layer matter."""
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda x: np.asarray(x) + 0.2 * rng.normal(size=x.shape).astype(np.float32), new_params)
 
 
 def assert_close(trees, others):
-  """Trees of gradients to 1e-5 of the largest entry of each leaf."""
+  """Asserts that trees of gradients are equal to 1e-5 of the largest entry of each leaf."""
   for (path, a), b in zip(jax.tree.leaves_with_path(trees), jax.tree.leaves(others), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
 
 
 def test_a_clip_does_not_see_its_neighbours(params):
-  """Velocity of each clip of a row is that of the clip alone in a row; merge the segments or the prompts and it is not."""
+  """The velocity of each clip of a row is that of the clip alone, unless segments or prompts are merged."""
   together = velocity(params, ROW)
   for number, tokens in enumerate(TOKENS):
     alone = velocity(params, row_of([number]))[:, : tokens.stop - tokens.start]
@@ -109,12 +114,15 @@ def test_padding_does_not_matter(params):
 
 
 def test_sigma_belongs_to_tokens(params):
-  """All tokens at one sigma: whichever entry of the table holds it. Change the sigma of one token, and the answer changes."""
-  sigma = lambda *values: {"sigma": np.asarray([values], np.float32)}  # noqa: E731
-  same = velocity(params, ROW | sigma(0.4, 0.4, 0.4, 0.4))
-  np.testing.assert_array_equal(same, velocity(params, ROW | sigma(0.9, 0.4, 0.1, 0.2) | {"index": np.ones_like(ROW["index"])}))
-  index = np.where(np.arange(LENGTH) == 5, 1, 0)[None]
-  assert np.abs(velocity(params, ROW | sigma(0.4, 0.9, 0.4, 0.4) | {"index": index}) - same)[:, 6:12].max() > 1e-3
+  """It does not matter which entry of sigma_BU holds a token's sigma. Another sigma changes the velocity."""
+
+  def run(sigma, index):
+    return velocity(params, ROW | {"sigma": np.asarray([sigma], np.float32), "index": index})
+
+  same = run((0.4, 0.4, 0.4, 0.4), ROW["index"])
+  np.testing.assert_array_equal(same, run((0.9, 0.4, 0.1, 0.2), np.ones_like(ROW["index"])))
+  changed = run((0.4, 0.9, 0.4, 0.4), np.where(np.arange(LENGTH) == 5, 1, 0)[None])
+  assert np.abs(changed - same)[:, 6:12].max() > 1e-3
 
 
 def test_text_can_be_prepared_once(params):
@@ -127,16 +135,22 @@ def test_text_can_be_prepared_once(params):
 
 
 def test_one_zero_stands_for_all_the_padding_of_a_prompt(params):
-  """text_pad: prompts of 5 and 9 tokens with one zero each, and with all 7 and 3: the same velocities. Without any, others."""
+  """text_pad: prompts of 5 and 9 tokens have the same velocities with one zero as with all 7 and 3 zeros.
+
+  Without zeros they have others.
+  """
   cfg = dataclasses.replace(CFG, text_pad=12)
-  words, wide = [ROW["text"][0, :5], ROW["text"][0, 5:14]], ROW["text"].shape[-1]
+  words = [ROW["text"][0, :5], ROW["text"][0, 5:14]]
 
   def run(zeros, once=False):
-    text = np.concatenate([x for word, n in zip(words, zeros, strict=True) for x in (word, np.zeros((n, wide), np.float32))])[None]
+    padded = [np.pad(word, ((0, n), (0, 0))) for word, n in zip(words, zeros, strict=True)]
+    text = np.concatenate(padded)[None]
     prompt = np.repeat([1, 2], [5 + zeros[0], 9 + zeros[1]])[None]
     row = ROW | {"text": text, "prompt_text": prompt, "prompt": np.minimum(ROW["prompt"], 2)}
-    kv = dit.text_kv(cfg, params, text, prompt) if once else None
-    return np.asarray(jax.jit(dit.DiT(cfg).apply)({"params": params}, *args(row | {"text": None if once else text}), text_kv=kv))
+    text_kv = None
+    if once:
+      text_kv, row = dit.text_kv(cfg, params, text, prompt), row | {"text": None}
+    return np.asarray(jax.jit(dit.DiT(cfg).apply)({"params": params}, *args(row), text_kv=text_kv))
 
   full = run((7, 3))
   np.testing.assert_allclose(run((1, 1)), full, atol=1e-5)
@@ -150,7 +164,7 @@ def test_remat_changes_nothing_but_memory(params):
 
 
 def test_sharded_is_unsharded(params):
-  """Weights, rows, tokens and heads cut over 8 virtual devices: the same velocity, and the weights really lie apart."""
+  """The velocity is the same with weights (checked), rows, tokens and heads sharded over 8 devices."""
   layout = layouts.Layout(layouts.make_mesh(fsdp=2, context=2, tensor=2))
   boxed = jax.eval_shape(lambda: dit.DiT(CFG, layout).init(jax.random.key(0), *args(ROW)))["params"]
   cut = jax.device_put(params, layouts.shardings(boxed, layout))
@@ -161,8 +175,8 @@ def test_sharded_is_unsharded(params):
   np.testing.assert_allclose(sharded[1:, :24], velocity(params, row_of([2, 0]))[:, :24], atol=1e-5)
 
 
-def test_a_new_model_says_zero_and_learns(new_params):
-  """From nothing: the first velocity is 0, and one step of descent lowers the loss."""
+def test_a_new_model_predicts_zero_and_learns(new_params):
+  """With initial weights the velocity is 0, and one step of gradient descent lowers the loss."""
   assert not np.any(velocity(new_params, ROW))
   before, grads = gradient(new_params, ROW)
   assert gradient(jax.tree.map(lambda p, g: p - 1e-3 * g, new_params, grads), ROW)[0] < before
@@ -170,21 +184,39 @@ def test_a_new_model_says_zero_and_learns(new_params):
 
 @pytest.mark.parametrize("name", dit.SIZES)
 def test_every_size(name):
-  """Number of weights, without making them; the public sizes are those of their checkpoints (counted in tests/oracle)."""
+  """The number of weights; for the public sizes that of their checkpoints (counted in tests/oracle)."""
   count = dit.count_params(dit.SIZES[name])
-  public = {"wan-1.3b": 1_418_996_800, "wan-5b": 4_999_787_712, "wan-14b": 14_288_491_584, "wan-14b-i2v": 14_288_901_184}
+  public = {
+    "wan-1.3b": 1_418_996_800,
+    "wan-5b": 4_999_787_712,
+    "wan-14b": 14_288_491_584,
+    "wan-14b-i2v": 14_288_901_184,
+  }
   if name in public:
     assert count == public[name]
   else:
-    low, high = {"tiny": (1.4e6, 1.8e6), "S": (4e7, 7e7), "B": (1e8, 1.5e8), "L": (3.5e8, 5e8), "XL": (9e8, 1.3e9)}[
-      name
-    ]
+    ranges = {
+      "tiny": (1.4e6, 1.8e6),
+      "S": (4e7, 7e7),
+      "B": (1e8, 1.5e8),
+      "L": (3.5e8, 5e8),
+      "XL": (9e8, 1.3e9),
+    }
+    low, high = ranges[name]
     assert low <= count <= high
     assert name == "tiny" or dit.SIZES[name].head_size == 256
 
 
 @pytest.mark.parametrize(
-  "wrong", [{"head_size": 15}, {"depth": 0}, {"remat": "some"}, {"dtype": "int8"}, {"conditioning": "channels"}, {"patch": (1, 2)}]
+  "wrong",
+  [
+    {"head_size": 15},
+    {"depth": 0},
+    {"remat": "some"},
+    {"dtype": "int8"},
+    {"conditioning": "channels"},
+    {"patch": (1, 2)},
+  ],
 )
 def test_a_config_that_cannot_be_built_says_so(wrong):
   with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -192,16 +224,23 @@ def test_a_config_that_cannot_be_built_says_so(wrong):
 
 
 @pytest.mark.parametrize("name", ["dit", "dit_image"])
-def test_wan_weights_give_wan_answers(name):
-  """Weights and answers of diffusers' own class (0.42.1; golden/make.py): odd clips, one with a time for each token, conditions."""
-  tensors, theirs, golden = files.Tensors(GOLDEN / name), files.read_config(GOLDEN / name), np.load(GOLDEN / name / "golden.npz")
+def test_wan_weights_give_wan_outputs(name):
+  """Weights and outputs are those of diffusers' class (0.42.1; golden/make.py).
+
+  Clips have odd sizes, one has a time for each token, and one model takes conditions.
+  """
+  tensors, theirs = files.Tensors(GOLDEN / name), files.read_config(GOLDEN / name)
+  golden = np.load(GOLDEN / name / "golden.npz")
   cfg = wan_dit.config_from_diffusers(theirs)
   params = wan_dit.from_diffusers(tensors, cfg)
   count = len(golden) // 4
-  clips = [(golden[f"x{i}"].transpose(1, 2, 3, 0), golden[f"time{i}"], golden[f"text{i}"]) for i in range(count)]
+  clips = []
+  for i in range(count):
+    clips.append((golden[f"x{i}"].transpose(1, 2, 3, 0), golden[f"time{i}"], golden[f"text{i}"]))
   assert count >= 2
   for i, velocity in enumerate(dit_velocities(cfg, params, clips)):
-    np.testing.assert_allclose(velocity.transpose(3, 0, 1, 2), golden[f"y{i}"], atol=1e-5 * np.abs(golden[f"y{i}"]).max())
+    expected = golden[f"y{i}"]
+    np.testing.assert_allclose(velocity.transpose(3, 0, 1, 2), expected, atol=1e-5 * np.abs(expected).max())
 
   back = dict(wan_dit.to_diffusers(params, cfg))
   assert back.keys() == tensors.keys()
@@ -211,13 +250,14 @@ def test_wan_weights_give_wan_answers(name):
 
 
 def test_a_model_that_predicts_data_gives_its_velocity(params):
-  """(x - data) / sigma, from the same last layer; below the smallest sigma, and for given tokens, the divisor stays."""
+  """It is (x - data) / sigma, from the same last layer; the divisor is at least MIN_SIGMA."""
   cfg = dataclasses.replace(CFG, predicts="data")
-  data, sigma = np.asarray(velocity(params, ROW)), np.take_along_axis(ROW["sigma"], ROW["index"], 1)[..., None]
-  found = np.asarray(jax.jit(lambda params, row: run(params, row, cfg))(params, ROW))
-  np.testing.assert_allclose(found, (ROW["tokens"] - data) / np.maximum(sigma, dit.MIN_SIGMA), atol=1e-4)
+  data = np.asarray(velocity(params, ROW))
+  sigma = np.take_along_axis(ROW["sigma"], ROW["index"], 1)[..., None]
+  predicted = np.asarray(jax.jit(lambda params, row: run(params, row, cfg))(params, ROW))
+  np.testing.assert_allclose(predicted, (ROW["tokens"] - data) / np.maximum(sigma, dit.MIN_SIGMA), atol=1e-4)
   at = np.broadcast_to(sigma >= dit.MIN_SIGMA, data.shape)
-  np.testing.assert_allclose((ROW["tokens"] - sigma * found)[at], data[at], atol=1e-4)
+  np.testing.assert_allclose((ROW["tokens"] - sigma * predicted)[at], data[at], atol=1e-4)
   with pytest.raises(ValueError, match="predicts='noise'; known: velocity, data"):
     dataclasses.replace(CFG, predicts="noise")
   with pytest.raises(BadInput, match="predicts='data'"):

@@ -1,4 +1,4 @@
-"""Prompts: cleaning, tokens from any corpus, prompts of a row that do not see each other, UMT5's own answer."""
+"""Prompts: cleaning, tokenizers of any corpus, independent prompts in a row, UMT5's own outputs."""
 
 import pathlib
 
@@ -15,7 +15,10 @@ from sora_jax.weights import files, umt5
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "umt5"
 CFG = text.TextConfig(vocab=50, width=16, depth=2, heads=2, head_size=8, mlp=24, buckets=8, max_distance=10)
 CAPTIONS = [
-  f"a {colour} {shape} moves {way}" for colour in ("red", "blue") for shape in ("ball", "square", "ring") for way in ("left", "right", "up")
+  f"a {colour} {shape} moves {direction}"
+  for colour in ("red", "blue")
+  for shape in ("ball", "square", "ring")
+  for direction in ("left", "right", "up")
 ]
 
 
@@ -25,10 +28,12 @@ def test_prompts_are_cleaned_as_wan_does():
 
 
 @pytest.mark.parametrize(
-  "captions", [CAPTIONS, CAPTIONS[:1], [], ["", "  "], ["猫が走る", "naïve 🙂"]], ids=["some", "one", "none", "blank", "not-latin"]
+  "captions",
+  [CAPTIONS, CAPTIONS[:1], [], ["", "  "], ["猫が走る", "naïve 🙂"]],
+  ids=["several", "one", "none", "blank", "not-latin"],
 )
 def test_a_tokenizer_from_any_corpus(captions, tmp_path):
-  """Few captions or none: every prompt can be written and read back, ids end in EOS, nothing is unknown."""
+  """With few captions or none, every prompt survives a round trip, ids end in EOS, and nothing is unknown."""
   vocab = text.train_tokenizer(captions, tmp_path / "a" / "tokenizer.model", vocab_size=400)
   tokenizer = text.Tokenizer(tmp_path / "a" / "tokenizer.model")
   assert vocab == tokenizer.vocab <= 400
@@ -37,7 +42,8 @@ def test_a_tokenizer_from_any_corpus(captions, tmp_path):
     assert ids[-1] == text.EOS and text.UNK not in ids and max(ids) < vocab
     assert tokenizer.decode(ids) == prompt
   assert tokenizer.null == [text.EOS]
-  assert len(tokenizer.encode("x " * 1000, most=12)) == 12 and tokenizer.encode("x " * 1000, most=12)[-1] == text.EOS
+  ids = tokenizer.encode("x " * 1000, most=12)
+  assert len(ids) == 12 and ids[-1] == text.EOS
 
 
 def test_the_same_captions_give_the_same_tokenizer(tmp_path):
@@ -49,7 +55,7 @@ def test_the_same_captions_give_the_same_tokenizer(tmp_path):
   assert len(text.Tokenizer(tmp_path / "1").encode("a blue ring moves up")) == 6  # words, not letters
 
 
-def test_a_file_that_is_no_tokenizer(tmp_path):
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path):
   (tmp_path / "x.model").write_bytes(b"no model")
   for name in ("x.model", "missing.model"):
     with pytest.raises(BadInput, match=name):
@@ -68,11 +74,12 @@ def encode(params, ids, prompt):
 
 
 def test_a_prompt_does_not_see_its_neighbours(params):
-  """Two prompts in a row, padding behind: each as if alone, wherever it stands; padding is zero."""
+  """Each of two prompts in a row has the embeddings that it has alone, at any position; padding is zero."""
   ids = jax.random.randint(jax.random.key(1), (2, 24), 3, CFG.vocab)
   prompt = jnp.asarray([[1] * 9 + [2] * 12 + [0] * 3, [3] * 24])
   out = encode(params, ids, prompt)
-  alone = encode(params, jnp.pad(ids[:1, 9:21], [(0, 1), (0, 12)]), jnp.asarray([[1] * 12 + [0] * 12, [0] * 24]))
+  ids_alone, prompt_alone = jnp.pad(ids[:1, 9:21], [(0, 1), (0, 12)]), jnp.asarray([[1] * 12 + [0] * 12, [0] * 24])
+  alone = encode(params, ids_alone, prompt_alone)
   np.testing.assert_allclose(out[0, 9:21], alone[0, :12], atol=1e-5)
   assert not np.any(out[0, 21:]) and not np.any(alone[1])
   merged = encode(params, ids, jnp.asarray([[1] * 21 + [0] * 3, [3] * 24]))
@@ -81,7 +88,8 @@ def test_a_prompt_does_not_see_its_neighbours(params):
 
 def test_position_matters_and_gradients_are_finite(params):
   ids, prompt = jnp.arange(3, 27)[None].repeat(2, 0), jnp.asarray([[1] * 24, [1] * 8 + [0] * 16])
-  assert np.abs(encode(params, ids[:, ::-1], prompt)[0, ::-1] - encode(params, ids, prompt)[0]).max() > 1e-3
+  reversed_ids = encode(params, ids[:, ::-1], prompt)[0, ::-1]
+  assert np.abs(reversed_ids - encode(params, ids, prompt)[0]).max() > 1e-3
   grads = jax.jit(jax.grad(lambda p: jnp.sum(encode(p, ids, prompt) ** 2)))(params)
   assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
@@ -92,8 +100,11 @@ def test_sizes():
   assert text.count_params(text.SIZES["tiny"]) < 5e5
 
 
-def test_umt5_weights_give_umt5_answers():
-  """Weights and output of transformers' own class (5.23.0; golden/make.py): prompts of 7, 1 and 140 tokens in one row, in another order."""
+def test_umt5_weights_give_umt5_outputs():
+  """Weights and outputs are those of transformers' class (5.23.0; golden/make.py).
+
+  Prompts of 7, 1 and 140 tokens are in one row, in another order.
+  """
   cfg = umt5.config_from_diffusers(files.read_config(GOLDEN))
   tensors, golden = files.Tensors(GOLDEN), np.load(GOLDEN / "golden.npz")
   weights = umt5.from_diffusers(tensors, cfg)
@@ -101,7 +112,8 @@ def test_umt5_weights_give_umt5_answers():
   prompt = np.repeat([3, 1, 2], [len(golden[f"ids{i}"]) for i in (2, 0, 1)])[None].astype(np.int32)
   ours = np.asarray(jax.jit(lambda w: text.TextEncoder(cfg).apply({"params": w}, row, prompt))(weights))
   for i in range(3):
-    np.testing.assert_allclose(ours[prompt == i + 1], golden[f"h{i}"], atol=1e-5 * np.abs(golden[f"h{i}"]).max())
+    expected = golden[f"h{i}"]
+    np.testing.assert_allclose(ours[prompt == i + 1], expected, atol=1e-5 * np.abs(expected).max())
 
   back = dict(umt5.to_diffusers(weights, cfg))
   assert set(tensors) <= {*back, *umt5.EMBEDDINGS}
@@ -114,7 +126,8 @@ def test_umt5_weights_give_umt5_answers():
 def test_weights_that_do_not_fit_are_named():
   cfg, tensors = umt5.config_from_diffusers(files.read_config(GOLDEN)), dict(files.Tensors(GOLDEN))
   with pytest.raises(BadInput, match="encoder.final_layer_norm.weight"):
-    umt5.from_diffusers({k: v for k, v in tensors.items() if k != "encoder.final_layer_norm.weight"}, cfg)
+    missing = "encoder.final_layer_norm.weight"
+    umt5.from_diffusers({name: value for name, value in tensors.items() if name != missing}, cfg)
   with pytest.raises(BadInput, match="bogus"):
     umt5.from_diffusers(tensors | {"bogus": np.zeros(1)}, cfg)
   name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"

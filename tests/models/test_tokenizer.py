@@ -1,4 +1,7 @@
-"""Tokenizers of T5's family: ids that transformers gave (tests/golden/make.py), from a model with its config and from tokenizer.json."""
+"""Tokenizers of T5's family give the ids of transformers (tests/golden/make.py).
+
+They come from spiece.model with its config, and from tokenizer.json.
+"""
 
 import json
 import pathlib
@@ -16,7 +19,10 @@ GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "tokenizer"
 
 @pytest.mark.parametrize("name", ["public", "table"])
 def test_golden_prompts(name, tmp_path):
-  """Many scripts, special tokens written out, odd spaces, marks, unknown characters, cut ends; sentencepiece alone gives other ids."""
+  """Prompts have many scripts, special tokens as text, odd spaces, marks, unknown characters, truncated ends.
+
+  sentencepiece alone gives other ids.
+  """
   (tmp_path / "tokenizer.model").write_bytes(spiece.from_folder(GOLDEN / name))
   tokenizer = text.Tokenizer(tmp_path / "tokenizer.model")
   rows = json.loads((GOLDEN / name / "golden.json").read_text())
@@ -25,11 +31,12 @@ def test_golden_prompts(name, tmp_path):
     assert tokenizer.encode(prompt, 48) == ids, repr(prompt)
     assert max(ids) < tokenizer.vocab and text.clean(tokenizer.decode(ids)) is not None
   plain = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-  assert sum((plain.encode(text.clean(prompt))[:47] + [text.EOS]) != ids for prompt, ids in rows) > 30
+  different = [plain.encode(text.clean(prompt))[:47] + [text.EOS] != ids for prompt, ids in rows]
+  assert sum(different) > 30
 
 
 def test_the_config_beside_a_model_names_its_special_tokens(tmp_path):
-  """spiece.model with its config is the same tokenizer; without, <extra_id_N> is text."""
+  """spiece.model with its config is the same tokenizer. Without the config, <extra_id_N> is text."""
   beside = text.Tokenizer(GOLDEN / "public" / "spiece.model")
   for prompt, ids in json.loads((GOLDEN / "public" / "golden.json").read_text()):
     assert beside.encode(prompt, 48) == ids, repr(prompt)
@@ -39,7 +46,7 @@ def test_the_config_beside_a_model_names_its_special_tokens(tmp_path):
   assert alone.vocab == beside.vocab - 300 and len(alone.encode("<extra_id_0>")) > 3
 
 
-def test_folders_that_hold_no_such_tokenizer(tmp_path):
+def test_folders_without_such_a_tokenizer_are_named(tmp_path):
   with pytest.raises(BadInput, match="neither"):
     spiece.from_folder(tmp_path)
   (tmp_path / "spiece.model").write_bytes(b"no model")

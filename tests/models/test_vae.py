@@ -1,4 +1,4 @@
-"""Laws of the video VAE: time runs one way, streamed is whole, an image is a short video, weights and places."""
+"""Laws of the video VAE: it is causal, streaming equals one pass, an image is a video of one frame."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ KINDS = pytest.mark.parametrize("cfg", [PLAIN, RESIDUAL, LINEAR], ids=["plain", 
 
 
 def weights(cfg):
-  """Random ones, convolutions and linear codec alike."""
+  """Random weights, including those of the linear codec."""
   params = vae.init(jax.random.key(0), cfg)
   if cfg.linear:
     params["linear"] = vae.fit_linear(params, cfg, video(cfg, batch=4, seed=5))["linear"]
@@ -37,7 +37,7 @@ def video(cfg, frames=9, batch=1, seed=0):
 
 @pytest.mark.parametrize(("name", "millions"), [("wan2.1", 126.9), ("wan2.2", 704.7), ("tiny", None)])
 def test_every_size_has_its_shapes(name, millions):
-  """Strides, latents and, for the public ones, the published number of weights (diffusers: 126.9 M and 704.7 M)."""
+  """Strides, latents and, for the public VAEs, the published number of weights (126.9 M and 704.7 M)."""
   cfg = vae.SIZES[name]
   t, h, w = cfg.stride
   shape = jax.ShapeDtypeStruct((2, 1 + 2 * t, 2 * h, 3 * w, 3), jnp.float32)
@@ -52,27 +52,30 @@ def test_every_size_has_its_shapes(name, millions):
 
 
 @KINDS
-def test_streamed_is_whole_and_time_runs_one_way(cfg):
-  """1 + 4 + 4 frames give the latents, and 1 + 1 + 1 latents the frames, of all at once; later frames change nothing before them."""
+def test_streaming_equals_one_pass_and_is_causal(cfg):
+  """1 + 4 + 4 frames give the latents, and 1 + 1 + 1 latents the frames, of a single pass.
+
+  Later frames change nothing before them.
+  """
   params, clip = weights(cfg), video(cfg)
   whole, _ = vae.encode(params, clip, cfg)
   pieces = list(vae.encode_stream(params, iter([clip[:, :3], clip[:, 3:8], clip[:, 8:]]), cfg))
   assert [p.shape[1] for p in pieces] == [1, 1, 1]
   np.testing.assert_allclose(np.concatenate(pieces, 1), whole, atol=1e-5)
 
-  again = vae.decode(params, whole, cfg)
+  decoded = vae.decode(params, whole, cfg)
   pieces = list(vae.decode_stream(params, [whole], cfg))
   assert [p.shape[1] for p in pieces] == [1, 4, 4]
-  np.testing.assert_allclose(np.concatenate(pieces, 1), again, atol=1e-5)
+  np.testing.assert_allclose(np.concatenate(pieces, 1), decoded, atol=1e-5)
 
   other = clip.copy()
   other[:, 5:] = video(cfg, seed=1)[:, 5:]
   changed, _ = vae.encode(params, other, cfg)
   np.testing.assert_array_equal(changed[:, :2], whole[:, :2])
-  assert np.abs(changed[:, 2] - whole[:, 2]).max() > 1e-3                       # the test can fail
-  redone = vae.decode(params, np.concatenate([whole[:, :2], -whole[:, 2:]], 1), cfg)
-  np.testing.assert_array_equal(redone[:, :5], again[:, :5])
-  assert np.abs(redone[:, 5:] - again[:, 5:]).max() > 1e-3
+  assert np.abs(changed[:, 2] - whole[:, 2]).max() > 1e-3  # the test can fail
+  changed = vae.decode(params, np.concatenate([whole[:, :2], -whole[:, 2:]], 1), cfg)
+  np.testing.assert_array_equal(changed[:, :5], decoded[:, :5])
+  assert np.abs(changed[:, 5:] - decoded[:, 5:]).max() > 1e-3
 
 
 @KINDS
@@ -85,46 +88,59 @@ def test_an_image_is_a_video_of_one_frame(cfg):
 
 
 def test_a_linear_codec_begins_with_principal_components():
-  """What it says of clips is what numpy's singular vectors of their blocks say; nothing of it is trained."""
+  """Its codes of clips are those of numpy's singular vectors of their blocks; it has no gradients."""
   rng = np.random.default_rng(0)
   basis = rng.normal(size=(6, 4, 4, 4, 3)).astype(np.float32) / 100
-  clips = np.einsum("bnyxk,kthwc->bntyhxwc", rng.normal(size=(8, 2, 3, 3, 6)) * [9, 8, 7, 6, 1, 0.5], basis).reshape(8, 8, 12, 12, 3)
-  clips = np.concatenate([clips[:, :1], clips[:, 1:5].mean(1, keepdims=True).repeat(4, 1), clips[:, 4:]], 1).astype(np.float32)
+  factors = rng.normal(size=(8, 2, 3, 3, 6)) * [9, 8, 7, 6, 1, 0.5]
+  clips = np.einsum("bnyxk,kthwc->bntyhxwc", factors, basis).reshape(8, 8, 12, 12, 3)
+  middle = clips[:, 1:5].mean(1, keepdims=True).repeat(4, 1)
+  clips = np.concatenate([clips[:, :1], middle, clips[:, 4:]], 1).astype(np.float32)
   params = vae.fit_linear(vae.init(jax.random.key(0), LINEAR), LINEAR, clips)
   blocks = np.concatenate([clips[:, :1].repeat(4, 1), clips[:, 1:]], 1)
   blocks = blocks.reshape(8, 3, 4, 3, 4, 3, 4, 3).transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, 192)
   _, _, vectors = np.linalg.svd(blocks - blocks.mean(0), full_matrices=False)
   best = (blocks - blocks.mean(0)) @ vectors[:4].T @ vectors[:4] + blocks.mean(0)
   mean, logvar = vae.encode(params, clips, LINEAR)
-  np.testing.assert_allclose(np.asarray(mean).reshape(-1, 4).std(0, ddof=1), 1, atol=1e-3)        # and distances are those of pixels
-  far = lambda x: np.linalg.norm(x[:50, None] - x[None, :50], axis=-1)  # noqa: E731
-  ratio = far(best)[np.triu_indices(50, 1)] / far(np.asarray(mean).reshape(-1, 4))[np.triu_indices(50, 1)]
+  latents = np.asarray(mean).reshape(-1, 4)
+  np.testing.assert_allclose(latents.std(0, ddof=1), 1, atol=1e-3)
+
+  def distances(x):
+    return np.linalg.norm(x[:50, None] - x[None, :50], axis=-1)[np.triu_indices(50, 1)]
+
+  ratio = distances(best) / distances(latents)  # distances are proportional to those of pixels
   np.testing.assert_allclose(ratio, ratio[0], rtol=1e-3)
   np.testing.assert_allclose(logvar, -6)
   wanted = vae_blocks.from_blocks(best.reshape(8, 3, 3, 3, 192), LINEAR.stride, True)
   assert np.abs(wanted).max() < 1 < 100 * np.abs(wanted).max()
   np.testing.assert_allclose(vae.decode(params, mean, LINEAR)[:, 1:], wanted[:, 1:], atol=1e-3)
-  slopes = jax.jit(jax.grad(lambda p: jnp.sum(vae.VAE(LINEAR).apply({"params": p}, clips) ** 2)))(params)
-  assert all(not np.any(leaf) for leaf in jax.tree.leaves(slopes["linear"])) and np.any(slopes["decoder"]["conv_out"]["kernel"])
+  grads = jax.jit(jax.grad(lambda p: jnp.sum(vae.VAE(LINEAR).apply({"params": p}, clips) ** 2)))(params)
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads["linear"]))
+  assert np.any(grads["decoder"]["conv_out"]["kernel"])
 
 
 def test_large_frames_go_one_by_one(monkeypatch):
-  """Chunks whose frames pass one after another through the layers give what whole chunks give."""
+  """Chunks whose frames pass through the layers one by one give the results of whole chunks."""
   params, clip = vae.init(jax.random.key(0), RESIDUAL), video(RESIDUAL)
   latents = jax.random.normal(jax.random.key(1), (1, 1, 1, 2, 4))
-  seen = vae.encode_chunk(params, None, clip[:, :1], RESIDUAL, first=True)[0]
-  shown = vae.decode_chunk(params, None, latents, RESIDUAL, first=True)[0]
-  chunk = lambda f, stream, x: jax.jit(functools.partial(f.__wrapped__, cfg=RESIDUAL, first=False))(params, stream, x)  # noqa: E731
-  loops = lambda *args: str(jax.make_jaxpr(lambda: chunk(*args))()).count("scan[")  # noqa: E731
-  both = (vae.encode_chunk, seen, clip[:, 1:5]), (vae.decode_chunk, shown, latents)
-  whole, none = [chunk(*args) for args in both], [loops(*args) for args in both]
+  encoded = vae.encode_chunk(params, None, clip[:, :1], RESIDUAL, first=True)[0]
+  decoded = vae.decode_chunk(params, None, latents, RESIDUAL, first=True)[0]
+
+  def chunk(f, stream, x):
+    return jax.jit(functools.partial(f.__wrapped__, cfg=RESIDUAL, first=False))(params, stream, x)
+
+  def loops(*args):
+    return str(jax.make_jaxpr(lambda: chunk(*args))()).count("scan[")
+
+  both = (vae.encode_chunk, encoded, clip[:, 1:5]), (vae.decode_chunk, decoded, latents)
+  whole = [chunk(*args) for args in both]
+  assert [loops(*args) for args in both] == [0, 0]
   monkeypatch.setattr(vae_blocks, "LARGE", 0)
-  assert none == [0, 0] and all(loops(*args) > 1 for args in both)
+  assert all(loops(*args) > 1 for args in both)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), [chunk(*args) for args in both], whole)
 
 
-def test_streaming_keeps_a_fixed_amount():
-  """The memory of a stream after 2 chunks is that after 3, in shapes."""
+def test_streaming_has_constant_memory():
+  """The shapes of a stream's state after 2 chunks are those after 3."""
   params, clip = vae.init(jax.random.key(0), PLAIN), video(PLAIN)
   stream, _, _ = vae.encode_chunk(params, None, clip[:, :1], PLAIN, first=True)
   shapes = []
@@ -136,39 +152,44 @@ def test_streaming_keeps_a_fixed_amount():
 
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_both_forms_of_the_convolution_agree(frames, monkeypatch):
-  """By taps (CPU) and by volume (elsewhere), in value and gradient; with and without frames before."""
+  """Values and gradients by taps (CPU) and by volume (elsewhere), with and without frames before."""
   rng = np.random.default_rng(0)
   x, before = (jnp.asarray(rng.normal(size=(2, t, 5, 6, 3)), jnp.float32) for t in (frames, 2))
   kernel, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 3, 3, 3, 4), (2, frames, 5, 6, 4)))
 
   def both(before):
-    run = lambda x, kernel: jnp.sum(causal_conv.causal_conv(before, x, kernel) * weight)  # noqa: E731
-    return causal_conv.causal_conv(before, x, kernel), jax.grad(run, (0, 1))(x, kernel)
+    def loss(x, kernel):
+      return jnp.sum(causal_conv.causal_conv(before, x, kernel) * weight)
+
+    return causal_conv.causal_conv(before, x, kernel), jax.grad(loss, (0, 1))(x, kernel)
 
   by_taps = both(None), both(before)
   monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
   by_volume = both(None), both(before)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), by_taps, by_volume)
-  assert np.abs(by_taps[0][0] - by_taps[1][0]).max() > 1                        # what is before does count
+  assert np.abs(by_taps[0][0] - by_taps[1][0]).max() > 1  # the frames before matter
 
 
 def test_attention_in_blocks_is_attention(monkeypatch):
   query, key, value = (jax.random.normal(k, (3, 10, 8)) for k in jax.random.split(jax.random.key(0), 3))
   direct = vae_blocks.attend_in_frames(query, key, value)
-  monkeypatch.setattr(vae_blocks, "ATTENTION_SCORES", 40)                       # blocks of 4 of the 10 queries
+  monkeypatch.setattr(vae_blocks, "ATTENTION_SCORES", 40)  # blocks of 4 of the 10 queries
   np.testing.assert_allclose(vae_blocks.attend_in_frames(query, key, value), direct, atol=1e-6)
 
 
-def test_patches_of_pixels_go_there_and_back():
+def test_patches_of_pixels_round_trip():
   clip = video(PLAIN)
-  there = vae.to_patches(clip, 2)
-  assert there.shape == (1, 9, 2, 4, 12)
-  np.testing.assert_array_equal(vae.from_patches(there, 2), clip)
+  patches = vae.to_patches(clip, 2)
+  assert patches.shape == (1, 9, 2, 4, 12)
+  np.testing.assert_array_equal(vae.from_patches(patches, 2), clip)
 
 
 @pytest.mark.parametrize("name", ["vae", "vae_residual"])
 def test_golden(name):
-  """Weights, videos and latents of diffusers 0.42.1 `AutoencoderKLWan` (golden/make.py) come out the same; and back, bit for bit."""
+  """Latents and videos are those of diffusers 0.42.1 `AutoencoderKLWan` (golden/make.py).
+
+  Weights and config come back bit for bit.
+  """
   folder = GOLDEN / name
   tensors, theirs = files.Tensors(folder), files.read_config(folder)
   golden = {key: np.moveaxis(value, 0, -1)[None] for key, value in np.load(folder / "golden.npz").items()}
@@ -184,7 +205,7 @@ def test_golden(name):
   assert {key: value for key, value in wan_vae.config_to_diffusers(cfg).items() if theirs.get(key) != value} == {}
 
 
-def test_foreign_weights_that_do_not_fit_are_named():
+def test_weights_that_do_not_fit_are_named():
   cfg = wan_vae.config_from_diffusers(files.read_config(GOLDEN / "vae"))
   tensors = dict(files.Tensors(GOLDEN / "vae"))
   with pytest.raises(ValueError, match="encoder.conv_in.bias"):
@@ -222,15 +243,16 @@ def test_normalise_has_an_inverse():
 
 
 def test_sharded_is_unsharded():
-  """On 2 x 2 x 1 x 2 devices, weights cut over fsdp, rows over data and fsdp: the same latents."""
+  """On 2 x 2 x 1 x 2 devices, with weights sharded over fsdp, rows over data and fsdp: equal latents."""
   layout = Layout(make_mesh(data=2, fsdp=2, tensor=2))
   clip = video(PLAIN, frames=5, batch=4)
   boxed = jax.eval_shape(vae.VAE(PLAIN).init, jax.random.key(0), clip)["params"]
   params = vae.init(jax.random.key(0), PLAIN)
   alone, _ = vae.encode(params, clip, PLAIN)
-  placed = jax.device_put(params, shardings(boxed, layout))
-  mean, _ = vae.encode(placed, clip, PLAIN, layout)
+  sharded = jax.device_put(params, shardings(boxed, layout))
+  mean, _ = vae.encode(sharded, clip, PLAIN, layout)
   np.testing.assert_allclose(mean, alone, atol=1e-5)
-  kernel = placed["encoder"]["middle"]["block_0"]["conv_0"]["kernel"]
-  assert kernel.addressable_shards[0].data.shape == (3, 3, 3, 4, 8)             # 8 in over fsdp; out is whole on every device
-  assert mean.sharding.shard_shape(mean.shape)[0] == 1                          # 4 rows over data and fsdp
+  kernel = sharded["encoder"]["middle"]["block_0"]["conv_0"]["kernel"]
+  # 8 input channels over fsdp; the output channels are whole on every device.
+  assert kernel.addressable_shards[0].data.shape == (3, 3, 3, 4, 8)
+  assert mean.sharding.shard_shape(mean.shape)[0] == 1  # 4 rows over data and fsdp

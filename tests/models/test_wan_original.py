@@ -1,4 +1,4 @@
-"""Names of the original Wan releases (golden/wan_original.json, from their own classes) become those that our converters read."""
+"""Names of the original Wan releases (golden/wan_original.json) become those of our tables."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ def shapes(name):
     ("umt5-xxl", "text", umt5.rows(text.SIZES["umt5-xxl"])),
 ])
 def test_every_weight(name, part, ours):
-  """Renamed, names and shapes are those that our table reads, no more and no less; and back."""
+  """Renamed, names and shapes are exactly those of our table. Renaming back gives the original names."""
   original, cfg = shapes(name), vae.SIZES.get(name)
   assert wan_original.recognise(original) == (part, "original")
   new = wan_original.rename(original, part, cfg)
@@ -35,17 +35,32 @@ def test_every_weight(name, part, ours):
 @pytest.mark.parametrize("name", ["wan-1.3b", "wan-14b", "wan-14b-i2v", "wan-5b"])
 def test_the_config_of_a_dit(name):
   """config.json of the releases -> our sizes."""
-  theirs = wan_original.config_to_diffusers({"_class_name": "WanModel", "text_len": 512} | ORIGINAL[name]["size"], shapes(name))
+  config = {"_class_name": "WanModel", "text_len": 512} | ORIGINAL[name]["size"]
+  theirs = wan_original.config_to_diffusers(config, shapes(name))
   ours, size = wan_dit.config_from_diffusers(theirs, expand_timesteps=name == "wan-5b"), dit.SIZES[name]
-  for field in ("depth", "heads", "head_size", "mlp", "channels", "patch", "text_width", "cond_channels", "conditioning", "text_pad", "cross_norm"):
+  fields = (
+    "depth",
+    "heads",
+    "head_size",
+    "mlp",
+    "channels",
+    "patch",
+    "text_width",
+    "cond_channels",
+    "conditioning",
+    "text_pad",
+    "cross_norm",
+  )
+  for field in fields:
     assert getattr(ours, field) == getattr(size, field), field
 
 
-def test_what_is_no_such_model_is_named():
+def test_other_models_are_named():
   with pytest.raises(BadInput, match="model_type='s2v'"):
     wan_original.config_to_diffusers({"_class_name": "WanModel", "model_type": "s2v"})
-  with pytest.raises(BadInput, match="image_dim=1280"):      # Wan 2.1's image-to-video, told by its weights
-    wan_dit.config_from_diffusers(wan_original.config_to_diffusers({"model_type": "i2v", "in_dim": 36}, ["img_emb.proj.0.weight"]))
+  config = {"model_type": "i2v", "in_dim": 36}
+  with pytest.raises(BadInput, match="image_dim=1280"):  # Wan 2.1's image-to-video, known by its weights
+    wan_dit.config_from_diffusers(wan_original.config_to_diffusers(config, ["img_emb.proj.0.weight"]))
   with pytest.raises(BadInput, match="no original name"):
     wan_original.rename(shapes("wan2.2"), "vae", vae.SIZES["wan2.1"])
   with pytest.raises(BadInput, match="no original name"):
