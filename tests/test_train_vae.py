@@ -184,7 +184,10 @@ def test_kl_is_that_of_gaussians():
   assert float(train_vae.gaussian_kl(zero, zero)) == 0
   mean, logvar = jnp.array([0.5, -1.0, 2.0]), jnp.array([-1.0, 0.3, -2.0])
   draws = mean + jnp.exp(logvar / 2) * jax.random.normal(jax.random.key(0), (400_000, 3))
-  density = lambda x, mean, logvar: -0.5 * ((x - mean) ** 2 / jnp.exp(logvar) + logvar)  # noqa: E731
+
+  def density(x, mean, logvar):
+    return -0.5 * ((x - mean) ** 2 / jnp.exp(logvar) + logvar)
+
   drawn = jnp.mean(jnp.sum(density(draws, mean, logvar) - density(draws, 0.0, 0.0), -1))
   np.testing.assert_allclose(train_vae.gaussian_kl(mean, logvar), drawn, rtol=1e-2)
 

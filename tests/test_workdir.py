@@ -45,7 +45,10 @@ def test_weights_of_another_model(tmp_path, made):
     writer.save(1, {"ema": weights}, {})
     writer.close()
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  like = lambda name, *shape: {"dit": {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=here)}}  # noqa: E731
+
+  def like(name, *shape):
+    return {"dit": {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=here)}}
+
   for target, says in ((like("a", 2, 4), r"dit/a is \(2, 3\) there, and \(2, 4\) here"), (like("b", 2, 3), "dit/a is .* not a weight here")):
     with pytest.raises(BadInput, match=says):
       workdirs.load_weights(tmp_path, target=target)

@@ -83,7 +83,10 @@ def test_clips_in_one_row_are_calls_of_diffusers(size, clips, close):
   """Any shape of model, clips of any size packed in one row, prompts of their own length, a time for each clip or for each token."""
   model, cfg, params = peer(size)
   rng = np.random.default_rng(0)
-  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+
+  def draw(*shape):
+    return rng.normal(size=shape).astype(np.float32)
+
   called = []
   for one in clips:
     thw = tuple(n * p for n, p in zip(one["grid"], size["patch_size"], strict=True))

@@ -64,7 +64,10 @@ def save_pipeline(folder, family):
   channels = 48 if of_tokens else 16
   shape = dict(num_attention_heads=2, attention_head_dim=24, in_channels=36 if of_image else channels, out_channels=channels, text_dim=32,
                freq_dim=32, ffn_dim=64, num_layers=2)
-  dit = lambda: shaken(WanTransformer3DModel(**shape), 0.05)  # noqa: E731
+
+  def dit():
+    return shaken(WanTransformer3DModel(**shape), 0.05)
+
   text = UMT5Config(vocab_size=256, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu")
   more = dict(FAMILIES[family])
   if "boundary_ratio" in more:
@@ -230,7 +233,10 @@ def test_onnx(base, tmp_path):
   session = onnxruntime.InferenceSession(tmp_path / "onnx" / "dit.onnx", options)
   rng, pipe = np.random.default_rng(0), Pipeline.open(base / "w")
   tokens = rng.normal(size=(1, 12, 64)).astype(np.float32)
-  ones = lambda length: np.ones((1, length), np.int32)  # noqa: E731
+
+  def ones(length):
+    return np.ones((1, length), np.int32)
+
   coords, text = patches.coords((2, 2, 3))[None], pipe.embed(["a red ball"])[0]
   text = np.pad(text, ((0, 512 - len(text)), (0, 0)))[None]
   row = [tokens, coords, ones(12), np.float32([[0, 0.6]]), ones(12), text, ones(12), ones(512)]
