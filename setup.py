@@ -29,7 +29,8 @@ CORE = [
     "safetensors>=0.6",
     "sentencepiece>=0.2.1",
     "tensorboardX>=2.6.4",
-    "tensorflow-datasets>=4.9.9",        # as_data_source over ArrayRecord; TensorFlow itself is never imported
+    # as_data_source over ArrayRecord; TensorFlow itself is never imported
+    "tensorflow-datasets>=4.9.9",
     "tokenizers>=0.23,<0.24",            # prompts into ids as transformers does; never downloads
 ]
 

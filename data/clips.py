@@ -26,7 +26,8 @@ import numpy as np
 from sora_jax.video import BadClip
 
 __all__ = [
-  "BadClip", "Dropped", "Item", "RawClip", "crop", "map_in_threads", "pieces", "read_caption", "version", "whole_frames",
+  "BadClip", "Dropped", "Item", "RawClip", "crop", "map_in_threads", "pieces", "read_caption", "version",
+  "whole_frames",
 ]  # fmt: skip
 
 LONGEST_CAPTION = 1 << 20  # bytes; a longer text is not taken for a caption

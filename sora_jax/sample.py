@@ -189,8 +189,8 @@ def _clean(model, rows):
 
 @functools.partial(jax.jit, static_argnames=("model", "sampler", "guided"), donate_argnames=("carry",))
 def _step(
-  model, params, batch, text_BSE, text_kv, noise_BLP, x_BLP, carry, sigma_BG, sigma_next_BG, time_BG, settings,
-  *, sampler, guided,
+  model, params, batch, text_BSE, text_kv, noise_BLP, x_BLP, carry, sigma_BG, sigma_next_BG, time_BG,
+  settings, *, sampler, guided,
 ):  # fmt: skip
   """One step of the sampler for all rows."""
   rows = _first_half(batch) if guided else batch

@@ -22,7 +22,7 @@ STYLE = """
 .packed text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;fill:var(--soft)}
 .packed .title{font-size:19px;font-weight:600;fill:var(--ink)}.packed .say{font-size:13.5px}.packed .fill{fill:var(--ink)}
 .packed g text{font-size:11px;fill:#141414;text-anchor:middle}
-"""
+"""  # noqa: E501
 
 
 @dataclasses.dataclass(frozen=True)

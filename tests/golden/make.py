@@ -2,8 +2,8 @@
 
   python -m tests.golden.make [tensors tokenizer ...]
 
-dit, dit_image      WanTransformer3DModel of diffusers 0.42.1, in shards: clips of odd sizes, a time for each clip
-                    and for each token
+dit, dit_image      WanTransformer3DModel of diffusers 0.42.1, in shards: clips of odd sizes, a time for each
+                    clip and for each token
 vae, vae_residual   AutoencoderKLWan of both kinds: clips of several lengths, not square
 umt5                UMT5EncoderModel of transformers 5.23.0: prompts of several lengths
   golden.npz        inputs and outputs of call 0, 1, ...
@@ -11,8 +11,8 @@ schedulers.npz      noise levels, times and every x of UniPC and Euler in diffus
 tokenizer/public    a small UMT5-like vocabulary in the layout of the public ones (spiece.model,
                     tokenizer_config.json), without replacements
 tokenizer/table     another, with replacements of characters, as transformers 5 saves it (only tokenizer.json)
-  golden.json       rows [prompt, ids]: `T5Tokenizer` of transformers 5.23.0 on diffusers' `prompt_clean` of the
-                    prompt, cut to 48 ids
+  golden.json       rows [prompt, ids]: `T5Tokenizer` of transformers 5.23.0 on diffusers' `prompt_clean` of
+                    the prompt, cut to 48 ids
 wan_original.json   made by wan_names.py
 """
 
@@ -117,7 +117,7 @@ def sentencepiece_model(**options):
 
 
 def tokenizer_folder(path, model, config):
-  """Writes spiece.model and tokenizer_config.json to a folder -> the tokenizer that transformers reads there."""
+  """Writes spiece.model and tokenizer_config.json to a folder -> the tokenizer that transformers reads."""
   path.mkdir(parents=True, exist_ok=True)
   (path / "spiece.model").write_bytes(model)
   (path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -189,8 +189,8 @@ def make_tokenizer():
 # the others.
 DITS = {
   "dit": (
-    {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 16, "out_channels": 16, "text_dim": 32,
-     "freq_dim": 64, "ffn_dim": 96},
+    {"num_attention_heads": 2, "attention_head_dim": 24, "in_channels": 16, "out_channels": 16,
+     "text_dim": 32, "freq_dim": 64, "ffn_dim": 96},
     [((3, 8, 8), 7, 731.0), ((1, 6, 10), 3, 12.5), ((2, 4, 6), 5, (0.0, 400.0))],
   ),
   "dit_image": (
@@ -202,13 +202,15 @@ DITS = {
 VAES = {  # arguments; calls: frames, height, width
   "vae": (
     {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1,
-     "temperal_downsample": [False, True, True], "latents_mean": [0.1, -0.2, 0.3, -0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+     "temperal_downsample": [False, True, True], "latents_mean": [0.1, -0.2, 0.3, -0.4],
+     "latents_std": [1.0, 2.0, 3.0, 4.0]},
     [(9, 24, 40), (1, 16, 8)],
   ),
   "vae_residual": (
     {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
      "temperal_downsample": [True, True], "is_residual": True, "patch_size": 2, "in_channels": 12,
-     "out_channels": 12, "scale_factor_spatial": 8, "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+     "out_channels": 12, "scale_factor_spatial": 8,
+     "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
     [(9, 16, 24), (1, 24, 8)],
   ),
 }  # fmt: skip

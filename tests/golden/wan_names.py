@@ -1,6 +1,9 @@
-"""tests/golden/wan_original.json: names and shapes of all weights of the original Wan classes, built without storage from their own code.
+"""tests/golden/wan_original.json: names and shapes of all weights of the original Wan classes, built without
+storage from their own code.
 
-  python -m tests.golden.wan_names WAN2.1 WAN2.2     clones of github.com/Wan-Video/Wan2.1 (9737cba) and Wan2.2 (42bf4cf); needs `oracle`, einops
+  python -m tests.golden.wan_names WAN2.1 WAN2.2     # needs `oracle`, einops
+
+WAN2.1, WAN2.2: clones of github.com/Wan-Video/Wan2.1 (9737cba) and Wan2.2 (42bf4cf).
 
 One entry a model: {"size": arguments, "weights": {name: [shape, how often]}}; `{}` stands for the number of a
 block that is like all others.

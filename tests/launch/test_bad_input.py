@@ -135,7 +135,9 @@ def test_a_work_directory_of_another_config(run_program, tmp_path):
 
 
 def test_a_work_directory_of_an_earlier_version(tmp_path):
-  """A config.json without keys that were added since goes on with what they did then, and with nothing else."""
+  """A config.json without keys that were added since goes on with what they did then, and with nothing
+  else.
+  """
   config = page.get_config("tiny")
   claims.claim_workdir(tmp_path, config, ())
   fields = files.read_json(tmp_path / "config.json")

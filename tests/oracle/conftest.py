@@ -10,7 +10,9 @@ WORST = pytest.StashKey()
 
 @pytest.fixture(scope="session")
 def close(request):
-  """close(what, ours, theirs): asserts that two trees of arrays have the same shapes, and the same values within TOLERANCE."""
+  """close(what, ours, theirs): asserts that two trees of arrays have the same shapes, and the same values
+  within TOLERANCE.
+  """
   worst = request.config.stash.setdefault(WORST, {})
 
   def compare(what, ours, theirs):

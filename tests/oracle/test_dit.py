@@ -1,4 +1,6 @@
-"""models.dit against diffusers' WanTransformer3DModel, live: same weights, same inputs, same answer; and the other way round."""
+"""models.dit against diffusers' WanTransformer3DModel, live: same weights, same inputs, same answer; and
+the other way round.
+"""
 
 import json
 import math
@@ -30,7 +32,8 @@ SIZES = st.fixed_dictionaries(
   {
     "patch_size": st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
     "num_attention_heads": st.integers(1, 4),
-    "attention_head_dim": st.integers(3, 17).map(lambda half: 2 * half),  # most are no multiple of 6: odd shares of t, y and x
+    # most are no multiple of 6: odd shares of t, y and x
+    "attention_head_dim": st.integers(3, 17).map(lambda half: 2 * half),
     "in_channels": st.sampled_from((4, 5, 7, 11)),  # the first four are the latents, the others conditions
     "out_channels": st.just(4),
     "text_dim": st.integers(3, 20),
@@ -55,7 +58,9 @@ CLIPS = st.lists(
 
 
 def peer(changes, folder=None):
-  """A random Wan model with every weight moved from its initial value, and ours with the same; by way of a folder where one is given."""
+  """A random Wan model with every weight moved from its initial value, and ours with the same; by way of a
+  folder where one is given.
+  """
   torch.manual_seed(0)
   model = WanTransformer3DModel(**(TINY | changes)).eval()
   with torch.no_grad():
@@ -80,7 +85,9 @@ def theirs(model, latents_THWC, timestep, text_SE):
 @hypothesis.settings(max_examples=14, deadline=None, derandomize=True, database=None)
 @hypothesis.given(size=SIZES, clips=CLIPS)
 def test_clips_in_one_row_are_calls_of_diffusers(size, clips, close):
-  """Any shape of model, clips of any size packed in one row, prompts of their own length, a time for each clip or for each token."""
+  """Any shape of model, clips of any size packed in one row, prompts of their own length, a time for each
+  clip or for each token.
+  """
   model, cfg, params = peer(size)
   rng = np.random.default_rng(0)
 
@@ -99,7 +106,9 @@ def test_clips_in_one_row_are_calls_of_diffusers(size, clips, close):
 
 
 def test_a_time_for_each_token_matters():
-  """Given tokens at 0, the others at t: not the same as all at t, so the test above would see one read for the other."""
+  """Given tokens at 0, the others at t: not the same as all at t, so the test above would see one read for
+  the other.
+  """
   model, cfg, _ = peer({})
   latents, text = np.random.default_rng(3).normal(size=(3, 6, 8, 6)).astype(np.float32), np.ones((7, 10), np.float32)
   times = np.where(np.arange(36) < 12, 0, 625).astype(np.float32)
@@ -107,7 +116,9 @@ def test_a_time_for_each_token_matters():
 
 
 def test_our_weights_load_in_diffusers(tmp_path):
-  """Read from the shards of a folder, written and loaded by name: the same tensors, and a config that diffusers builds from."""
+  """Read from the shards of a folder, written and loaded by name: the same tensors, and a config that
+  diffusers builds from.
+  """
   model, cfg, params = peer({"in_channels": 15}, tmp_path)
   twin = WanTransformer3DModel.from_config(json.loads(json.dumps(wan_dit.config_to_diffusers(cfg))))
   state = {name: torch.from_numpy(value) for name, value in wan_dit.to_diffusers(params, cfg)}

@@ -1,4 +1,5 @@
-"""The whole way: a random pipeline of each family saved by diffusers, imported, sampled, exported, and opened by diffusers again.
+"""The whole way: a random pipeline of each family saved by diffusers, imported, sampled, exported, and opened
+by diffusers again.
 
 Same prompt, noise, steps and guidance on both sides; the video is compared before it is rounded to bytes.
 """
@@ -82,7 +83,9 @@ def save_pipeline(folder, family):
 
 
 def our_video(workdir, fields):
-  """A request -> (video [T, H, W, 3] in [0, 1] before it is rounded, the noise that it began with [T, H, W, C])."""
+  """A request -> (video [T, H, W, 3] in [0, 1] before it is rounded, the noise that it began with [T, H,
+  W, C]).
+  """
   pipe = Pipeline.open(workdir)
   request = pipe.parse(fields)
   (result,) = pipe.run([request])
@@ -101,7 +104,10 @@ def their_video(folder, fields, noise_THWC, image):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_there_and_back(family, tmp_path):
-  """Ours of the imported folder is theirs of the exported one: 80 dB (asked: 40). All tensors come back bit by bit."""
+  """Ours of the imported folder is theirs of the exported one: 80 dB (asked: 40).
+
+  All tensors come back bit by bit.
+  """
   save_pipeline(tmp_path / "theirs", family)
   importing.plan(tmp_path / "theirs", tmp_path / "w").run()
   assert importing.plan(tmp_path / "theirs", tmp_path / "w") is None
@@ -144,7 +150,9 @@ def test_an_image_onwards(tmp_path):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-  """A text to video pipeline, imported, and records of some seconds of a real clip made with its VAE and text encoder."""
+  """A text to video pipeline, imported, and records of some seconds of a real clip made with its VAE and
+  text encoder.
+  """
   folder = tmp_path_factory.mktemp("base")
   save_pipeline(folder / "theirs", "Wan 2.1 T2V")
   importing.plan(folder / "theirs", folder / "w").run()
@@ -171,7 +179,9 @@ def train(run_program, base, workdir, *more):
 
 
 def test_fine_tuned_on_real_clips(base, run_program, tmp_path):
-  """Imported, trained as a whole on packed rows, exported, and sampled in diffusers: the video that we sample of it."""
+  """Imported, trained as a whole on packed rows, exported, and sampled in diffusers: the video that we
+  sample of it.
+  """
   train(run_program, base, tmp_path / "tuned", "--config.optim.learning_rate=1e-2")
   losses = [json.loads(line)["loss"] for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
   assert len(losses) == 3 and np.isfinite(losses).all()
@@ -183,7 +193,9 @@ def test_fine_tuned_on_real_clips(base, run_program, tmp_path):
 
 
 def test_adapters_go_both_ways(base, run_program, tmp_path):
-  """Adapters that we train load in diffusers and do there what merged weights do; those that diffusers saves do the same here."""
+  """Adapters that we train load in diffusers and do there what merged weights do; those that diffusers
+  saves do the same here.
+  """
   train(run_program, base, tmp_path / "tuned", "--config.lora.rank=4", "--config.lora.alpha=8", "--config.optim.learning_rate=1e-1")
   exporting.plan(tmp_path / "tuned", tmp_path / "merged", "diffusers").run()
   exporting.plan(tmp_path / "tuned", tmp_path / "alone", "lora").run()
@@ -220,7 +232,9 @@ def test_adapters_go_both_ways(base, run_program, tmp_path):
 
 
 def test_onnx(base, tmp_path):
-  """The DiT as ONNX, run by onnxruntime; of a model that computes in bfloat16 too, which onnxruntime does not know. All padding is written."""
+  """The DiT as ONNX, run by onnxruntime; of a model that computes in bfloat16 too, which onnxruntime does
+  not know. All padding is written.
+  """
   import onnxruntime
   shutil.copytree(base / "w", tmp_path / "w")
   config = json.loads((tmp_path / "w" / "config.json").read_text())

@@ -1,4 +1,6 @@
-"""Our samplers against the real schedulers of diffusers: the same velocity at the same noise levels, step for step."""
+"""Our samplers against the real schedulers of diffusers: the same velocity at the same noise levels, step
+for step.
+"""
 
 import jax.numpy as jnp
 import numpy as np

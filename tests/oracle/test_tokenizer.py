@@ -1,4 +1,6 @@
-"""models.text.Tokenizer against transformers' T5Tokenizer, live, as WanPipeline calls it: the same ids of a thousand prompts."""
+"""models.text.Tokenizer against transformers' T5Tokenizer, live, as WanPipeline calls it: the same ids of
+a thousand prompts.
+"""
 
 import pytest
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -33,7 +35,9 @@ def same(theirs, ours):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_thousand_prompts(kind, tmp_path):
-  """From spiece.model with its config, from the same made one file, and from what transformers saves of it."""
+  """From spiece.model with its config, from the same made one file, and from what transformers saves of
+  it.
+  """
   options, config = KINDS[kind]
   theirs = make.tokenizer_folder(tmp_path / "first", make.sentencepiece_model(**options), config)
   same(theirs, text.Tokenizer(tmp_path / "first" / "spiece.model"))

@@ -1,4 +1,6 @@
-"""models.text against transformers' UMT5EncoderModel, live: prompts packed in one row are its prompts one by one."""
+"""models.text against transformers' UMT5EncoderModel, live: prompts packed in one row are its prompts one
+by one.
+"""
 
 import tempfile
 

@@ -1,4 +1,6 @@
-"""Our VAE against the real `AutoencoderKLWan` of diffusers: both kinds, random weights, encode and decode, several lengths."""
+"""Our VAE against the real `AutoencoderKLWan` of diffusers: both kinds, random weights, encode and decode,
+several lengths.
+"""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -22,7 +24,8 @@ KINDS = {
 PLAIN = st.fixed_dictionaries({
     "base_dim": st.sampled_from((4, 6, 8)), "z_dim": st.integers(2, 5), "num_res_blocks": st.integers(1, 2), "is_residual": st.just(False),
     "dim_mult": st.sampled_from(([1, 2], [2, 1], [1, 1, 3], [1, 2, 2], [2, 3, 1])), "patch_size": st.none()})
-RESIDUAL = st.fixed_dictionaries({            # widths that the averages and copies beside the convolutions divide
+# widths that the averages and copies beside the convolutions divide
+RESIDUAL = st.fixed_dictionaries({
     "base_dim": st.sampled_from((4, 8)), "decoder_base_dim": st.sampled_from((4, 8)), "z_dim": st.integers(2, 5),
     "num_res_blocks": st.integers(1, 2), "is_residual": st.just(True),
     "dim_mult": st.sampled_from(([1, 1], [2, 1], [1, 1, 1], [1, 2, 2], [2, 4, 4])), "patch_size": st.sampled_from((1, 2, 3))})
@@ -32,7 +35,8 @@ def peer(fields):
   """The real class with random weights, and ours with the same."""
   torch.manual_seed(0)
   theirs = AutoencoderKLWan(**fields).eval()
-  with torch.no_grad():                      # gains and biases start at 1 and 0: an error in their order would hide
+  # gains and biases start at 1 and 0: an error in their order would hide
+  with torch.no_grad():
     for name, value in theirs.named_parameters():
       if name.endswith(("gamma", "bias")):
         value.add_(0.3 * torch.randn_like(value))
@@ -50,7 +54,10 @@ def calls(theirs, clip):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_encode_and_decode_as_diffusers_do(kind, close):
-  """1, 5 and 17 frames, not square, streamed; the last also whole. Compiling is what takes long: the test below has the others."""
+  """1, 5 and 17 frames, not square, streamed; the last also whole.
+
+  Compiling is what takes long: the test below has the others.
+  """
   theirs, cfg, params = peer(KINDS[kind])
   rng = np.random.default_rng(0)
   for frames in (1, 5, 17):
@@ -65,7 +72,9 @@ def test_encode_and_decode_as_diffusers_do(kind, close):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_canvas_as_diffusers_at_the_native_size(kind, close):
-  """Two clips of unlike sizes on a larger canvas, streamed, noise around them: what diffusers says of each alone."""
+  """Two clips of unlike sizes on a larger canvas, streamed, noise around them: what diffusers says of each
+  alone.
+  """
   theirs, cfg, params = peer(KINDS[kind])
   rng, stride = np.random.default_rng(0), cfg.stride
   video_BTHWC = rng.uniform(-1, 1, (2, 9, 4 * stride[1], 4 * stride[2], 3)).astype(np.float32)

@@ -1,4 +1,6 @@
-"""Names of the original Wan releases, renamed, against the real classes of diffusers and transformers, tiny and at the public sizes."""
+"""Names of the original Wan releases, renamed, against the real classes of diffusers and transformers,
+tiny and at the public sizes.
+"""
 
 import json
 import pathlib
@@ -37,7 +39,9 @@ def of(model):
 
 @pytest.mark.parametrize("name", DITS)
 def test_dit(name):
-  """Its config.json builds diffusers' class, whose weights are the renamed ones; diffusers' own converter agrees."""
+  """Its config.json builds diffusers' class, whose weights are the renamed ones; diffusers' own converter
+  agrees.
+  """
   size = ORIGINAL[name]["size"]
   with torch.device("meta"):
     model = WanTransformer3DModel.from_config(wan_original.config_to_diffusers({"_class_name": "WanModel", "text_len": 512} | size))

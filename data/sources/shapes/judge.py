@@ -25,9 +25,9 @@ from data.sources.shapes import AXES, COLOURS, DIRECTIONS, RELATIONS, SHAPES, ZO
 
 # One over the number of answers that the grammar allows. The colours, or directions, of a pair always differ.
 CHANCES = {
-  "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "direction": 1 / len(DIRECTIONS), "bounce": 1 / len(AXES),
-  "order": 1 / 12, "camera": 1 / (len(DIRECTIONS) + len(ZOOMS)), "relation": 1 / len(RELATIONS), "behind": 1 / 2,
-  "two colours": 1 / 15, "two shapes": 1 / 9,
+  "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "direction": 1 / len(DIRECTIONS),
+  "bounce": 1 / len(AXES), "order": 1 / 12, "camera": 1 / (len(DIRECTIONS) + len(ZOOMS)),
+  "relation": 1 / len(RELATIONS), "behind": 1 / 2, "two colours": 1 / 15, "two shapes": 1 / 9,
 }  # fmt: skip
 QUESTIONS = {  # asked of a single object, besides colour and shape
   "still": (), "moves": ("direction",), "bounces": ("bounce",), "order": ("order",), "pan": ("camera",),

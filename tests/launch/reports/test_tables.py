@@ -4,7 +4,9 @@ from launch.reports import tables
 
 
 def test_nothing_is_wrapped_or_cut():
-  """Text to the left, numbers to the right; a cell of 300 characters is printed whole, whatever the terminal."""
+  """Text to the left, numbers to the right; a cell of 300 characters is printed whole, whatever the
+  terminal.
+  """
   long = "x" * 300
   lines = tables.lines(("name", "value"), [("a", "1"), (long, "22")])
   assert [line.split() for line in lines] == [["name", "value"], ["a", "1"], [long, "22"]]
