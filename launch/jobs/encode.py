@@ -153,7 +153,7 @@ def takes_channels(model):
 
 
 def prepare_parts(model, out, captions, vocab):
-  """Copies vae/ and text/ into OUT, which needs no other folder then; or trains a tokenizer on the captions.
+  """Copies vae/ and text/ into OUT, which then needs no other folder; or trains a tokenizer on captions.
   """
   parts.copy_part(model / "vae", out / "vae")
   if (model / "text" / "tokenizer.model").exists():

@@ -53,7 +53,7 @@ Tiếng Việt có nhiều dấu thanh điệu
 camera pans left, slow motion, 24 fps, f/1.8 & bokeh <b>bold</b> "quoted" 'single' (parens) [web] {x}
 """.strip().splitlines()
 WORDS = (
-  "a red fox walks camera pans 猫 夕焼け 한국어 мир мира κόσμε שלום नमस्ते สวัสดี naïve café 🙂 👩\u200d👩\u200d👧 🇩🇪 🤖🫠 "
+  "a red fox walks camera pans 猫 夕焼け 한국어 мир мира κόσμε שלום नमस्ते สวัสดี naïve café 🙂 👩\u200d👩\u200d👧 🇩🇪 🤖🫠 "  # noqa: E501
   "4k, --ar f/1.8 (slow-motion) ﬁne ＡＢＣ ｶﾞ ﾊﾞ ｱﾞ ① ½ ™ ŉ ǆ "
   "e\u0301 o\u0302\u0323 a\u0308\u0304 q\u0307\u0323 가 각 ᄒ ᅡ ᆫ \u200b \u200d \ufeff \u00ad \u2060 \u202e \x00 \x07 \x1f \x85 \x7f "
   "&amp; &lt;b&gt; &amp;amp;quot; &#x1F600; &nbsp; Ã© â€œhiâ€\x9d cafÃ© “x” ‘y’ … — ▁ ▁▁ a▁b ▁c <0x41> <0xF0> </s> <pad> <unk> <s> "

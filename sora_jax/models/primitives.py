@@ -1,0 +1,77 @@
+"""Functions of arrays that the DiT is made of: initial weights, rotary positions, norms, gathers."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def normal(fan_in, scale=1.0):
+  """Normal initial weights of variance scale^2 / fan_in."""
+  return nn.initializers.normal(scale * fan_in**-0.5)
+
+
+def rotary(coords_BL3, head_size, theta=10_000.0):
+  """Positions t, y, x (any floats) -> cos and sin, each [B, L, 1, K/2] float32.
+
+  The K/2 pairs of a head are divided as in Wan: y and x get K // 6 pairs each, t the rest. Within an axis of
+  n pairs the frequencies are theta ** (-i / n).
+  """
+  space = head_size // 6
+  angles = []
+  for axis, n in enumerate((head_size // 2 - 2 * space, space, space)):
+    frequencies = theta ** (-jnp.arange(n, dtype=jnp.float32) / n)
+    angles.append(coords_BL3[..., axis, None] * frequencies)
+  angle_BL1K = jnp.concatenate(angles, axis=-1)[:, :, None]
+  return jnp.cos(angle_BL1K), jnp.sin(angle_BL1K)
+
+
+def apply_rope(x_BLNK, cos, sin):
+  """Rotates pairs (i, i + K/2) of each head by the token's angles."""
+  first, second = jnp.split(x_BLNK, 2, axis=-1)
+  return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+
+
+def sinusoids(time_BU, freqs):
+  """Diffusion time 0..1000 -> [B, U, freqs]: cosines, then sines. DDPM, arXiv:2006.11239, app. B."""
+  half = freqs // 2
+  angle = time_BU[..., None] * jnp.exp(-math.log(10_000) * jnp.arange(half, dtype=jnp.float32) / half)
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+@jax.custom_vjp
+def gather_rows(values_BUD, index_BL):
+  """[B, U, D] -> [B, L, D] by index.
+
+  The forward pass is a gather. The backward pass is a product with one-hot rows: a scatter is slow on CPU and
+  TPU.
+  """
+  return jnp.take_along_axis(values_BUD, index_BL[..., None], axis=1)
+
+
+def _gather_rows_forward(values_BUD, index_BL):
+  return gather_rows(values_BUD, index_BL), (index_BL, jnp.zeros(values_BUD.shape[1]))
+
+
+def _gather_rows_backward(saved, d_out_BLD):
+  index_BL, U = saved
+  one_hot_BLU = jax.nn.one_hot(index_BL, U.shape[0], dtype=d_out_BLD.dtype)
+  return jnp.einsum("BLU,BLD->BUD", one_hot_BLU, d_out_BLD, precision=lax.Precision.HIGHEST), None
+
+
+gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+def layer_norm(x, eps):
+  """Layer norm over the last axis, without weights, in float32."""
+  x = x.astype(jnp.float32)
+  mean = x.mean(-1, keepdims=True)
+  return (x - mean) * lax.rsqrt(jnp.square(x - mean).mean(-1, keepdims=True) + eps)
+
+
+def rms_norm(x_BLNK, weight_NK, eps):
+  """The q/k norm of Wan: RMS over all heads together, in float32."""
+  x = x_BLNK.astype(jnp.float32)
+  return x * lax.rsqrt(jnp.square(x).mean((-2, -1), keepdims=True) + eps) * weight_NK
