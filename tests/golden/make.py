@@ -53,21 +53,31 @@ Tiếng Việt có nhiều dấu thanh điệu
 camera pans left, slow motion, 24 fps, f/1.8 & bokeh <b>bold</b> "quoted" 'single' (parens) [web] {x}
 """.strip().splitlines()
 WORDS = (
-  "a red fox walks camera pans 猫 夕焼け 한국어 мир мира κόσμε שלום नमस्ते สวัสดี naïve café 🙂 👩\u200d👩\u200d👧 🇩🇪 🤖🫠 "  # noqa: E501
+  "a red fox walks camera pans 猫 夕焼け 한국어 мир "
+  "мира κόσμε שלום नमस्ते สวัสดี naïve "
+  "café 🙂 👩\u200d👩\u200d👧 🇩🇪 🤖🫠 "
   "4k, --ar f/1.8 (slow-motion) ﬁne ＡＢＣ ｶﾞ ﾊﾞ ｱﾞ ① ½ ™ ŉ ǆ "
-  "e\u0301 o\u0302\u0323 a\u0308\u0304 q\u0307\u0323 가 각 ᄒ ᅡ ᆫ \u200b \u200d \ufeff \u00ad \u2060 \u202e \x00 \x07 \x1f \x85 \x7f "
-  "&amp; &lt;b&gt; &amp;amp;quot; &#x1F600; &nbsp; Ã© â€œhiâ€\x9d cafÃ© “x” ‘y’ … — ▁ ▁▁ a▁b ▁c <0x41> <0xF0> </s> <pad> <unk> <s> "
-  "<extra_id_0> <extra_id_1> <extra_id_299> <extra_id_300> <extra_id_1 >< [web] page 𝒳 𠀋 الله ﷲ ﻼ क्ष ක්\u200dෂ z̴̢̛ ％ ～ ｡ Ⅷ ㎞ ㍿ ª ß ẞ İ ı ſ"
+  "e\u0301 o\u0302\u0323 a\u0308\u0304 "
+  "q\u0307\u0323 가 각 ᄒ ᅡ ᆫ \u200b \u200d "
+  "\ufeff \u00ad \u2060 \u202e \x00 \x07 \x1f \x85 \x7f "
+  "&amp; &lt;b&gt; &amp;amp;quot; &#x1F600; "
+  "&nbsp; Ã© â€œhiâ€\x9d cafÃ© “x” ‘y’ "
+  "… — ▁ ▁▁ a▁b ▁c <0x41> <0xF0> </s> <pad> <unk> <s> "
+  "<extra_id_0> <extra_id_1> <extra_id_299> "
+  "<extra_id_300> <extra_id_1 >< [web] "
+  "page 𝒳 𠀋 الله ﷲ ﻼ क्ष ක්\u200dෂ z̴̢̛ ％ ～ ｡ Ⅷ ㎞ ㍿ ª ß ẞ İ ı ſ"
 ).split(" ")
 GAPS = [" "] * 8 + ["  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "\u2003", "\u2028", "\x0b", "", "", ""]
 BLOCKS = (
   *((0x20, 0x17F), (0x300, 0x370), (0x600, 0x6FF), (0x900, 0xDFF), (0x1100, 0x11FF), (0x1E00, 0x20CF), (0x2100, 0x2BFF)),
   *((0x3000, 0x33FF), (0xAC00, 0xD7A3), (0xFB00, 0xFFFF), (0x1F300, 0x1FAFF), (0x1D400, 0x1D7FF)),
 )
+# fmt: off
 FIXED = [
   *("", " ", "\n\t ", "</s>", " </s> ", "a </s> b", "a</s>b", "<extra_id_0>", "x<extra_id_299>y", "aaa" * 20, "ab" * 70),
   *("x" * 10_000, "a red fox walks " * 400, "ab" * 700, "aaa" * 999, "🙂" * 600, "🙂 x" * 600, "</s>" * 600),
 ]
+# fmt: on
 
 
 def prompts(count, seed=0):
@@ -117,7 +127,7 @@ def sentencepiece_model(**options):
 
 
 def tokenizer_folder(path, model, config):
-  """Writes spiece.model and tokenizer_config.json to a folder -> the tokenizer that transformers reads."""
+  """Writes spiece.model and tokenizer_config.json to a folder; returns the tokenizer of transformers."""
   path.mkdir(parents=True, exist_ok=True)
   (path / "spiece.model").write_bytes(model)
   (path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -209,8 +219,8 @@ VAES = {  # arguments; calls: frames, height, width
   "vae_residual": (
     {"base_dim": 4, "decoder_base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1,
      "temperal_downsample": [True, True], "is_residual": True, "patch_size": 2, "in_channels": 12,
-     "out_channels": 12, "scale_factor_spatial": 8,
-     "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+     "out_channels": 12, "scale_factor_spatial": 8, "latents_mean": [0.1, 0.2, 0.3, 0.4],
+     "latents_std": [1.0, 2.0, 3.0, 4.0]},
     [(9, 16, 24), (1, 24, 8)],
   ),
 }  # fmt: skip

@@ -1,12 +1,12 @@
-"""tests/golden/wan_original.json: names and shapes of all weights of the original Wan classes, built without
-storage from their own code.
+"""Makes wan_original.json: names and shapes of all weights of the original Wan classes.
 
-  python -m tests.golden.wan_names WAN2.1 WAN2.2     # needs `oracle`, einops
+  python -m tests.golden.wan_names WAN2.1 WAN2.2
 
-WAN2.1, WAN2.2: clones of github.com/Wan-Video/Wan2.1 (9737cba) and Wan2.2 (42bf4cf).
+WAN2.1 and WAN2.2 are clones of github.com/Wan-Video/Wan2.1 (9737cba) and Wan2.2 (42bf4cf). Needs the extra
+`oracle` and einops. The models are built from their own code, without storage.
 
-One entry a model: {"size": arguments, "weights": {name: [shape, how often]}}; `{}` stands for the number of a
-block that is like all others.
+The file has one entry for each model: {"size": arguments, "weights": {name: [shape, times]}}. `{}` in a name
+stands for the number of a block; all blocks are alike.
 """
 
 import importlib
@@ -23,26 +23,51 @@ DITS = {  # class, arguments: wan/configs/*.py and the releases' config.json
   "dit tiny": ("1", {"model_type": "t2v", "in_dim": 6, "out_dim": 6, **TINY}),
   "wan-1.3b": ("1", {"model_type": "t2v", "dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30}),
   "wan-14b": ("2", {"model_type": "t2v", "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}),
-  "wan-14b-i2v": ("2", {"model_type": "i2v", "in_dim": 36, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40}),
-  "wan-5b": ("2", {"model_type": "ti2v", "in_dim": 48, "out_dim": 48, "dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30}),
+  "wan-14b-i2v": (
+    "2",
+    {"model_type": "i2v", "in_dim": 36, "dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
+  ),
+  "wan-5b": (
+    "2",
+    {"model_type": "ti2v", "in_dim": 48, "out_dim": 48, "dim": 3072, "ffn_dim": 14336, "num_heads": 24,
+     "num_layers": 30},
+  ),
+}  # fmt: skip
+SMALL = {
+  "dim": 8,
+  "z_dim": 4,
+  "dim_mult": [1, 2, 2, 4],
+  "num_res_blocks": 1,
+  "temperal_downsample": [False, True, True],
 }
-SMALL = {"dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 4], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
 VAES = {
   "plain tiny": ("vae", SMALL),
-  "wan2.1": ("vae", {"dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}),
+  "wan2.1": (
+    "vae",
+    {"dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+     "temperal_downsample": [False, True, True]},
+  ),
   "residual tiny": ("vae2_2", SMALL | {"dec_dim": 16, "dim_mult": [1, 2, 4, 4]}),
-  "wan2.2": ("vae2_2", {"dim": 160, "dec_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
-                        "temperal_downsample": [False, True, True]}),
-}
+  "wan2.2": (
+    "vae2_2",
+    {"dim": 160, "dec_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+     "temperal_downsample": [False, True, True]},
+  ),
+}  # fmt: skip
 TEXTS = {
-  "text tiny": {"vocab": 50, "dim": 16, "dim_attn": 24, "dim_ffn": 20, "num_heads": 4, "num_layers": 2, "num_buckets": 8, "shared_pos": False},
-  "umt5-xxl": {"vocab": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24, "num_buckets": 32,
-               "shared_pos": False},
-}
+  "text tiny": {
+    "vocab": 50, "dim": 16, "dim_attn": 24, "dim_ffn": 20, "num_heads": 4, "num_layers": 2, "num_buckets": 8,
+    "shared_pos": False,
+  },
+  "umt5-xxl": {
+    "vocab": 256384, "dim": 4096, "dim_attn": 4096, "dim_ffn": 10240, "num_heads": 64, "num_layers": 24,
+    "num_buckets": 32, "shared_pos": False,
+  },
+}  # fmt: skip
 
 
 def weights(model):
-  """{name: [shape, times]}, blocks of one number folded; they must be alike."""
+  """{name: [shape, times]}, where all blocks share one entry; they must have the same shapes."""
   folded = {}
   for name, value in model.state_dict().items():
     at = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
@@ -53,18 +78,19 @@ def weights(model):
 
 
 def modules(clone, name):
-  """The modules of a clone as a package, with nothing where they ask for attention kernels and tokenizers."""
+  """Imports the modules of a clone as a package, with stubs for attention kernels and tokenizers."""
   package = types.ModuleType(name)
   package.__path__ = [str(pathlib.Path(clone) / "wan" / "modules")]
   sys.modules[name] = package
-  for missing, what in (("attention", "flash_attention"), ("tokenizers", "HuggingfaceTokenizer")):
-    sys.modules[f"{name}.{missing}"] = stub = types.ModuleType(missing)
-    setattr(stub, what, None)
+  for module, attribute in (("attention", "flash_attention"), ("tokenizers", "HuggingfaceTokenizer")):
+    stub = types.ModuleType(module)
+    setattr(stub, attribute, None)
+    sys.modules[f"{name}.{module}"] = stub
   return lambda part: importlib.import_module(f"{name}.{part}")
 
 
 def main(first, second):
-  torch.cuda.current_device = lambda: 0  # asked for in the signature of a class that is not used here
+  torch.cuda.current_device = lambda: 0  # used in the signature of a class that is not needed here
   clones = {"1": modules(first, "wan21"), "2": modules(second, "wan22")}
   out = {}
   with torch.device("meta"):
@@ -74,9 +100,11 @@ def main(first, second):
       out[name] = {"size": size, "weights": weights(clones["1" if part == "vae" else "2"](part).WanVAE_(**size))}
     for name, size in TEXTS.items():
       out[name] = {"size": size, "weights": weights(clones["1"]("t5").T5Encoder(**size))}
-  lines = [f'"{name}": {{"size": {json.dumps(entry["size"])}, "weights": {{\n'
-           + ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entry["weights"].items()) + "\n}}"
-           for name, entry in out.items()]
+  lines = []
+  for name, entry in out.items():
+    entries = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in entry["weights"].items()]
+    head = f'"{name}": {{"size": {json.dumps(entry["size"])}, "weights": {{\n'
+    lines.append(head + ",\n".join(entries) + "\n}}")
   (pathlib.Path(__file__).parent / "wan_original.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 

@@ -1,18 +1,16 @@
-"""How near is near enough, and how near it was: the largest error of each test is told at the end."""
+"""Tolerance of the comparisons; pytest prints the largest error of each at the end."""
 
 import jax
 import numpy as np
 import pytest
 
-TOLERANCE = 2e-5  # of the largest value that theirs has; the project promises 1e-4
+TOLERANCE = 2e-5  # relative to the largest value of the reference; the project promises 1e-4
 WORST = pytest.StashKey()
 
 
 @pytest.fixture(scope="session")
 def close(request):
-  """close(what, ours, theirs): asserts that two trees of arrays have the same shapes, and the same values
-  within TOLERANCE.
-  """
+  """close(what, ours, theirs): asserts that trees of arrays have equal shapes, and values to TOLERANCE."""
   worst = request.config.stash.setdefault(WORST, {})
 
   def compare(what, ours, theirs):
@@ -31,4 +29,5 @@ def close(request):
 def pytest_terminal_summary(terminalreporter, config):
   worst = config.stash.get(WORST, {})
   if worst:
-    terminalreporter.write_line("largest error, of the largest value: " + ", ".join(f"{what} {error:.1e}" for what, error in worst.items()))
+    errors = ", ".join(f"{what} {error:.1e}" for what, error in worst.items())
+    terminalreporter.write_line(f"largest error, relative to the largest value: {errors}")

@@ -1,6 +1,4 @@
-"""launch.benchmark, live, at sizes that tell nothing but that it works: every kind of row agrees with its
-peer and is timed.
-"""
+"""launch.benchmark at tiny sizes: every kind of row agrees with its peer and is timed."""
 
 import json
 

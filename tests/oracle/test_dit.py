@@ -1,6 +1,4 @@
-"""models.dit against diffusers' WanTransformer3DModel, live: same weights, same inputs, same answer; and
-the other way round.
-"""
+"""models.dit against diffusers' WanTransformer3DModel: equal outputs for equal weights and inputs."""
 
 import json
 import math
@@ -32,9 +30,9 @@ SIZES = st.fixed_dictionaries(
   {
     "patch_size": st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
     "num_attention_heads": st.integers(1, 4),
-    # most are no multiple of 6: odd shares of t, y and x
+    # Most head sizes are not multiples of 6, so that t, y and x have odd shares.
     "attention_head_dim": st.integers(3, 17).map(lambda half: 2 * half),
-    "in_channels": st.sampled_from((4, 5, 7, 11)),  # the first four are the latents, the others conditions
+    "in_channels": st.sampled_from((4, 5, 7, 11)),  # the first four are latents, the others conditions
     "out_channels": st.just(4),
     "text_dim": st.integers(3, 20),
     "freq_dim": st.integers(2, 24).map(lambda half: 2 * half),
@@ -58,8 +56,9 @@ CLIPS = st.lists(
 
 
 def peer(changes, folder=None):
-  """A random Wan model with every weight moved from its initial value, and ours with the same; by way of a
-  folder where one is given.
+  """A random Wan model with perturbed weights, and ours with the same weights.
+
+  They are converted by way of a folder where one is given.
   """
   torch.manual_seed(0)
   model = WanTransformer3DModel(**(TINY | changes)).eval()
@@ -68,14 +67,15 @@ def peer(changes, folder=None):
       weight.add_(0.1 * torch.randn_like(weight))
   if folder is None:
     cfg = wan_dit.config_from_diffusers(dict(model.config))
-    return model, cfg, wan_dit.from_diffusers({name: value.numpy() for name, value in model.state_dict().items()}, cfg)
+    tensors = {name: value.numpy() for name, value in model.state_dict().items()}
+    return model, cfg, wan_dit.from_diffusers(tensors, cfg)
   model.save_pretrained(folder, max_shard_size="20KB")
   cfg = wan_dit.config_from_diffusers(files.read_config(folder))
   return model, cfg, wan_dit.from_diffusers(files.Tensors(folder), cfg)
 
 
-def theirs(model, latents_THWC, timestep, text_SE):
-  """Velocity [T, H, W, C] of one clip by diffusers; `timestep` a scalar, or one for each token."""
+def their_velocity(model, latents_THWC, timestep, text_SE):
+  """Velocity [T, H, W, C] of one clip by diffusers. timestep: a scalar, or one for each token."""
   x = torch.from_numpy(latents_THWC.transpose(3, 0, 1, 2)[None].copy())
   with torch.no_grad():
     y = model(x, torch.as_tensor(timestep)[None], torch.from_numpy(text_SE[None]), return_dict=False)[0]
@@ -85,8 +85,9 @@ def theirs(model, latents_THWC, timestep, text_SE):
 @hypothesis.settings(max_examples=14, deadline=None, derandomize=True, database=None)
 @hypothesis.given(size=SIZES, clips=CLIPS)
 def test_clips_in_one_row_are_calls_of_diffusers(size, clips, close):
-  """Any shape of model, clips of any size packed in one row, prompts of their own length, a time for each
-  clip or for each token.
+  """For any shape of model, with clips of any size packed in one row.
+
+  Prompts have their own lengths. There is a time for each clip, or for each token.
   """
   model, cfg, params = peer(size)
   rng = np.random.default_rng(0)
@@ -94,31 +95,31 @@ def test_clips_in_one_row_are_calls_of_diffusers(size, clips, close):
   def draw(*shape):
     return rng.normal(size=shape).astype(np.float32)
 
-  called = []
-  for one in clips:
-    thw = tuple(n * p for n, p in zip(one["grid"], size["patch_size"], strict=True))
-    time = np.float32(one["time"])
-    if one["given"]:
-      time = np.where(np.arange(math.prod(one["grid"])) < math.prod(one["grid"][1:]), 0, time).astype(np.float32)
-    called.append((draw(*thw, size["in_channels"]), time, draw(one["text"], size["text_dim"])))
-  for mine, one in zip(dit_velocities(cfg, params, called), called, strict=True):
-    close("DiT", mine, theirs(model, *one))
+  calls = []
+  for clip in clips:
+    thw = tuple(n * p for n, p in zip(clip["grid"], size["patch_size"], strict=True))
+    time = np.float32(clip["time"])
+    if clip["given"]:
+      in_first_frame = np.arange(math.prod(clip["grid"])) < math.prod(clip["grid"][1:])
+      time = np.where(in_first_frame, 0, time).astype(np.float32)
+    calls.append((draw(*thw, size["in_channels"]), time, draw(clip["text"], size["text_dim"])))
+  for velocity, call in zip(dit_velocities(cfg, params, calls), calls, strict=True):
+    close("DiT", velocity, their_velocity(model, *call))
 
 
 def test_a_time_for_each_token_matters():
-  """Given tokens at 0, the others at t: not the same as all at t, so the test above would see one read for
-  the other.
-  """
+  """Given tokens at time 0 and others at t differ from all at t, so the test above can tell them apart."""
   model, cfg, _ = peer({})
-  latents, text = np.random.default_rng(3).normal(size=(3, 6, 8, 6)).astype(np.float32), np.ones((7, 10), np.float32)
+  latents = np.random.default_rng(3).normal(size=(3, 6, 8, 6)).astype(np.float32)
+  text = np.ones((7, 10), np.float32)
   times = np.where(np.arange(36) < 12, 0, 625).astype(np.float32)
-  assert np.abs(theirs(model, latents, times, text) - theirs(model, latents, np.float32(625), text)).max() > 1e-2
+  of_tokens = their_velocity(model, latents, times, text)
+  of_clip = their_velocity(model, latents, np.float32(625), text)
+  assert np.abs(of_tokens - of_clip).max() > 1e-2
 
 
 def test_our_weights_load_in_diffusers(tmp_path):
-  """Read from the shards of a folder, written and loaded by name: the same tensors, and a config that
-  diffusers builds from.
-  """
+  """Read from the shards of a folder, written and loaded by name: equal tensors and a valid config."""
   model, cfg, params = peer({"in_channels": 15}, tmp_path)
   twin = WanTransformer3DModel.from_config(json.loads(json.dumps(wan_dit.config_to_diffusers(cfg))))
   state = {name: torch.from_numpy(value) for name, value in wan_dit.to_diffusers(params, cfg)}

@@ -1,6 +1,4 @@
-"""Our samplers against the real schedulers of diffusers: the same velocity at the same noise levels, step
-for step.
-"""
+"""Our samplers against the schedulers of diffusers, step for step, with the same velocity and sigmas."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,21 +10,28 @@ from sora_jax.diffusion import flow, samplers
 
 
 def velocity(x, sigma):
-  """Any smooth function of both, not linear in x."""
+  """A smooth function of both, not linear in x."""
   return np.tanh(1.3 * x) * (1.5 - sigma) - 0.4 * np.cos(3 * x + 2 * sigma)
+
+
+def jax_velocity(x, sigma, aux):
+  """`velocity`, in jax."""
+  return jnp.tanh(1.3 * x) * (1.5 - sigma) - 0.4 * jnp.cos(3 * x + 2 * sigma), aux
 
 
 def theirs(kind, shift):
   if kind == "euler":
     return FlowMatchEulerDiscreteScheduler(shift=shift)
-  return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2)
+  return UniPCMultistepScheduler(
+    prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
+  )
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [4, 20])
 @pytest.mark.parametrize("kind", ["euler", "unipc"])
 def test_step_for_step(kind, steps, shift):
-  """Their noise levels, given to ours; every x on the way to data is theirs to 1e-4."""
+  """With their sigmas, every x of our sampler equals theirs to 1e-4."""
   scheduler = theirs(kind, shift)
   scheduler.set_timesteps(steps)
   sigmas = scheduler.sigmas.numpy().astype(np.float32)
@@ -36,16 +41,16 @@ def test_step_for_step(kind, steps, shift):
   init, step = samplers.SAMPLERS[kind]
   carry = init(jnp.asarray(x), None)
   for t, sigma, sigma_next in zip(scheduler.timesteps, sigmas[:-1], sigmas[1:], strict=True):
-    wanted = scheduler.step(torch.from_numpy(velocity(wanted.numpy(), sigma).astype(np.float32)), t, wanted, return_dict=False)[0]
-    x, carry = step(lambda x, s, aux: (jnp.tanh(1.3 * x) * (1.5 - s) - 0.4 * jnp.cos(3 * x + 2 * s), aux), x, carry,
-                    jnp.float32(sigma), jnp.float32(sigma_next), None)
+    v = torch.from_numpy(velocity(wanted.numpy(), sigma).astype(np.float32))
+    wanted = scheduler.step(v, t, wanted, return_dict=False)[0]
+    x, carry = step(jax_velocity, x, carry, jnp.float32(sigma), jnp.float32(sigma_next), None)
     np.testing.assert_allclose(x, wanted.numpy(), atol=1e-4, err_msg=f"at sigma {sigma_next}")
   assert np.abs(np.asarray(x) - start).max() > 0.1
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_noise_levels(shift):
-  """Ours begin at 1, theirs at 1 - 1/1000 or 1; between, `shifted` is their shift."""
+  """Our `shifted` is their shift. (Our sigmas begin at 1, theirs at 1 - 1/1000 or 1.)"""
   scheduler = theirs("euler", shift)
   scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
   np.testing.assert_allclose(flow.shifted(np.linspace(1, 0.1, 10), shift), scheduler.sigmas.numpy()[:-1], atol=1e-6)

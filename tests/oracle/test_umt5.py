@@ -1,6 +1,4 @@
-"""models.text against transformers' UMT5EncoderModel, live: prompts packed in one row are its prompts one
-by one.
-"""
+"""models.text against transformers' UMT5EncoderModel: prompts in one row equal its prompts one by one."""
 
 import tempfile
 
@@ -44,7 +42,7 @@ def peer(size, folder):
 @hypothesis.given(size=SIZES, lengths=st.lists(st.integers(1, 160), min_size=2, max_size=4))
 @hypothesis.example(size=TINY, lengths=[7, 1, 150, 40])
 def test_prompts_of_a_row_are_calls_of_transformers(size, lengths, close):
-  """Ours packed, theirs each alone and padded to 256 under a mask; some beyond max_distance."""
+  """Ours are packed, theirs are alone and padded to 256 with a mask; some are longer than max_distance."""
   with tempfile.TemporaryDirectory() as folder:
     model, cfg, params = peer(size, folder)
   rng = np.random.default_rng(0)
@@ -56,14 +54,16 @@ def test_prompts_of_a_row_are_calls_of_transformers(size, lengths, close):
     padded, mask = np.zeros((1, 256), np.int64), np.zeros((1, 256), np.int64)
     padded[0, : len(prompt)], mask[0, : len(prompt)] = prompt, 1
     with torch.no_grad():
-      expected = model(torch.from_numpy(padded), torch.from_numpy(mask)).last_hidden_state[0, : len(prompt)].numpy()
+      hidden = model(torch.from_numpy(padded), torch.from_numpy(mask)).last_hidden_state
+      expected = hidden[0, : len(prompt)].numpy()
     close("UMT5", row[numbers[0] == number], expected)
 
 
 def test_our_weights_load_in_transformers(tmp_path):
   model, cfg, params = peer(TINY, tmp_path)
   twin = UMT5EncoderModel(UMT5Config(**umt5.config_to_diffusers(cfg)))
-  missing, extra = twin.load_state_dict({name: torch.from_numpy(value) for name, value in umt5.to_diffusers(params, cfg)}, strict=False)
+  state = {name: torch.from_numpy(value) for name, value in umt5.to_diffusers(params, cfg)}
+  missing, extra = twin.load_state_dict(state, strict=False)
   assert not extra and set(missing) <= {"encoder.embed_tokens.weight"}  # the same memory as shared.weight
   ids = torch.arange(2, 20)[None]
   with torch.no_grad():

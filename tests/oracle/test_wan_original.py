@@ -1,5 +1,6 @@
-"""Names of the original Wan releases, renamed, against the real classes of diffusers and transformers,
-tiny and at the public sizes.
+"""Names of the original Wan releases, renamed, against the classes of diffusers and transformers.
+
+Models are tiny, and of the public sizes.
 """
 
 import json
@@ -29,23 +30,22 @@ def renamed(name, part, cfg=None):
   assert wan_original.recognise(original) == (part, "original")
   new = wan_original.rename(original, part, cfg)
   assert wan_original.recognise(new) == (part, "diffusers")
-  assert wan_original.rename(new, part, cfg, "diffusers") == {there: here for here, there in new.items()}
-  return {here: original[there] for here, there in new.items()}
+  assert wan_original.rename(new, part, cfg, "diffusers") == {old: name for name, old in new.items()}
+  return {name: original[old] for name, old in new.items()}
 
 
-def of(model):
+def shapes_of(model):
   return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", DITS)
 def test_dit(name):
-  """Its config.json builds diffusers' class, whose weights are the renamed ones; diffusers' own converter
-  agrees.
-  """
+  """Its config.json builds diffusers' class, which has the renamed weights; diffusers' converter agrees."""
   size = ORIGINAL[name]["size"]
   with torch.device("meta"):
-    model = WanTransformer3DModel.from_config(wan_original.config_to_diffusers({"_class_name": "WanModel", "text_len": 512} | size))
-  assert renamed(name, "dit") == of(model)
+    config = wan_original.config_to_diffusers({"_class_name": "WanModel", "text_len": 512} | size)
+    model = WanTransformer3DModel.from_config(config)
+  assert renamed(name, "dit") == shapes_of(model)
   theirs = single_file_utils.convert_wan_transformer_to_diffusers({key: key for key in shapes(name)})
   assert theirs == wan_original.rename(shapes(name), "dit")
 
@@ -57,8 +57,9 @@ def test_vae(name):
                       num_res_blocks=size["num_res_blocks"], temporal_downsample=size["temperal_downsample"], is_residual=residual,
                       patch_size=2 if residual else 1)
   with torch.device("meta"):
-    model = AutoencoderKLWan(**{key: value for key, value in wan_vae.config_to_diffusers(cfg).items() if not key.startswith("_")})
-  assert renamed(name, "vae", cfg) == of(model)
+    config = wan_vae.config_to_diffusers(cfg)
+    model = AutoencoderKLWan(**{key: value for key, value in config.items() if not key.startswith("_")})
+  assert renamed(name, "vae", cfg) == shapes_of(model)
   if name == "wan2.1":
     theirs = single_file_utils.convert_wan_vae_to_diffusers({key: key for key in shapes(name)})
     assert theirs == wan_original.rename(shapes(name), "vae", cfg)
@@ -71,6 +72,6 @@ def test_text_encoder(name):
                       num_layers=size["num_layers"], num_heads=size["num_heads"], relative_attention_num_buckets=size["num_buckets"],
                       feed_forward_proj="gated-gelu")
   with torch.device("meta"):
-    expected = of(UMT5EncoderModel(config))
-  del expected["encoder.embed_tokens.weight"]       # the same memory as shared.weight
+    expected = shapes_of(UMT5EncoderModel(config))
+  del expected["encoder.embed_tokens.weight"]  # the same memory as shared.weight
   assert renamed(name, "text") == expected
