@@ -123,34 +123,14 @@ class DiTConfig:
 
 
 def _ours(depth, heads):
-  return DiTConfig(
-    depth=depth,
-    heads=heads,
-    head_size=256,
-    mlp=heads * 1024,
-    channels=48,
-    patch=(1, 2, 2),
-    text_width=4096,
-    dtype="bfloat16",
-    remat="dots",
-  )
+  shape = {"head_size": 256, "mlp": heads * 1024, "channels": 48, "patch": (1, 2, 2), "text_width": 4096}
+  return DiTConfig(depth=depth, heads=heads, dtype="bfloat16", remat="dots", **shape)
 
 
 def _wan(depth, heads, mlp, channels=16, conditioning="replacement", **kwargs):
-  return DiTConfig(
-    depth=depth,
-    heads=heads,
-    head_size=128,
-    mlp=mlp,
-    channels=channels,
-    patch=(1, 2, 2),
-    text_width=4096,
-    text_pad=512,
-    conditioning=conditioning,
-    dtype="bfloat16",
-    remat="full",
-    **kwargs,
-  )
+  shape = {"head_size": 128, "mlp": mlp, "channels": channels, "patch": (1, 2, 2), "text_width": 4096, "text_pad": 512}
+  kwargs |= {"conditioning": conditioning, "dtype": "bfloat16", "remat": "full"}
+  return DiTConfig(depth=depth, heads=heads, **shape, **kwargs)
 
 
 SIZES = {
