@@ -3,7 +3,7 @@
   python -m launch.train_vae --config=configs/vae.py:tiny --workdir=W
 
 Variants, with the hardware that each was written for and what to expect:
-  tiny   two CPU cores, two minutes on the embedded world. What the quickstart trains.
+  tiny   two CPU cores, a minute on the embedded world. What the quickstart trains.
   world  two CPU cores, a quarter of an hour on the embedded world: the VAE of the small model that ships.
   base   one TPU v5p-8 or larger, days: the residual 4x16x16 kind with 48 channels (the shape of Wan 2.2) on a
          folder of clips, with the adversarial and the perceptual term; give --config.data.path=CLIPS and
@@ -71,9 +71,9 @@ def tiny():
   """Minutes on two CPU cores, on the embedded world."""
   config = neutral()
   config.model = "tiny"
-  config.steps = 400
-  config.eval_every = 400
-  config.checkpoint_every = 150
+  config.steps = 150
+  config.eval_every = 150
+  config.checkpoint_every = 75
   config.max_bad_steps = 1
   config.ema_decay = 0.99
   config.kl_weight = 1e-4

@@ -50,8 +50,8 @@ class CropStream:
     self._lock, self._readings = threading.Lock(), collections.OrderedDict()
 
   def __getitem__(self, j):
-    turn, lane = divmod(int(j), self.lanes)
-    nth, k = divmod(turn + lane * self.reads // self.lanes, self.reads)
+    round_number, lane = divmod(int(j), self.lanes)
+    nth, k = divmod(round_number + lane * self.reads // self.lanes, self.reads)
     return self._reading(nth * self.lanes + lane)[k]
 
   def _reading(self, number):

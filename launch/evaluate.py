@@ -219,7 +219,10 @@ def loss_by_sigma(pipe, raw, latents):
 
   The noise of a clip depends on its uid and the seed alone, so the losses of two models may be compared.
   """
-  packed = [packed_clip(pipe, clip, mean_THWC) for clip, mean_THWC in zip(raw, latents, strict=True)]
+  texts = pipe.embed([clip.caption for clip in raw])
+  if pipe.embedder:
+    pipe.embedder.free()
+  packed = [packed_clip(pipe, *inputs) for inputs in zip(raw, latents, texts, strict=True)]
   tokens, text_tokens = [len(clip.tokens_LP) for clip in packed], [len(clip.texts[0]) for clip in packed]
   rows, shape = sample.share_rows(tokens, text_tokens, pipe.row_tokens)
   measure = jax.jit(train.loss_at_sigma, static_argnames="model")
@@ -239,8 +242,8 @@ def loss_by_sigma(pipe, raw, latents):
   return losses
 
 
-def packed_clip(pipe, clip, mean_THWC):
-  """A RawClip and its raw latents -> batch.Clip."""
+def packed_clip(pipe, clip, mean_THWC, text):
+  """A RawClip, its raw latents, and its caption as the model takes it -> batch.Clip."""
   patch, cond_channels = pipe.model.dit.patch, pipe.model.dit.cond_channels
   mean_THWC = patches.whole(mean_THWC, patch)
   size, cond_LQ = mean_THWC.shape[:3], None
@@ -252,7 +255,7 @@ def packed_clip(pipe, clip, mean_THWC):
   return batches.Clip(
     tokens_LP=patches.patchify(vae.normalise(mean_THWC, pipe.vae_cfg), patch),
     coords_L3=patches.coords(patches.grid(size, patch), patches.time_scale(pipe.base_fps, clip.fps)),
-    texts=[pipe.embed([clip.caption])[0]],
+    texts=[text],
     size=size,
     fps=clip.fps,
     uid=records.uid(clip.file, clip.start),

@@ -210,7 +210,7 @@ def next_commands(out):
        "command": f'python -m launch.sample --workdir={out / "dit"} --prompt="a blue square moves up" '
                   "--out=out/mine"},
       {"say": "Train it for longer",
-       "command": "python -m launch.train --config=configs/t2v.py:tiny --config.steps=2000 "
+       "command": "python -m launch.train --config=configs/t2v.py:tiny --config.steps=8000 "
                   f"--config.data.path={out / 'records'} --workdir=out/longer"},
       {"say": "Encode a folder of your own clips", "command": "python -m launch.encode --source=CLIPS --out=out/my-records"},
   ]

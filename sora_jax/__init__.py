@@ -8,7 +8,12 @@ import importlib
 
 __version__ = "0.1.0"
 
-_EXPORTS = {"Pipeline": "sora_jax.pipeline", "BadInput": "sora_jax.errors"}
+_EXPORTS = {
+  "Pipeline": "sora_jax.pipeline",
+  "Result": "sora_jax.pipeline",
+  "Request": "sora_jax.tasks",
+  "BadInput": "sora_jax.errors",
+}
 
 
 def __getattr__(name):

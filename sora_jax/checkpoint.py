@@ -29,7 +29,7 @@ class Checkpoints:
   alone.
   """
 
-  def __init__(self, workdir, *, keep=3, say=print, read_only=False):
+  def __init__(self, workdir, *, keep=3, say=lambda line: None, read_only=False):
     self.root, self.say, self.read_only = epath.Path(workdir), say, read_only
     self.pending = None
     if jax.process_index() == 0 and (self.root / "checkpoints").exists() and not read_only:
@@ -130,11 +130,11 @@ class Checkpoints:
       wanted = read_json(self._manifest(step))
     except BadInput:
       return "its manifest cannot be read"
-    found = self._files(step)
+    present = self._files(step)
     for name, (size, crc) in wanted.items():
-      if name not in found:
+      if name not in present:
         return f"{name} is missing"
-      data = found[name].read_bytes()
+      data = present[name].read_bytes()
       if len(data) != size:
         return f"{name} has {len(data)} bytes of {size}"
       if zlib.crc32(data) != crc:

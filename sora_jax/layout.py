@@ -122,7 +122,7 @@ def uncut_weights(boxed, layout, dtype=None):
 
   BadInput where such a weight has more than `LARGE` bytes (in `dtype`, or its own).
   """
-  found = {}
+  names_by_line = {}
   for path, leaf in jax.tree.leaves_with_path(boxed, is_leaf=is_box):
     if not is_box(leaf):
       continue
@@ -132,9 +132,13 @@ def uncut_weights(boxed, layout, dtype=None):
       if num_bytes > LARGE:
         raise BadInput(f"{name}: axis {axis} of {size} is not a multiple of {devices}, and the weight has "
                        f"{num_bytes / 1e6:.0f} MB; choose another mesh")
-      found.setdefault(f"axis {axis} of {size} is not a multiple of {devices} and stays whole", []).append(name)
-  others = {line: f" and {len(names) - 1} more" if names[1:] else "" for line, names in found.items()}
-  return [f"{names[0]}{others[line]}: {line}" for line, names in found.items()]
+      line = f"axis {axis} of {size} is not a multiple of {devices} and stays whole"
+      names_by_line.setdefault(line, []).append(name)
+  lines = []
+  for line, names in names_by_line.items():
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    lines.append(f"{names[0]}{more}: {line}")
+  return lines
 
 
 def shardings(boxed, layout, dtype=None):
@@ -144,9 +148,11 @@ def shardings(boxed, layout, dtype=None):
   BadInput where a large weight does not fit the mesh (`uncut_weights`, in `dtype` or their own).
   """
   uncut_weights(boxed, layout, dtype)
-  def place(leaf):
+
+  def sharding(leaf):
     return layout.fitted(leaf.value.shape, *leaf.names) if is_box(leaf) else layout.fitted(leaf.shape)
-  return jax.tree.map(place, boxed, is_leaf=is_box)
+
+  return jax.tree.map(sharding, boxed, is_leaf=is_box)
 
 
 def targets(boxed, layout=None, dtype=None):

@@ -100,18 +100,20 @@ def abstract(tx, boxed, layout=None):
   if layout is None:
     return params, opt
 
-  def place(leaf, sharding):
+  def struct(leaf, sharding):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-  where = layouts.shardings(boxed, layout)
-  homes = {names_of(path): sharding for path, sharding in jax.tree.leaves_with_path(where)}
+  shardings = layouts.shardings(boxed, layout)
+  by_name = {names_of(path): sharding for path, sharding in jax.tree.leaves_with_path(shardings)}
 
   def beside_its_weight(path, leaf):
     names = names_of(path)
-    home = next((homes[names[i:]] for i in range(len(names)) if names[i:] in homes), None)
-    fits = home is not None and len(home.spec) == leaf.ndim
-    return place(leaf, home if fits else layout.fitted(leaf.shape))
-  return jax.tree.map(place, params, where), jax.tree_util.tree_map_with_path(beside_its_weight, opt)
+    ends = (names[i:] for i in range(len(names)))
+    sharding = next((by_name[end] for end in ends if end in by_name), None)
+    fits = sharding is not None and len(sharding.spec) == leaf.ndim
+    return struct(leaf, sharding if fits else layout.fitted(leaf.shape))
+
+  return jax.tree.map(struct, params, shardings), jax.tree_util.tree_map_with_path(beside_its_weight, opt)
 
 
 def names_of(path):

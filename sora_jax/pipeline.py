@@ -22,7 +22,7 @@ import dataclasses
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -31,7 +31,7 @@ from etils import epath
 from sora_jax import batch as batches, codec, patches, sample, tasks, video, workdir as workdirs
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.embedder import Embedder
-from sora_jax.errors import BadInput
+from sora_jax.errors import BadInput, pick
 from sora_jax.models import t2v, text, vae
 
 # of a request, from the config
@@ -39,7 +39,7 @@ DEFAULTS = ("size", "frames", "fps", "steps", "sampler", "shift", "guidance", "g
 PROMPT_BYTES = 256 << 20  # embeddings of prompts that are held at a time
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Result:
   """What became of one request: `error`, one line; or latents and, decoded as they are taken, frames uint8
   [H, W, 3].
@@ -54,8 +54,13 @@ class Result:
   seconds: float = 0.0  # its share of the time that its rows took to denoise
 
   def video(self):
-    """All frames, uint8 [T, H, W, 3]; once."""
-    return np.stack(list(self.frames))
+    """All frames, uint8 [T, H, W, 3]. It takes `frames`, so call it once. BadInput where the request failed."""
+    if self.error:
+      raise BadInput(self.error)
+    frames = list(self.frames)
+    if not frames:
+      raise ValueError(f"the frames of request {self.request.id} were taken already; decode its latents again")
+    return np.stack(frames)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +73,7 @@ class _Planned:
   text_tokens: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
   """A model with its weights, VAE, tokenizer, and what its config says where a request does not."""
 
@@ -150,17 +155,16 @@ class Pipeline:
     return result.video()
 
   def run(self, requests, *, stop: Callable = lambda: False, progress: Callable = lambda done, total: None):
-    """Requests (dicts of fields, or Request) -> yields a Result for each, as they are ready. One bad request
-    costs itself.
+    """Requests (dicts of fields, or Request) -> yields a Result for each, as they are ready.
 
-    stop: asked before each step of the sampler; once it is true no more results come. progress(done, total):
-    called after each step, in steps of the sampler over all requests.
+    A bad request costs itself alone. Images are read when their rows are at work. stop: asked before each step
+    of the sampler; once it is true no more results come, and the requests without one were not made.
+    progress(done, total): called after each step, in steps of the sampler over all requests.
     """
     planned = []
     for position, fields in enumerate(requests):
       try:
-        request = fields if isinstance(fields, tasks.Request) else self.parse(fields)
-        planned.append(self._planned(position, request))
+        planned.append(self._planned(position, self._request(position, fields)))
       except BadInput as error:
         yield Result(position, None, str(error))
     total, finished = sum(one.request.steps for one in planned), 0
@@ -178,23 +182,41 @@ class Pipeline:
           if results is None:
             return
           yield from results
+        elif failed:
+          progress(finished + steps, total)
         finished += steps
 
   # --- parse and plan
+
+  def _request(self, position, fields):
+    """An item of `run` -> Request. A dict without an id gets its position."""
+    if isinstance(fields, tasks.Request):
+      self.check(fields)
+      return fields
+    if not isinstance(fields, Mapping):
+      raise BadInput(f"request {position} is {fields!r}; it must be a dict of fields, or a Request")
+    return self.parse({"id": f"{position:05d}", **fields})
 
   def parse(self, fields):
     """A dict of fields -> Request with this model's defaults; BadInput says which field is wrong, or not for
     this model.
     """
     request = tasks.parse_request(fields, self.defaults, SAMPLERS)
+    self.check(request)
+    return request
+
+  def check(self, request):
+    """BadInput where this model cannot make a request."""
+    pick(tasks.TASKS, request.task, "task")
+    pick(SAMPLERS, request.sampler, "sampler")
     if request.guidance_low is not None and not self.model.boundary:
       raise BadInput("guidance_low is for models of two experts, and this one has one; leave it out")
     if self.model.dit.conditioning == "channels" and not request.image:
       raise BadInput("this model begins with an image: ask for the task image_to_video, and give an image")
-    if request.image and not os.path.exists(request.image):
+    reads_image = request.task == "image_to_video" or self.model.dit.conditioning == "channels"
+    if reads_image and not os.path.exists(request.image):
       raise BadInput(f"image {request.image!r} does not exist; give the path of an image file")
     self.latent_size(request)
-    return request
 
   def latent_size(self, request):
     """(T, H, W) of a request's latents; BadInput where it is too small."""

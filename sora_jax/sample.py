@@ -57,7 +57,7 @@ def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform")
     prompt_L=np.repeat(canvas.prompt_T[:: patch[0]], grid[1] * grid[2]),
     cond_LQ=None if canvas.cond_THWC is None else patches.patchify(canvas.cond_THWC, patch),
   )
-  sigmas, times = flow.schedule(schedule, request.sampler, request.steps, request.shift, canvas.start_sigma)
+  sigmas, times = flow.schedule(schedule, request.sampler, request.steps, request.shift)
   return Denoising(
     clip=clip,
     negative=tokenize(request.negative_prompt),
@@ -201,10 +201,7 @@ def _step(
     return flow.gather_sigma(*flow.token_sigma(value_BG, rows.segment_BL, clean_BL))
 
   def replaced(x_BLP, sigma_BL1):
-    """x with given tokens that are not clean as they are at this noise level (RePaint, arXiv:2201.09865, eq.
-
-    8a).
-    """
+    """x with given tokens that are not clean at this noise level (RePaint, arXiv:2201.09865, eq. 8a)."""
     if model.dit.conditioning != "replacement":
       return x_BLP
     return jnp.where(rows.given_BL[..., None], flow.interpolate(rows.tokens_BLP, noise_BLP, sigma_BL1), x_BLP)

@@ -7,6 +7,7 @@ canvases into rows. To add a task: one entry in TASKS. To add a field of a reque
 
 import dataclasses
 import math
+import numbers
 
 import numpy as np
 
@@ -86,7 +87,6 @@ class Canvas:
   texts: list
   frames: int
   size: tuple
-  start_sigma: float = 1.0
   # channels joined to the latents, for a model that takes conditions so (Wan I2V)
   cond_THWC: np.ndarray | None = None
 
@@ -98,7 +98,8 @@ def parse_request(fields, defaults, samplers):
   """
   for name, value in fields.items():
     _check_type(name, value)
-  full = {name: field.default for name, field in FIELDS.items()} | dict(defaults) | dict(fields)
+  given = {name: _plain(value) for name, value in fields.items()}
+  full = {name: field.default for name, field in FIELDS.items()} | dict(defaults) | given
   if full["task"] not in TASKS:
     raise BadInput(f"task is {full['task']!r}; this version has {', '.join(TASKS)}")
   pick(dict.fromkeys(samplers), full["sampler"], "sampler")
@@ -108,7 +109,7 @@ def parse_request(fields, defaults, samplers):
     if len(full[name]) > MAX_PROMPT:
       raise BadInput(f"the {name} has {len(full[name])} characters; at most {MAX_PROMPT} are taken: shorten it")
   size = full["size"]
-  if len(size) != 2 or not all(isinstance(n, int) and 0 < n <= MAX_SIDE for n in size):
+  if len(size) != 2 or not all(isinstance(n, numbers.Integral) and 0 < n <= MAX_SIDE for n in size):
     raise BadInput(f"size is {size!r}; it must be [height, width] in pixels, at most {MAX_SIDE}")
   _check_limits(full)
   if full["task"] == "text_to_image":
@@ -117,8 +118,8 @@ def parse_request(fields, defaults, samplers):
     full["frames"] = max(1, round(fields["seconds"] * full["fps"]))
     _check_limits(full)
   interval = full["guidance_interval"]
-  numbers = len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval)
-  if not numbers or not 0 <= interval[0] <= interval[1] <= 1:
+  is_pair = len(interval) == 2 and all(isinstance(end, (int, float)) for end in interval)
+  if not is_pair or not 0 <= interval[0] <= interval[1] <= 1:
     raise BadInput(f"guidance_interval is {interval!r}; it must be [from, to], noise levels between 0 and 1")
   if full["task"] == "image_to_video" and not full["image"]:
     raise BadInput("image_to_video needs an image: give the path of one in the field image")
@@ -129,7 +130,12 @@ def parse_request(fields, defaults, samplers):
       f"id is {full['id']!r}; it names a file, so it must not hold a / nor begin with a dot, and has at most {MAX_ID} bytes"
     )
   values = {field.name: full[field.name] for field in dataclasses.fields(Request)}
-  return Request(**values | {"size": tuple(size), "guidance_interval": tuple(interval), "fps": float(full["fps"])})
+  return Request(**values | {"size": tuple(map(int, size)), "guidance_interval": tuple(interval), "fps": float(full["fps"])})
+
+
+def _plain(value):
+  """A number of numpy -> one of Python, which JSON can write."""
+  return value.item() if isinstance(value, np.generic) else value
 
 
 def _check_type(name, value):
@@ -139,9 +145,9 @@ def _check_type(name, value):
   if name not in FIELDS:
     raise BadInput(f"unknown field {name!r}; a request has {', '.join(FIELDS)}")
   wanted = FIELDS[name].type
-  kinds = {float: (int, float), list: (list, tuple)}.get(wanted, wanted)
+  kinds = {int: numbers.Integral, float: numbers.Real, list: (list, tuple)}.get(wanted, wanted)
   if not isinstance(value, kinds) or isinstance(value, bool):
-    raise BadInput(f"{name} is {value!r}; it must be a {wanted.__name__}")
+    raise BadInput(f"{name} is {value!r}; it must be {'an' if wanted is int else 'a'} {wanted.__name__}")
   if isinstance(value, str) and (value != value.encode("utf-8", "ignore").decode() or "\0" in value):
     raise BadInput(f"{name} is {value!r}, which holds something that is no character")
 

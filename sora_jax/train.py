@@ -43,8 +43,8 @@ def abstract_state(model, tx):
   `init_state` returns.
   """
   params, opt = optim.abstract(tx, boxed_weights(model), model.layout)
-  where = {} if model.layout is None else {"sharding": model.layout.fitted(())}
-  scalar = jax.ShapeDtypeStruct((), jnp.int32, **where)
+  sharding = None if model.layout is None else model.layout.fitted(())
+  scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
   return State(scalar, params, params, opt, scalar)
 
 
@@ -151,8 +151,10 @@ def checksum(batch):
   for value in (batch.tokens_BLP, batch.segment_BL, batch.text_BS, batch.text_BSE):
     if value is not None:
       bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
-      place = sum(jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(PRIMES[axis]) for axis in range(bits.ndim))
-      total += jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+      position = jnp.uint32(0)
+      for axis in range(bits.ndim):
+        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(PRIMES[axis])
+      total += jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
   return total
 
 

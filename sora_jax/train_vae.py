@@ -4,8 +4,8 @@
          + lambda * adversarial_weight * (- D(reconstruction))
 
 L1 is a mean over pixel values, KL a sum over latents divided by the same number of pixel values (the ratio of
-arXiv:2112.10752 sec. G), posteriors are sampled. The adversarial part works as in VQGAN (arXiv:2012.09841 eq.
-7): hinge loss, from `adversarial_start` on, and lambda = |gradient of the rest| / |gradient of D|, both at
+arXiv:2112.10752 sec. G), posteriors are sampled. The adversarial part works as in VQGAN (arXiv:2012.09841,
+eq. 7): hinge loss, from `adversarial_start` on, and lambda = |gradient of the rest| / |gradient of D|, both at
 the decoder's last layer. Clips and images are one batch: each value counts the same.
 """
 
@@ -93,8 +93,9 @@ def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None, params=None)
     params = vae.fit_linear(params, cfg, video_BTHWC)
   zero = jnp.zeros((), jnp.int32)
   state = VAETrainState(zero, params, params, tx.init(params), zero, critic, CRITIC.init(critic))
-  where = shardings(cfg, tx, losses, layout)
-  return jax.tree.map(jnp.copy, state) if layout is None else jax.device_put(state, where, may_alias=False)
+  if layout is None:
+    return jax.tree.map(jnp.copy, state)
+  return jax.device_put(state, shardings(cfg, tx, losses, layout), may_alias=False)
 
 
 def shardings(cfg, tx, losses, layout):

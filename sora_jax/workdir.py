@@ -8,6 +8,7 @@ anything compiles.
 A config is a ConfigDict: a page of configs/, or the dict of W/config.json.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -176,7 +177,7 @@ def targets(model, dtype=None):
   return layouts.targets(jax.eval_shape(model.init, jax.random.key(0)), model.layout, dtype)
 
 
-def load_weights(workdir, which="ema", target=None, say=print, *, mapped=False, only=False):
+def load_weights(workdir, which="ema", target=None, say=lambda line: None, *, mapped=False, only=False):
   """Weights of a work directory, keyed as they were trained ("dit", "text") -> (tree, step).
 
   From its newest whole checkpoint, `which` being "ema" or "params"; or, where there is none, from W/model.
@@ -186,15 +187,12 @@ def load_weights(workdir, which="ema", target=None, say=print, *, mapped=False, 
   """
   workdir = epath.Path(workdir)
   if (workdir / "checkpoints").exists():
-    checkpoints = Checkpoints(workdir, say=say, read_only=True)
-    step = checkpoints.latest()
-    if step is not None:
-      if target is not None:
-        _check_shapes(workdir, checkpoints.shapes(step, which), target)
-      tree = checkpoints.restore(step, {which: target})[which]
-      checkpoints.close()
-      return tree, step
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(workdir, say=say, read_only=True)) as checkpoints:
+      step = checkpoints.latest()
+      if step is not None:
+        if target is not None:
+          _check_shapes(workdir, checkpoints.shapes(step, which), target)
+        return checkpoints.restore(step, {which: target})[which], step
   if (workdir / "model").exists():
     config, tree = parts.load_part(workdir / "model", None)
     if only:
@@ -203,7 +201,7 @@ def load_weights(workdir, which="ema", target=None, say=print, *, mapped=False, 
       _check_shapes(workdir, tree, target)
       return parts.put(tree, target), config.get("step", 0)
     if not mapped:
-      tree = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), tree)
+      tree = jax.device_put(jax.tree.map(lambda leaf: np.array(leaf, np.float32), tree))  # copies, as in parts.put
     return tree, config.get("step", 0)
   raise BadInput(
     f"{workdir} holds no checkpoint and no model; train one there (python -m launch.train) or name another --workdir"
@@ -221,7 +219,7 @@ def _check_shapes(workdir, stored, target):
       )
 
 
-def load_model_weights(workdir, config, model, which="ema", dtype=None, say=print):
+def load_model_weights(workdir, config, model, which="ema", dtype=None, say=lambda line: None):
   """All weights of a Model in W -> (nested dict, step).
 
   Where W holds one expert or adapters, the rest is that of config.init, and adapters are added to it.
@@ -236,7 +234,7 @@ def load_model_weights(workdir, config, model, which="ema", dtype=None, say=prin
   return params, step
 
 
-def base_weights(config, model, dtype=None, only=(), say=print):
+def base_weights(config, model, dtype=None, only=(), say=lambda line: None):
   """The weights of config.init that an expert or adapters go with -> nested dict; BadInput where they are
   others by now.
 

@@ -97,6 +97,28 @@ def test_one_bad_request_costs_itself(pipe, tmp_path):
     assert results[i].video().shape == (requests[i]["frames"], 32, 48, 3)
 
 
+def test_what_callers_do(pipe):
+  """No id, numbers of numpy, a Request, no requests at all; what is no request costs itself; frames are taken once."""
+  fields = {"prompt": "a ball", **SMALL, "seed": np.int64(3)}
+  request = pipe.parse({"id": "x", **fields})
+  wrong = dataclasses.replace(request, sampler="ddim")
+  results = {result.position: result for result in pipe.run([fields, "a ball", request, wrong])}
+  assert "it must be a dict" in results[1].error and "must be one of euler" in results[3].error
+  assert results[0].request.id == "00000" and type(results[0].request.seed) is int
+  np.testing.assert_allclose(results[0].latents_THWC, results[2].latents_THWC)
+  assert results[0].video().shape == (5, 32, 48, 3)
+  with pytest.raises(ValueError, match="taken already"):
+    results[0].video()
+  with pytest.raises(BadInput, match="must be a dict"):
+    results[1].video()
+  assert list(pipe.run([])) == [] and list(pipe.run(fields for _ in range(0))) == []
+  assert pipe != results and isinstance(hash(pipe), int)
+
+
+def test_an_image_that_is_not_used_is_not_read(pipe):
+  assert pipe("a ball", **SMALL, image="nowhere.png").shape == (5, 32, 48, 3)
+
+
 def test_it_can_be_stopped(pipe):
   """Results before the stop are whole, none come after it."""
   # each a row of its own

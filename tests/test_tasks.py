@@ -27,9 +27,9 @@ def canvas(request):
     ({"fps": -1}, "fps is -1"), ({"fps": float("nan")}, "fps is nan"), ({"seconds": float("inf")}, "seconds is inf"), ({"seed": -1}, "seed is -1"),
     ({"size": [10 ** 6, 64]}, "at most 16384"), ({"guidance_interval": ["a", "b"]}, "noise levels"), ({"id": "x" * 300}, "240 bytes"),
     ({"prompt": "a \ud800"}, "no character"), ({"image": "a\0b"}, "no character"),
-    ({"frames": 2.5}, "must be a int"), ({"sampler": "ddim"}, "must be one of euler, heun, unipc"), ({"task": "fly"}, "text_to_video"),
+    ({"frames": 2.5}, "must be an int"), ({"sampler": "ddim"}, "must be one of euler, heun, unipc"), ({"task": "fly"}, "text_to_video"),
     ({"task": "image_to_video"}, "needs an image"), ({"id": "../x"}, "names a file"), ({"guidance_interval": [0.9, 0.1]}, "noise levels"),
-    ({"shots": []}, "does not have yet"), ({"steps": True}, "must be a int")])
+    ({"shots": []}, "does not have yet"), ({"steps": True}, "must be an int")])
 def test_bad_requests(fields, message):
   with pytest.raises(BadInput, match=message):
     parse(**fields)

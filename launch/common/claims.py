@@ -14,13 +14,13 @@ from sora_jax.errors import BadInput
 
 # Keys of a config that earlier versions did not have, and what they did.
 ADDED = {"optim.b1": 0.9, "optim.b2": 0.99, "model.kind": "wan"}
-_locks = []  # open files: a lock lasts as long as the program
+_locks = []  # open files, so that a lock lasts until its file is closed or the program ends
 
 
 def lock_workdir(workdir):
-  """One program at a time writes in W: BadInput where another is at work.
+  """One program at a time writes in W; BadInput where another is at work.
 
-  -> the open file, with which the lock ends.
+  Returns the open file. The lock is held until it is closed, or the program ends.
   """
   os.makedirs(workdir, exist_ok=True)
   lock = open(os.path.join(workdir, ".lock"), "w")

@@ -71,11 +71,11 @@ def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
       counts["failed"] += 1
       note_failure(out, name, str(error), fields)
       progress.say(f"request {name}: {error}")
-  done = 0
+  finished = 0
   steps = sum(request.steps for request in todo)
   with progress.Bar("sampling", steps or 1, every=1e9 if quiet else 15.0) as bar:
     for result in pipe.run(todo, stop=stop, progress=lambda done, total: bar.update(done)):
-      done += 1
+      finished += 1
       if result.error:
         counts["failed"] += 1
         note_failure(out, result.request.id, result.error, dataclasses.asdict(result.request))
@@ -83,7 +83,7 @@ def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
       else:
         write(pipe, result, out)
         counts["ok"] += 1
-  counts["stopped"] = len(todo) - done
+  counts["stopped"] = len(todo) - finished
   return counts
 
 

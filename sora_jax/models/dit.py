@@ -39,7 +39,15 @@ from jax import lax
 from sora_jax.layout import Layout, param
 from sora_jax.models import lora
 from sora_jax.models.attention import SAVED, attend
-from sora_jax.models.primitives import apply_rope, gather_rows, layer_norm, normal, rms_norm, rotary, sinusoids
+from sora_jax.models.primitives import (
+  apply_rope,
+  gather_rows,
+  layer_norm,
+  normal,
+  rms_norm,
+  rotary,
+  sinusoids,
+)
 
 REMAT = {  # what a block saves for its backward pass
   "none": None,  # everything

@@ -59,7 +59,7 @@ def test_the_program(directory, run_program, tmp_path):
   """--data-only reads no record. The drawings are in two files, which need no other file."""
   done = run_program(*arguments(directory), "--data-only", f"--out={tmp_path}/out")
   assert done.returncode == 0 and not done.stderr, done.stderr
-  for words in ("300 in the index", "fill ", "balance", "clips a row", "text a row", "config.steps = 240", "3.41 epochs", "image",
+  for words in ("300 in the index", "fill ", "balance", "clips a row", "text a row", "config.steps = 2000", "3.41 epochs", "image",
                 "Next: python -m launch.train --config=configs/t2v.py:tiny"):
     assert words in done.stdout, done.stdout
   svg, html = ((tmp_path / "out" / name).read_text() for name in ("rows.svg", "data.html"))
