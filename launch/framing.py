@@ -29,11 +29,11 @@ from launch.common import children, program
 from launch.common.progress import say
 from launch.jobs import sample
 from launch.reports import tables
-from sora_jax import files, video, workdir
+from sora_jax import files, video, workdir as workdirs
 
 FLAGS = flags.FLAGS
 SOURCES = {"native": "shapes", "square": "squares"}  # of clips, in data/sources
-TRAINING = (f"--config.init={workdir.shipped()}", "--config.optim.learning_rate=2e-3", "--config.ema_decay=0.99")
+TRAINING = (f"--config.init={workdirs.shipped()}", "--config.optim.learning_rate=2e-3", "--config.ema_decay=0.99")
 SHOWN = 12  # videos in the picture
 BAND = 4  # videos side by side
 GAP = 2  # pixels between frames

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sora_jax import layout as layouts, parts, workdir
+from sora_jax import layout as layouts, parts, workdir as workdirs
 from sora_jax.models import text
 
 # texts embedded together; a row is a multiple of STEP tokens long, so that compilations are few
@@ -22,7 +22,7 @@ class Embedder:
 
   def __init__(self, directory, layout=None):
     self._directory, self._layout, self._params = epath.Path(directory), layout, None
-    self._cfg = cfg = workdir.text_config(directory)
+    self._cfg = cfg = workdirs.text_config(directory)
 
     def run(params, ids_BS, prompt_BS):
       return text.TextEncoder(cfg, layout).apply({"params": params}, ids_BS, prompt_BS)

@@ -17,7 +17,7 @@ from data import records, sources
 from launch.common import processes, program
 from launch.common.progress import say
 from launch.jobs import encode_unit
-from sora_jax import files, parts, workdir
+from sora_jax import files, parts, workdir as workdirs
 from sora_jax.errors import BadInput, checked
 from sora_jax.models import text
 
@@ -33,7 +33,7 @@ def run(spec, out, model, options, *, vocab=1000, limit=0):
   is trained on the captions, where the model has none. limit: so many files; 0: all.
   """
   check_vae(model)
-  options = {**options, "temporal_stride": workdir.load_vae_config(model / "vae").stride[0]}
+  options = {**options, "temporal_stride": workdirs.load_vae_config(model / "vae").stride[0]}
   source = processes.from_first("files are listed", lambda: open_source(spec, options))
   settings = job_settings(source, model, options, vocab)
   first, count = jax.process_index() == 0, jax.process_count()

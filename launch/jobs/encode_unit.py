@@ -13,7 +13,7 @@ import numpy as np
 from data import clips, records
 from launch.common.progress import Bar
 from launch.reports import encoded, page
-from sora_jax import codec, files, parts, workdir
+from sora_jax import codec, files, parts, workdir as workdirs
 from sora_jax.embedder import Embedder
 from sora_jax.errors import BadInput
 from sora_jax.models import text, vae
@@ -52,7 +52,7 @@ class Encoder:
   def __init__(self, directory, conditions=False):
     self.conditions = conditions
     self.sizes, self.canvases, self.programs = set(), set(), set()
-    self._cfg, self._params = workdir.load_vae(directory / "vae")
+    self._cfg, self._params = workdirs.load_vae(directory / "vae")
     self.stride, self.channels = self._cfg.stride, self._cfg.z_dim
     self._tokenizer = text.Tokenizer(directory / "text" / "tokenizer.model")
     frozen = (directory / "text" / parts.WEIGHTS).exists()

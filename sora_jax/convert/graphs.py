@@ -14,7 +14,7 @@ import numpy as np
 from jax import export
 from jax.extend.core import jaxpr_as_fun
 
-from sora_jax import files, patches, tasks, workdir
+from sora_jax import files, patches, tasks, workdir as workdirs
 from sora_jax.errors import BadInput
 from sora_jax.models import vae
 from sora_jax.models.dit import DiT
@@ -64,7 +64,7 @@ memory, frames = later.call(vae, memory, latents[:, 1:2])  # 4 frames for each l
 
 def export_stablehlo(job, out):
   """Writes the DiT's velocity, and the VAE by chunks, for any batch, number of tokens, height and width."""
-  model = workdir.make_model(job.settings(), job.workdir / "text", None)
+  model = workdirs.make_model(job.settings(), job.workdir / "text", None)
   cfg = dataclasses.replace(model.dit, remat="none")
   b, l, s, u, h, w = export.symbolic_shape("b, l, s, u, h, w")
   keys = [key for key in job.weights if key.startswith("dit")]
@@ -77,7 +77,7 @@ def export_stablehlo(job, out):
 
   _save(out / "dit.stablehlo", velocity, flat, *_row(cfg, b, l, s, u))
 
-  vae_cfg, params = workdir.load_vae(job.workdir / "vae")[0], job.part("vae")[1]
+  vae_cfg, params = workdirs.load_vae(job.workdir / "vae")[0], job.part("vae")[1]
   _write_weights(job, out / "vae.safetensors", params)
   flat, space = _shapes(job, params), vae_cfg.stride[1]
   pixels, latents = (space * h, space * w, 3), (h, w, vae_cfg.z_dim)
@@ -168,10 +168,10 @@ def export_onnx(job, out):
   import onnx
   from jax2onnx import to_onnx
 
-  model = workdir.make_model(job.settings(), job.workdir / "text", None)
+  model = workdirs.make_model(job.settings(), job.workdir / "text", None)
   cfg = dataclasses.replace(model.dit, dtype="float32", remat="none")  # onnxruntime has no bfloat16
   settings = job.config["sample"]
-  stride = workdir.load_vae(job.workdir / "vae")[0].stride
+  stride = workdirs.load_vae(job.workdir / "vae")[0].stride
   thw = tasks.latent_size(settings["frames"], settings["size"], stride, cfg.patch)
   row = _row(cfg, 1, patches.token_count(thw, cfg.patch), cfg.text_pad or 512, 2)
 
