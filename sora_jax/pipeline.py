@@ -54,7 +54,7 @@ class Result:
   seconds: float = 0.0  # its share of the time that its rows took to denoise
 
   def video(self):
-    """All frames, uint8 [T, H, W, 3]. It takes `frames`, so call it once. BadInput where the request failed."""
+    """All frames, uint8 [T, H, W, 3]. It uses up `frames`: call it once. BadInput if the request failed."""
     if self.error:
       raise BadInput(self.error)
     frames = list(self.frames)
@@ -157,8 +157,8 @@ class Pipeline:
   def run(self, requests, *, stop: Callable = lambda: False, progress: Callable = lambda done, total: None):
     """Requests (dicts of fields, or Request) -> yields a Result for each, as they are ready.
 
-    A bad request costs itself alone. Images are read when their rows are at work. stop: asked before each step
-    of the sampler; once it is true no more results come, and the requests without one were not made.
+    A bad request costs itself alone. Images are read when their rows are at work. stop: asked before each
+    step of the sampler; once it is true no more results come, and the requests without one were not made.
     progress(done, total): called after each step, in steps of the sampler over all requests.
     """
     planned = []

@@ -5,8 +5,8 @@
 
 L1 is a mean over pixel values, KL a sum over latents divided by the same number of pixel values (the ratio of
 arXiv:2112.10752 sec. G), posteriors are sampled. The adversarial part works as in VQGAN (arXiv:2012.09841,
-eq. 7): hinge loss, from `adversarial_start` on, and lambda = |gradient of the rest| / |gradient of D|, both at
-the decoder's last layer. Clips and images are one batch: each value counts the same.
+eq. 7): hinge loss, from `adversarial_start` on, and lambda = |gradient of the rest| / |gradient of D|, both
+at the decoder's last layer. Clips and images are one batch: each value counts the same.
 """
 
 import dataclasses
