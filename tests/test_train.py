@@ -254,3 +254,26 @@ def test_a_checksum_is_of_the_batch_however_it_is_cut():
   other = batches.pack(rows(), SHAPE)
   other.tokens_BLP[0, [0, 1]] = other.tokens_BLP[0, [1, 0]]
   assert int(train.checksum(other)) != whole
+
+
+@pytest.mark.parametrize("kind", ["ids", "embeddings", "condition"])
+def test_what_is_checked_beforehand_is_what_runs(kind):
+  """batch_shapes has the arrays, dtypes and shardings of a packed and placed batch; a step lowers from them."""
+  on_mesh = layout_of(fsdp=2, context=2)
+  channels = {"conditioning": "channels", "cond_channels": 2} if kind == "condition" else {}
+  whole = t2v.Model(dataclasses.replace(TINY, **channels), TEXT if kind == "ids" else None, on_mesh)
+  clips = [[dataclasses.replace(c) for c in row] for row in rows()]
+  for c in (c for row in clips for c in row):
+    if kind != "ids":
+      c.texts = [np.zeros((len(c.texts[0]), TINY.text_width), np.float32)]
+    if channels:
+      c.cond_LQ = np.zeros((len(c.tokens_LP), whole.dit.values_cond), np.float32)
+  shapes = train.batch_shapes(whole, len(clips), SHAPE)
+  placed = train.place_batch(batches.pack(clips, SHAPE), on_mesh)
+  structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), placed)
+  assert jax.tree.structure(shapes) == jax.tree.structure(structs)
+  assert jax.tree.leaves(shapes) == jax.tree.leaves(structs)
+  tx = optax.sgd(0.1)
+  step = train.jit_step(whole, tx, ema_decay=0.9, sigma=SIGMA)
+  state, metrics = step.lower(train.abstract_state(whole, tx), shapes, jax.random.key(0)).out_info
+  assert metrics["loss"].shape == () and int(np.prod(state.step.shape)) == 1

@@ -255,3 +255,18 @@ def test_a_wrong_gradient_is_not_the_same():
   wrong["decoder"]["conv_in"]["kernel"] *= 1.0001
   with pytest.raises(AssertionError, match="Not equal to tolerance"):
     assert_same(wrong, reference)
+
+
+def test_what_is_checked_beforehand_is_what_runs():
+  """batch_shapes has the shapes and shardings of a batch; a step lowers from shapes alone."""
+  on_mesh = layout.Layout(layout.make_mesh(data=2, devices=jax.devices()[:2]))
+  videos = batch()
+  clips, images = videos["clips"], videos["images"]
+  shapes = train_vae.batch_shapes(len(clips), len(images), clips.shape[1], clips.shape[2:4], on_mesh)
+  assert {name: shape.shape for name, shape in shapes.items()} == {name: video.shape for name, video in videos.items()}
+  assert all(shape.sharding.shard_shape(shape.shape)[0] == shape.shape[0] // 2 for shape in shapes.values())
+  tx = optax.sgd(0.1)
+  step = train_vae.jit_step(TINY, tx, PLAIN, ema_decay=0.9, layout=on_mesh)
+  state = train_vae.abstract_state(TINY, tx, PLAIN, on_mesh)
+  after, metrics = step.lower(state, shapes, jax.random.key(0)).out_info
+  assert metrics["loss"].shape == () and after.step.shape == ()
