@@ -3,8 +3,8 @@
   python -m launch.train --config=configs/t2v.py:tiny --config.data.path=RECORDS --workdir=W
 
 Variants, with the hardware that each was written for and what to expect:
-  tiny   two CPU cores, six minutes on the embedded world: colours follow the prompt, shapes and motion not
-         yet. What the quickstart trains.
+  tiny   two CPU cores, six minutes on the embedded world: colours follow the prompt, things are in one
+         piece, shapes and motion do not follow yet. What the quickstart trains.
   world  two CPU cores, an hour and a half on the embedded world: the small model that ships, which was then
          trained on for an hour (commands and scores: sora_jax/assets/world/README.md).
   base   one TPU v5p-8 or larger: our size B, on records of a 4x16x16 VAE with 48 channels, with text
