@@ -98,7 +98,7 @@ def test_one_bad_request_costs_itself(pipe, tmp_path):
 
 
 def test_what_callers_do(pipe):
-  """No id, numbers of numpy, a Request, no requests; what is no request costs itself; frames are taken once."""
+  """No id, numbers of numpy, a Request, no requests; what is no request costs itself; frames are used up."""
   fields = {"prompt": "a ball", **SMALL, "seed": np.int64(3)}
   request = pipe.parse({"id": "x", **fields})
   wrong = dataclasses.replace(request, sampler="ddim")

@@ -258,7 +258,7 @@ def test_a_checksum_is_of_the_batch_however_it_is_cut():
 
 @pytest.mark.parametrize("kind", ["ids", "embeddings", "condition"])
 def test_what_is_checked_beforehand_is_what_runs(kind):
-  """batch_shapes has the arrays, dtypes and shardings of a packed and placed batch; a step lowers from them."""
+  """batch_shapes has the arrays, dtypes and shardings of a packed, placed batch; a step lowers from them."""
   on_mesh = layout_of(fsdp=2, context=2)
   channels = {"conditioning": "channels", "cond_channels": 2} if kind == "condition" else {}
   whole = t2v.Model(dataclasses.replace(TINY, **channels), TEXT if kind == "ids" else None, on_mesh)
