@@ -23,42 +23,42 @@ def neutral():
   """What all variants share: every key, with a value that is right or harmless at any size. Not a variant."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.init = ""                     # another work directory to start the weights from
+  config.init = ""  # another work directory to start the weights from
   config.steps = 1000
   config.log_every = 10
   config.checkpoint_every = 500
-  config.max_bad_steps = 10            # stop after so many updates that are not finite
+  config.max_bad_steps = 10  # stop after so many updates that are not finite
   config.ema_decay = 0.999
 
   config.model = ml_collections.ConfigDict()
-  config.model.kind = "wan"            # a key of sora_jax.workdir.MODELS
-  config.model.size = "S"              # a key of sora_jax.models.dit.SIZES; "init": that of config.init
-  config.model.expert = ""             # which of two experts in config.init to train: high or low (noise)
-  config.model.remat = "full"          # a key of sora_jax.models.dit.REMAT: what the backward pass finds
+  config.model.kind = "wan"  # a key of sora_jax.workdir.MODELS
+  config.model.size = "S"  # a key of sora_jax.models.dit.SIZES; "init": that of config.init
+  config.model.expert = ""  # which of two experts in config.init to train: high or low (noise)
+  config.model.remat = "full"  # a key of sora_jax.models.dit.REMAT: what the backward pass finds
   config.model.dtype = "float32"
-  config.model.text = ""               # a key of sora_jax.models.text.SIZES; "": embeddings of the records
+  config.model.text = ""  # a key of sora_jax.models.text.SIZES; "": embeddings of the records
 
   config.lora = ml_collections.ConfigDict()
-  config.lora.rank = 0                 # > 0: train adapters of this rank to the weights of config.init
-  config.lora.alpha = 32.0             # an adapter's product is scaled by alpha / rank
-  config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")      # layers: ends of their names in diffusers
+  config.lora.rank = 0  # > 0: train adapters of this rank to the weights of config.init
+  config.lora.alpha = 32.0  # an adapter's product is scaled by alpha / rank
+  config.lora.targets = ("to_q", "to_k", "to_v", "to_out.0")  # layers: ends of their names in diffusers
 
   config.data = ml_collections.ConfigDict()
-  config.data.path = ""                # what launch.encode wrote; several, mixed, with a comma between them
-  config.data.weights = ()             # of several: shares of the clips drawn; (): each clip once an epoch
-  config.data.clips = ""               # instead of path: a folder of raw clips, encoded before the first step
-  config.data.max_seconds = 5.0        # of these: longer videos become pieces
+  config.data.path = ""  # what launch.encode wrote; several, mixed, with a comma between them
+  config.data.weights = ()  # of several: shares of the clips drawn; (): each clip once an epoch
+  config.data.clips = ""  # instead of path: a folder of raw clips, encoded before the first step
+  config.data.max_seconds = 5.0  # of these: longer videos become pieces
   config.data.rows = 8
   config.data.row_tokens = 4096
   config.data.row_clips = 16
   config.data.row_text = 1024
   config.data.caption_dropout = 0.1
-  config.data.image_to_video = 0.15    # share of clips whose first frame is given
-  config.data.base_fps = 0.0           # > 0: time coordinates count frames at this rate, whatever the clip's
+  config.data.image_to_video = 0.15  # share of clips whose first frame is given
+  config.data.base_fps = 0.0  # > 0: time coordinates count frames at this rate, whatever the clip's
   config.data.max_damaged = 10
   config.data.threads = 8
 
-  config.optim = ml_collections.ConfigDict()       # the fields of sora_jax.optim.OptimConfig
+  config.optim = ml_collections.ConfigDict()  # the fields of sora_jax.optim.OptimConfig
   config.optim.name = "adamw"
   config.optim.learning_rate = 1e-4
   config.optim.warmup = 100
@@ -76,9 +76,9 @@ def neutral():
   config.sigma.shift_power = 0.5
   config.sigma.uniform = 0.1
 
-  config.sample = ml_collections.ConfigDict()      # what launch.sample does where a request does not say
-  config.sample.every = 0                          # 0: draw no samples during training
-  config.sample.prompts = ()                       # of those samples
+  config.sample = ml_collections.ConfigDict()  # what launch.sample does where a request does not say
+  config.sample.every = 0  # 0: draw no samples during training
+  config.sample.prompts = ()  # of those samples
   config.sample.size = (480, 832)
   config.sample.frames = 17
   config.sample.fps = 16.0
@@ -86,10 +86,10 @@ def neutral():
   config.sample.sampler = "unipc"
   config.sample.shift = 3.0
   config.sample.guidance = 5.0
-  config.sample.row_tokens = 4096                  # a row of a sampling job
-  config.sample.rows = 1                           # rows denoised together
+  config.sample.row_tokens = 4096  # a row of a sampling job
+  config.sample.rows = 1  # rows denoised together
 
-  config.mesh = ml_collections.ConfigDict()        # data takes what the others leave
+  config.mesh = ml_collections.ConfigDict()  # data takes what the others leave
   config.mesh.fsdp = 1
   config.mesh.context = 1
   config.mesh.tensor = 1
@@ -104,9 +104,9 @@ def tiny():
   config.max_bad_steps = 1
   config.ema_decay = 0.99
   config.model.size = "tiny"
-  config.model.remat = "dots"          # an eighth less CPU time than "none"
+  config.model.remat = "dots"  # an eighth less CPU time than "none"
   config.model.text = "tiny"
-  config.data.rows = 2                 # many small updates: 290 of 2 rows leave 0.92 of the loss of 160 of 5
+  config.data.rows = 2  # many small updates: 290 of 2 rows leave 0.92 of the loss of 160 of 5
   config.data.row_tokens = 320
   config.data.row_clips = 12
   config.data.row_text = 80
@@ -169,14 +169,21 @@ def finetune():
   config.ema_decay = 0.999
   config.data.rows = 8
   config.data.row_clips = 16
-  config.data.image_to_video = 0.0     # for weights that take given tokens at sigma 0 (Wan 2.2 TI2V-5B) alone
-  config.optim.learning_rate = 1e-5    # adapters bear ten times as much
+  config.data.image_to_video = 0.0  # for weights that take given tokens at sigma 0 (Wan 2.2 TI2V-5B) alone
+  config.optim.learning_rate = 1e-5  # adapters bear ten times as much
   config.optim.warmup = 50
-  config.sigma.base_shift = ml_collections.config_dict.placeholder(float)      # None: config.init's
+  config.sigma.base_shift = ml_collections.config_dict.placeholder(float)  # None: config.init's
   config.sigma.shift_power = 0.0
-  config.mesh.fsdp = 1                 # devices that weights and optimiser are cut over
-  theirs = {"size": tuple, "frames": int, "fps": float, "steps": int, "sampler": str, "shift": float,
-            "guidance": float}
+  config.mesh.fsdp = 1  # devices that weights and optimiser are cut over
+  theirs = {
+    "size": tuple,
+    "frames": int,
+    "fps": float,
+    "steps": int,
+    "sampler": str,
+    "shift": float,
+    "guidance": float,
+  }
   for name, kind in theirs.items():
     config.sample[name] = ml_collections.config_dict.placeholder(kind)
   return config

@@ -19,38 +19,38 @@ def neutral():
   """What all variants share: every key, with a value that is right or harmless at any size. Not a variant."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.init = ""                     # another directory whose VAE to start from
-  config.decoder_only = False          # keep what latents depend on: records of config.init stay good
-  config.model = "wan2.1"              # a key of sora_jax.models.vae.SIZES
+  config.init = ""  # another directory whose VAE to start from
+  config.decoder_only = False  # keep what latents depend on: records of config.init stay good
+  config.model = "wan2.1"  # a key of sora_jax.models.vae.SIZES
   config.steps = 1000
   config.log_every = 20
-  config.eval_every = 500              # PSNR and SSIM on held-out clips
+  config.eval_every = 500  # PSNR and SSIM on held-out clips
   config.checkpoint_every = 500
-  config.max_bad_steps = 10            # stop after so many updates that are not finite
+  config.max_bad_steps = 10  # stop after so many updates that are not finite
   config.ema_decay = 0.999
 
-  config.kl_weight = 1e-6              # per pixel value; see sora_jax/train_vae.py
-  config.square_weight = 4.0           # of the squared error, beside L1
-  config.ssim_weight = 0.0             # of 1 - SSIM; 0: without
+  config.kl_weight = 1e-6  # per pixel value; see sora_jax/train_vae.py
+  config.square_weight = 4.0  # of the squared error, beside L1
+  config.ssim_weight = 0.0  # of 1 - SSIM; 0: without
   config.adversarial = ml_collections.ConfigDict()
-  config.adversarial.weight = 0.0      # 0: without
-  config.adversarial.start = 0         # from this step on
+  config.adversarial.weight = 0.0  # 0: without
+  config.adversarial.start = 0  # from this step on
   config.perceptual = ml_collections.ConfigDict()
-  config.perceptual.weight = 0.0       # 0: without
-  config.perceptual.weights = ""       # a safetensors file of VGG16: sora_jax/weights/vgg16.py
+  config.perceptual.weight = 0.0  # 0: without
+  config.perceptual.weights = ""  # a safetensors file of VGG16: sora_jax/weights/vgg16.py
 
   config.data = ml_collections.ConfigDict()
-  config.data.source = "folder"        # data/sources/NAME.py
-  config.data.path = ""                # the folder of clips, for source "folder"
-  config.data.count = 4000             # clips of the embedded world, for source "shapes"
-  config.data.max_seconds = 2.0        # a folder's videos are read in pieces of so many seconds
-  config.data.crop = (256, 256)        # height, width in pixels
-  config.data.frames = 17              # as many as will be encoded at once, or later frames come out worse
+  config.data.source = "folder"  # data/sources/NAME.py
+  config.data.path = ""  # the folder of clips, for source "folder"
+  config.data.count = 4000  # clips of the embedded world, for source "shapes"
+  config.data.max_seconds = 2.0  # a folder's videos are read in pieces of so many seconds
+  config.data.crop = (256, 256)  # height, width in pixels
+  config.data.frames = 17  # as many as will be encoded at once, or later frames come out worse
   config.data.clips = 8
   config.data.images = 8
   config.data.threads = 8
 
-  config.optim = ml_collections.ConfigDict()       # the fields of sora_jax.optim.OptimConfig
+  config.optim = ml_collections.ConfigDict()  # the fields of sora_jax.optim.OptimConfig
   config.optim.name = "adamw"
   config.optim.learning_rate = 1e-4
   config.optim.warmup = 100
@@ -60,7 +60,7 @@ def neutral():
   config.optim.b1 = 0.9
   config.optim.b2 = 0.99
 
-  config.mesh = ml_collections.ConfigDict()        # data takes what the others leave
+  config.mesh = ml_collections.ConfigDict()  # data takes what the others leave
   config.mesh.fsdp = 1
   config.mesh.context = 1
   config.mesh.tensor = 1

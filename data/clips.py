@@ -43,6 +43,7 @@ class Item:
   version: changes with the content of the file.  location: what the source needs to read it; only the source
   uses it.
   """
+
   file: str
   caption: str
   version: str = ""
@@ -56,6 +57,7 @@ class RawClip:
   left_out: frames of the file after this piece that belong to no piece.  notes: remarks for the report.
   scaled_from: (height, width) before the frames were scaled down; None if they were not.
   """
+
   video_THWC: np.ndarray
   fps: float
   caption: str
@@ -72,6 +74,7 @@ class Dropped:
 
   start, seconds: its range in the file. why: `black`, `frozen` or `too short`.
   """
+
   start: float
   seconds: float
   why: str
@@ -90,7 +93,7 @@ def map_in_threads(function: Callable, items: Sequence) -> list:
   size = min(CHUNK, max(1, len(items) // THREADS))
 
   def apply(start):
-    return [function(item) for item in items[start:start + size]]
+    return [function(item) for item in items[start : start + size]]
 
   with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
     chunks = pool.map(apply, range(0, len(items), size))
@@ -122,8 +125,9 @@ def whole_frames(frames, stride):
   return 1 + stride * ((frames - 1) // stride)
 
 
-def pieces(frames: Iterable[np.ndarray], fps: float, max_seconds: float, stride: int,
-           first: int = 0) -> Iterator[tuple[np.ndarray, float, int]]:
+def pieces(
+  frames: Iterable[np.ndarray], fps: float, max_seconds: float, stride: int, first: int = 0
+) -> Iterator[tuple[np.ndarray, float, int]]:
   """Cuts images [H, W, 3] at a constant rate into pieces -> (video_THWC, start, frames left out after it).
 
   A piece has 1 + stride * n frames and lasts at most `max_seconds`, but has at least one frame; 0 sets no
@@ -167,4 +171,4 @@ def crop(video_THWC, stride):
     raise BadClip("too small", f"{width} x {height} pixels; at least {sx} x {sy}")
   t, h, w = whole_frames(frames, stride[0]), height // sy * sy, width // sx * sx
   top, left = (height - h) // 2, (width - w) // 2
-  return video_THWC[:t, top:top + h, left:left + w]
+  return video_THWC[:t, top : top + h, left : left + w]

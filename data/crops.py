@@ -90,8 +90,10 @@ class CropStream:
       detail = f"{len(self.bad)} cannot be read, such as {file}: {reason}"
     else:
       detail = f"the longest has {max(self.short.values(), default=0)} frames"
-    raise BadInput(f"source {self.source.name}: of {len(self.items)} files none has {self.size[0]} frames; {detail}; "
-                   "train on shorter crops, or give other files")
+    raise BadInput(
+      f"source {self.source.name}: of {len(self.items)} files none has {self.size[0]} frames; {detail}; "
+      "train on shorter crops, or give other files"
+    )
 
   def _read(self, item, number):
     """Reads a file once -> (crops [K, T, H, W, 3] or None, frames of its longest piece).
@@ -114,7 +116,7 @@ class CropStream:
         positions = mix64(self.seed, POSITION, number, p, index_K).tolist()
         for k, (time, position) in enumerate(zip(times, positions, strict=True)):
           if time < piece_starts:
-            frames_THWC = piece.video_THWC[time:time + T]
+            frames_THWC = piece.video_THWC[time : time + T]
             crops[k] = crop_at_random(frames_THWC, self.size[1:], position >> 32, position & 0xFFFFFFFF)
     except BadClip as e:
       with self._lock:
@@ -138,7 +140,7 @@ def crop_at_random(video_THWC, size, random_y, random_x):
       video_THWC = np.pad(video_THWC, pads, mode="reflect" if video_THWC.shape[axis] > 1 else "edge")
   height, width = video_THWC.shape[1:3]
   y, x = random_y % (height - size[0] + 1), random_x % (width - size[1] + 1)
-  return video_THWC[:, y:y + size[0], x:x + size[1]]
+  return video_THWC[:, y : y + size[0], x : x + size[1]]
 
 
 class Crops:
@@ -147,8 +149,22 @@ class Crops:
   bad: as in CropStream, of clips and images.  short: as in CropStream, of the clips.
   """
 
-  def __init__(self, source, *, seed, step=0, clips, images, frames, size, reads=4, pool_bytes=256 << 20, on_bad=print,
-               threads=2, prefetch=4):
+  def __init__(
+    self,
+    source,
+    *,
+    seed,
+    step=0,
+    clips,
+    images,
+    frames,
+    size,
+    reads=4,
+    pool_bytes=256 << 20,
+    on_bad=print,
+    threads=2,
+    prefetch=4,
+  ):
     """Begins at step number `step`; has no end.
 
     source: see data/clips.py. size: (height, width) in pixels. frames: of each clip.
@@ -173,12 +189,21 @@ class Crops:
     self._counts = {"clips": clips, "images": images}
     self._streams = {}
     for i, (name, length) in enumerate({"clips": frames, "images": 1}.items()):
-      self._streams[name] = CropStream(source, items, (length, *size), seed=2 * seed + i, reads=reads, on_bad=report,
-                                       pool_bytes=pool_bytes * length // (frames + 1))
+      self._streams[name] = CropStream(
+        source,
+        items,
+        (length, *size),
+        seed=2 * seed + i,
+        reads=reads,
+        on_bad=report,
+        pool_bytes=pool_bytes * length // (frames + 1),
+      )
     self.bad = collections.ChainMap(*(stream.bad for stream in self._streams.values()))
     self.short = self._streams["clips"].short
     dataset = grain.MapDataset.range(step, 1 << 62).map(self._batch)
-    self._batches = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
+    self._batches = iter(
+      dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
+    )
 
   def __iter__(self):
     return self

@@ -61,6 +61,7 @@ class Rules:
 
   temporal_stride: s of the VAE that will encode the pieces; they have 1 + s n frames.
   """
+
   max_seconds: float = 0.0
   min_seconds: float = 0.0
   fps: float = 0.0
@@ -75,18 +76,24 @@ class Rules:
       if getattr(self, field.name) < 0:
         raise BadInput(f"{field.name}={getattr(self, field.name):g}: it must be 0 or more; 0 sets no limit")
     if 0 < self.max_seconds < self.min_seconds:
-      raise BadInput(f"min_seconds={self.min_seconds:g} is more than max_seconds={self.max_seconds:g}: "
-                     "no clip would be left")
+      raise BadInput(
+        f"min_seconds={self.min_seconds:g} is more than max_seconds={self.max_seconds:g}: "
+        "no clip would be left"
+      )
     if not 0 <= self.scene_threshold <= 100:
-      raise BadInput(f"scene_threshold={self.scene_threshold:g}: a score is from 0 to 100; 10 detects most cuts, "
-                     "0 detects none")
+      raise BadInput(
+        f"scene_threshold={self.scene_threshold:g}: a score is from 0 to 100; 10 detects most cuts, "
+        "0 detects none"
+      )
     if self.fps and 0 < self.max_fps < self.fps:
       raise BadInput(f"fps={self.fps:g} is more than max_fps={self.max_fps:g}; give one of them")
 
   @classmethod
   def of(cls, config):
     """The rules of a config (a ConfigDict or dict). A field that is missing or None has its default."""
-    return cls(**{field.name: field.type(config.get(field.name) or field.default) for field in dataclasses.fields(cls)})
+    return cls(
+      **{field.name: field.type(config.get(field.name) or field.default) for field in dataclasses.fields(cls)}
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +102,7 @@ class FileSource:
 
   listed: sorted by file. notes, ignored: see data/clips.py.
   """
+
   name: str
   listed: tuple[Item, ...]
   notes: tuple[tuple[str, str], ...]
@@ -128,13 +136,24 @@ def read(path, item: Item, rules: Rules, start=0.0, end=math.inf) -> Iterator[Ra
     images = (shot.image_HWC for _, shot in itertools.chain([(k, shot)], scene))
     if smaller:
       images = _scaled(images, smaller)
-    for video_THWC, offset, left_out in pieces(images, fps, rules.max_seconds, rules.temporal_stride, first=k):
+    for video_THWC, offset, left_out in pieces(
+      images, fps, rules.max_seconds, rules.temporal_stride, first=k
+    ):
       why = _drop_reason(video_THWC, fps, reader.still, rules)
       if why:
         yield Dropped(first.time + offset, (len(video_THWC) + left_out) / fps, why)
         continue
       notes = (*reader.notes, *rate_notes)
-      yield RawClip(video_THWC, fps, item.caption, item.file, first.time + offset, left_out, notes, size if smaller else None)
+      yield RawClip(
+        video_THWC,
+        fps,
+        item.caption,
+        item.file,
+        first.time + offset,
+        left_out,
+        notes,
+        size if smaller else None,
+      )
 
 
 def _output_fps(file_fps, rules):
@@ -158,6 +177,7 @@ def _frames_in_range(reader, start, end):
 
 class _Shot(NamedTuple):
   """An image and the number of its scene."""
+
   image_HWC: np.ndarray
   scene: int
 
@@ -183,8 +203,13 @@ class Cuts:
     rows, columns = (_grid_points(n, step, multiple) for n, multiple in zip(image_HWC.shape, (2, LINE)))
     grid = np.ascontiguousarray(image_HWC[rows[:, None], columns])
     frame = self._reformatter.reformat(
-        av.VideoFrame.from_ndarray(grid, format="rgb24"), format="yuv420p", src_colorspace=Colorspace.ITU709,
-        dst_colorspace=Colorspace.ITU709, src_color_range=ColorRange.JPEG, dst_color_range=ColorRange.MPEG)
+      av.VideoFrame.from_ndarray(grid, format="rgb24"),
+      format="yuv420p",
+      src_colorspace=Colorspace.ITU709,
+      dst_colorspace=Colorspace.ITU709,
+      src_color_range=ColorRange.JPEG,
+      dst_color_range=ColorRange.MPEG,
+    )
     frame.pts, self._count = self._count, self._count + 1
     if self._graph is None:
       self._graph = _graph(frame, "scdet", threshold=str(self._threshold))
@@ -204,7 +229,9 @@ def _graph(frame, name, **options):
   """A filter graph: a buffer for frames of this size and format, the filter, a sink."""
   graph = av.filter.Graph()
   graph.threads = 1
-  source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000))
+  source = graph.add_buffer(
+    width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
+  )
   graph.link_nodes(source, graph.add(name, **options), graph.add("buffersink")).configure()
   return graph
 
@@ -243,4 +270,6 @@ def is_black(video_THWC):
 def is_frozen(video_THWC):
   """True if there are several frames and none differs from the first by more than FROZEN on average."""
   first = video_THWC[0].astype(np.int16)
-  return len(video_THWC) > 1 and all(np.abs(image_HWC - first).mean() <= 255 * FROZEN for image_HWC in video_THWC[1:])
+  return len(video_THWC) > 1 and all(
+    np.abs(image_HWC - first).mean() <= 255 * FROZEN for image_HWC in video_THWC[1:]
+  )

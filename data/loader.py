@@ -29,8 +29,25 @@ from sora_jax.patches import coords, grid, patchify, time_scale, whole
 CAPTION, GIVEN = 3, 4  # salts: one for each use of the hash
 
 
-def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, caption_dropout=0.1, image_to_video=0.0,
-            base_fps=None, cond_channels=0, max_damaged=10, on_damage=print, epochs=None, threads=2, prefetch=4):
+def batches(
+  index,
+  plan,
+  *,
+  seed,
+  cursor=None,
+  host=0,
+  hosts=1,
+  embedded=False,
+  caption_dropout=0.1,
+  image_to_video=0.0,
+  base_fps=None,
+  cond_channels=0,
+  max_damaged=10,
+  on_damage=print,
+  epochs=None,
+  threads=2,
+  prefetch=4,
+):
   """Iterator over (PackedBatch of numpy with this host's rows, Cursor after the step), starting at `cursor`.
 
   index: RecordIndex or Mixture. plan: Plan over index.rows. Its rows_per_step, R, counts the rows of all
@@ -52,8 +69,19 @@ def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, 
   if plan.rows_per_step % hosts:
     raise BadInput(f"rows a step: {plan.rows_per_step}; a multiple of the {hosts} hosts; change either")
   share = plan.rows_per_step // hosts
-  load = _Loader(index, plan, seed, slice(host * share, (host + 1) * share), embedded, caption_dropout, image_to_video,
-                 base_fps, cond_channels, max_damaged, on_damage)
+  load = _Loader(
+    index,
+    plan,
+    seed,
+    slice(host * share, (host + 1) * share),
+    embedded,
+    caption_dropout,
+    image_to_video,
+    base_fps,
+    cond_channels,
+    max_damaged,
+    on_damage,
+  )
   dataset = grain.MapDataset.source(_Steps(plan.steps(cursor, epochs=epochs))).map(load)
   steps = dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
   return itertools.takewhile(bool, steps)
@@ -61,7 +89,7 @@ def batches(index, plan, *, seed, cursor=None, host=0, hosts=1, embedded=False, 
 
 def draw_uniform(seed, purpose, uid, epoch):
   """Uniform in [0, 1), one a clip: a hash of (seed, uid, epoch) and a salt. uid uint64 [N], epoch int [N]."""
-  return (mix64(seed, purpose, uid, epoch) >> np.uint64(11)) * 2.0 ** -53
+  return (mix64(seed, purpose, uid, epoch) >> np.uint64(11)) * 2.0**-53
 
 
 class _Steps:
@@ -91,6 +119,7 @@ class _Loader:
 
   The fields are as in `batches`.
   """
+
   index: RecordIndex | Mixture
   plan: Plan
   seed: int
@@ -106,15 +135,21 @@ class _Loader:
   def __post_init__(self):
     ids, embedding_SE = self.index.null_text
     if self.embedded and embedding_SE is None:
-      raise BadInput(f"{self.index.directory}: its records hold no text embeddings, which the model needs; encode again "
-                     "with a text encoder, or train one with the model")
+      raise BadInput(
+        f"{self.index.directory}: its records hold no text embeddings, which the model needs; encode again "
+        "with a text encoder, or train one with the model"
+      )
     null = np.asarray(embedding_SE, np.float32) if self.embedded else ids
     if len(null) > self.plan.null_text_tokens:
-      raise ValueError(f"the null text has {len(null)} tokens, the plan allows for {self.plan.null_text_tokens}")
+      raise ValueError(
+        f"the null text has {len(null)} tokens, the plan allows for {self.plan.null_text_tokens}"
+      )
     self.null = self.pad_text(null)
     if self.cond_channels and not self.index.header.get("conditions"):
-      raise BadInput(f"{self.index.directory}: its records do not hold what this model is given of an image; encode "
-                     "again with --workdir of it")
+      raise BadInput(
+        f"{self.index.directory}: its records do not hold what this model is given of an image; encode "
+        "again with --workdir of it"
+      )
     self.damaged, self.lock = set(), threading.Lock()
 
   def __call__(self, step):
@@ -152,8 +187,18 @@ class _Loader:
       cond_THWC = whole(record.cond_THWC, patch).astype(np.float32)
       cond_LQ = patchify(image_channels(cond_THWC, self.cond_channels), patch)
     coords_L3 = coords(grid(size, patch), time_scale(self.base_fps, fps))
-    return Clip(tokens_LP=patchify(latents_THWC, patch), coords_L3=coords_L3, texts=[text], given_L=given_L, cond_LQ=cond_LQ,
-                uid=int(entry["uid"]), size=size, fps=fps, epoch=epoch, source=int(entry["source"]))
+    return Clip(
+      tokens_LP=patchify(latents_THWC, patch),
+      coords_L3=coords_L3,
+      texts=[text],
+      given_L=given_L,
+      cond_LQ=cond_LQ,
+      uid=int(entry["uid"]),
+      size=size,
+      fps=fps,
+      epoch=epoch,
+      source=int(entry["source"]),
+    )
 
   def pad_text(self, text):
     """The text, followed by one zero if it is shorter than the plan's text_pad (embeddings for Wan)."""
@@ -170,7 +215,15 @@ class _Loader:
     values = int(np.prod(self.plan.patch))
     tokens_LP = zeros(values * self.index.header["latent_channels"])
     cond_LQ = zeros(values * self.cond_channels) if self.cond_channels else None
-    return Clip(tokens_LP=tokens_LP, coords_L3=zeros(3), texts=[self.null[:0]], uid=0, size=(0, 0, 0), fps=0.0, cond_LQ=cond_LQ)
+    return Clip(
+      tokens_LP=tokens_LP,
+      coords_L3=zeros(3),
+      texts=[self.null[:0]],
+      uid=0,
+      size=(0, 0, 0),
+      fps=0.0,
+      cond_LQ=cond_LQ,
+    )
 
   def count_damaged(self, position, line):
     """Reports a damaged record, once. Raises BadInput if there are more than max_damaged."""
@@ -181,5 +234,7 @@ class _Loader:
       count = len(self.damaged)
     self.on_damage(line)
     if count > self.max_damaged:
-      raise BadInput(f"{self.index.directory}: {count} records are damaged, at most {self.max_damaged} are skipped "
-                     f"(max_damaged); the last: {line}; copy the records again, or encode again")
+      raise BadInput(
+        f"{self.index.directory}: {count} records are damaged, at most {self.max_damaged} are skipped "
+        f"(max_damaged); the last: {line}; copy the records again, or encode again"
+      )

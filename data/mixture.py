@@ -14,7 +14,7 @@ SHARED = {  # fields of the header that all directories must agree on: name for 
 
 
 def open_all(path):
-  """"A" or "A,B,...", directories of records -> RecordIndex, or a Mixture of several.
+  """ "A" or "A,B,...", directories of records -> RecordIndex, or a Mixture of several.
 
   BadInput if one is incomplete.
   """
@@ -42,12 +42,16 @@ class Mixture:
       for field, description in SHARED.items():
         value, other_value = first.header.get(field), other.header.get(field)
         if (value or None) != (other_value or None):
-          raise BadInput(f"{first.directory} and {other.directory}: {description} {value} and {other_value}; records "
-                         "that are mixed must have the same VAE and text encoder; encode one of them again")
+          raise BadInput(
+            f"{first.directory} and {other.directory}: {description} {value} and {other_value}; records "
+            "that are mixed must have the same VAE and text encoder; encode one of them again"
+          )
     names = list(dict.fromkeys(name for index in self.indexes for name in index.header["sources"]))
     self.directory = ", ".join(str(index.directory) for index in self.indexes)
     self.header = {field: first.header.get(field) for field in SHARED} | {"sources": names}
-    source_numbers = [np.array([names.index(name) for name in index.header["sources"]]) for index in self.indexes]
+    source_numbers = [
+      np.array([names.index(name) for name in index.header["sources"]]) for index in self.indexes
+    ]
     self.rows = Joined([index.rows for index in self.indexes], source_numbers)
 
   def __len__(self):

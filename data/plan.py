@@ -113,10 +113,14 @@ def whole_weights(sizes, weights=None):
     if sum(sizes) < 1 << 31:
       return list(sizes)  # exact: an epoch of the mixture is an epoch of each dataset
   if len(weights) != len(sizes):
-    raise BadInput(f"data weights: {len(weights)} of them for {len(sizes)} datasets; give one for each, or none at all")
+    raise BadInput(
+      f"data weights: {len(weights)} of them for {len(sizes)} datasets; give one for each, or none at all"
+    )
   for weight in weights:
     if not isinstance(weight, int | float) or not 0 < weight < math.inf:
-      raise BadInput(f"data weights: {weight}; a finite number above 0; leave out a dataset that is not to be drawn from")
+      raise BadInput(
+        f"data weights: {weight}; a finite number above 0; leave out a dataset that is not to be drawn from"
+      )
   return [max(1, round(weight / sum(weights) * (1 << 30))) for weight in weights]
 
 
@@ -158,6 +162,7 @@ class Joined:
 @dataclasses.dataclass(frozen=True)
 class Cursor:
   """The position of a run in its plan: the next step. Stored in the checkpoint, beside the step number."""
+
   epoch: int = 0  # of the window's first draw; for people, the plan does not read it
   window: int = 0
   step: int = 0  # steps of this window already done
@@ -174,7 +179,9 @@ class Cursor:
     fields = dict(fields)
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
-      raise BadInput(f"data cursor: format_version {version}; this code reads {FORMAT_VERSION}; use the code that wrote it")
+      raise BadInput(
+        f"data cursor: format_version {version}; this code reads {FORMAT_VERSION}; use the code that wrote it"
+      )
     return cls(**fields | {"carried": tuple(fields["carried"])})
 
 
@@ -184,6 +191,7 @@ class StepPlan:
 
   rows: of each row, its clips as (index position, epoch). tokens, costs: sums of n and of n^2 of each row.
   """
+
   rows: tuple[tuple[tuple[int, int], ...], ...]
   tokens: tuple[int, ...]
   costs: tuple[int, ...]
@@ -192,6 +200,7 @@ class StepPlan:
 @dataclasses.dataclass(frozen=True)
 class Misfit:
   """A clip that no row can hold."""
+
   position: int
   tokens: int
   reason: str
@@ -212,8 +221,19 @@ class Plan:
   Raises BadInput if an index is empty, or for invalid weights.
   """
 
-  def __init__(self, index, *, rows_per_step, shape, patch, seed, weights=None, null_text_tokens=1, text_pad=None,
-               window_clips=None):
+  def __init__(
+    self,
+    index,
+    *,
+    rows_per_step,
+    shape,
+    patch,
+    seed,
+    weights=None,
+    null_text_tokens=1,
+    text_pad=None,
+    window_clips=None,
+  ):
     self.counts = [len(part) for part in index.parts] if isinstance(index, Joined) else [len(index)]
     if 0 in self.counts:
       raise BadInput("data index: it holds no clips; at least one; encode some (python -m launch.encode)")
@@ -235,8 +255,20 @@ class Plan:
     fields = [clips[name] for name in ("uid", "t", "h", "w", "text_tokens")]
     sample = np.bitwise_xor.reduce(mix64(positions, *fields))
     mixed = (*self.counts, *self.weights) if len(self.weights) > 1 else ()
-    (name,) = mix64(sample, len(self.index), self.seed, self.rows_per_step, self.shape.length, self.shape.clips,
-                    self.shape.text, *self.patch, self.null_text_tokens, self.text_pad or 0, self.window_clips, *mixed)
+    (name,) = mix64(
+      sample,
+      len(self.index),
+      self.seed,
+      self.rows_per_step,
+      self.shape.length,
+      self.shape.clips,
+      self.shape.text,
+      *self.patch,
+      self.null_text_tokens,
+      self.text_pad or 0,
+      self.window_clips,
+      *mixed,
+    )
     return f"{int(name):016x}"
 
   def sizes(self, positions):
@@ -270,7 +302,7 @@ class Plan:
     """How many clips lose latents at an edge that do not fill a patch. Reads the whole index, once."""
     count = 0
     for start in range(0, len(self.index), CHUNK):
-      clips = self.index[start:start + CHUNK]
+      clips = self.index[start : start + CHUNK]
       has_rest = [clips[name] % p != 0 for name, p in zip("thw", self.patch, strict=True)]
       count += int(np.any(has_rest, axis=0).sum())
     return count
@@ -306,7 +338,9 @@ class Plan:
     """
     start, stop = number * self.window_clips, (number + 1) * self.window_clips
     last = end is not None and stop >= end
-    draws = np.concatenate([np.asarray(carried, np.int64), np.arange(start, end if last else stop, dtype=np.int64)])
+    draws = np.concatenate(
+      [np.asarray(carried, np.int64), np.arange(start, end if last else stop, dtype=np.int64)]
+    )
     positions, epochs = self.clips(draws)
     tokens, text, fits = self.sizes(positions)
     draws, positions, epochs, tokens, text = (a[fits] for a in (draws, positions, epochs, tokens, text))
@@ -317,7 +351,7 @@ class Plan:
     # The emptiest rows are carried over. Rows with a clip that was already carried over are chosen last, so
     # that no clip waits for ever.
     waited = np.array([(draws[row] < start).any() for row in rows], bool)
-    leftover = np.lexsort((loads, waited))[:len(rows) % self.rows_per_step]
+    leftover = np.lexsort((loads, waited))[: len(rows) % self.rows_per_step]
     by_cost = np.argsort(costs, kind="stable")
     groups = by_cost[~np.isin(by_cost, leftover)].reshape(-1, self.rows_per_step)
     step_order = np.argsort(mix64(self.seed, STEPS, number, np.arange(len(groups))), kind="stable")
@@ -328,9 +362,12 @@ class Plan:
 
     def step(group):
       padding = (0,) * (self.rows_per_step - len(group))
-      members = tuple(tuple(zip(positions[rows[r]].tolist(), epochs[rows[r]].tolist(), strict=True)) for r in group)
-      return StepPlan(members + ((),) * len(padding), (*loads[group].tolist(), *padding),
-                      (*costs[group].tolist(), *padding))
+      members = tuple(
+        tuple(zip(positions[rows[r]].tolist(), epochs[rows[r]].tolist(), strict=True)) for r in group
+      )
+      return StepPlan(
+        members + ((),) * len(padding), (*loads[group].tolist(), *padding), (*costs[group].tolist(), *padding)
+      )
 
     return [step(group) for group in groups], carried_over
 
@@ -341,8 +378,10 @@ class Plan:
     """
     cursor = cursor or Cursor()
     if cursor.plan not in ("", self.name):
-      raise BadInput("data cursor: it belongs to another index, row shape, batch or seed; a run continues with those "
-                     "that it began with; restore them, or begin a new run")
+      raise BadInput(
+        "data cursor: it belongs to another index, row shape, batch or seed; a run continues with those "
+        "that it began with; restore them, or begin a new run"
+      )
     end = None if epochs is None else epochs * len(self.index)
     number, carried, done = cursor.window, cursor.carried, cursor.step
     empty_draws = 0  # draws of the last windows that gave no clip
@@ -357,6 +396,8 @@ class Plan:
         yield after, steps[i]
       empty_draws = 0 if steps or carried_over else empty_draws + self.window_clips
       if empty_draws >= len(self.index) == len(self.misfits):
-        raise BadInput(f"data index: none of its {len(self.index)} clips fits a row; the first: "
-                       f"{self.misfits[0].reason}; raise what a row holds")
+        raise BadInput(
+          f"data index: none of its {len(self.index)} clips fits a row; the first: "
+          f"{self.misfits[0].reason}; raise what a row holds"
+        )
       number, carried, done = number + 1, carried_over, 0

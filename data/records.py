@@ -67,6 +67,7 @@ class Record:
   fps: frames a second of the pixels. start: seconds from the start of the file.
   cond_THWC: latents of the first frame followed by grey frames, for models that are given these (Wan I2V).
   """
+
   latents_THWC: np.ndarray
   text_ids_S: np.ndarray
   caption: str
@@ -94,8 +95,13 @@ def to_blob(record):
     arrays["condition"] = np.asarray(record.cond_THWC, ml_dtypes.bfloat16)
   arrays["text_ids"] = np.asarray(record.text_ids_S, np.int32)
   metadata = {
-      "format_version": str(FORMAT_VERSION), "caption": record.caption, "file": record.file,
-      "start": repr(float(record.start)), "fps": repr(float(record.fps)), "source": record.source}
+    "format_version": str(FORMAT_VERSION),
+    "caption": record.caption,
+    "file": record.file,
+    "start": repr(float(record.start)),
+    "fps": repr(float(record.fps)),
+    "source": record.source,
+  }
   return files.to_safetensors(arrays, metadata)
 
 
@@ -105,8 +111,17 @@ def from_blob(blob):
   try:
     if int(metadata["format_version"]) > FORMAT_VERSION:
       raise ValueError(f"format_version {metadata['format_version']}; this code reads up to {FORMAT_VERSION}")
-    return Record(arrays["latents"], arrays["text_ids"], metadata["caption"], metadata["file"], float(metadata["start"]),
-                  float(metadata["fps"]), metadata["source"], arrays.get("text_embedding"), arrays.get("condition"))
+    return Record(
+      arrays["latents"],
+      arrays["text_ids"],
+      metadata["caption"],
+      metadata["file"],
+      float(metadata["start"]),
+      float(metadata["fps"]),
+      metadata["source"],
+      arrays.get("text_embedding"),
+      arrays.get("condition"),
+    )
   except KeyError as e:
     raise ValueError(f"not a record: it lacks {e}") from e
 
@@ -139,7 +154,9 @@ class RecordWriter:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
       self._lock.close()
-      raise BadInput(f"{directory}: another program is writing records here; wait for it, or give another --out") from e
+      raise BadInput(
+        f"{directory}: another program is writing records here; wait for it, or give another --out"
+      ) from e
     self._shard_bytes = shard_bytes
     try:
       _check_settings(self.directory / "job.json", dict(settings or {}))
@@ -188,8 +205,9 @@ class RecordWriter:
       self._writer.write(blob)
     self._bytes += len(blob)
     t, h, w, _ = record.latents_THWC.shape
-    self._records.append([record.file, float(record.start), t, h, w, float(record.fps), len(record.text_ids_S),
-                          record.source])
+    self._records.append(
+      [record.file, float(record.start), t, h, w, float(record.fps), len(record.text_ids_S), record.source]
+    )
     if self._bytes >= self._shard_bytes:
       self.commit()
 
@@ -216,7 +234,12 @@ class RecordWriter:
       files.sync(self._shard_path(".tmp"))
       size = self._shard_path(".tmp").stat().st_size
       os.replace(self._shard_path(".tmp"), self._shard_path(""))
-    shard = {"format_version": FORMAT_VERSION, "bytes": size, "records": self._records, "files": self._open_files}
+    shard = {
+      "format_version": FORMAT_VERSION,
+      "bytes": size,
+      "records": self._records,
+      "files": self._open_files,
+    }
     files.write_json(self.directory / f"{self._name}.json", shard, depth=2)
     self._register(self._name, shard)
     self._open_shard()
@@ -237,21 +260,38 @@ class RecordWriter:
       raise ValueError("no records were written")
     contents.sort(key=lambda record: record[:2])
     sources = sorted({sizes[-1] for *_, sizes in contents})
-    rows = np.array([(uid(file, start), t, h, w, sources.index(source), fps, tokens, number, position)
-                     for file, start, number, position, (t, h, w, fps, tokens, source) in contents], INDEX_DTYPE)
+    rows = np.array(
+      [
+        (uid(file, start), t, h, w, sources.index(source), fps, tokens, number, position)
+        for file, start, number, position, (t, h, w, fps, tokens, source) in contents
+      ],
+      INDEX_DTYPE,
+    )
     if len(np.unique(rows["uid"])) != len(rows):
-      raise ValueError("two records share a uid: the same file and start twice, or a collision of 64-bit hashes")
+      raise ValueError(
+        "two records share a uid: the same file and start twice, or a collision of 64-bit hashes"
+      )
     if null_text_SE is not None:
       embedding_SE = np.ascontiguousarray(null_text_SE, ml_dtypes.bfloat16)
-      files.write_bytes(self.directory / "null_text.safetensors", files.to_safetensors({"text_embedding": embedding_SE}))
+      files.write_bytes(
+        self.directory / "null_text.safetensors", files.to_safetensors({"text_embedding": embedding_SE})
+      )
     with files.replacing(self.directory / "index.npy") as partial, partial.open("wb") as f:
       np.save(f, rows)
-    shard_entries = [{"name": f"{name}.array_record", "records": len(shard["records"]), "bytes": shard["bytes"]}
-                     for name, shard in shards]
+    shard_entries = [
+      {"name": f"{name}.array_record", "records": len(shard["records"]), "bytes": shard["bytes"]}
+      for name, shard in shards
+    ]
     index = {
-        "format_version": FORMAT_VERSION, **header, "records": len(rows), "index_crc32": zlib.crc32(rows.tobytes()),
-        "sources": sources, "null_text": [int(i) for i in null_text], "null_text_embedding": null_text_SE is not None,
-        "shards": shard_entries}
+      "format_version": FORMAT_VERSION,
+      **header,
+      "records": len(rows),
+      "index_crc32": zlib.crc32(rows.tobytes()),
+      "sources": sources,
+      "null_text": [int(i) for i in null_text],
+      "null_text_embedding": null_text_SE is not None,
+      "shards": shard_entries,
+    }
     files.write_json(self.directory / "index.json", index, depth=2)
     return RecordIndex.open(self.directory)
 
@@ -284,8 +324,9 @@ class RecordIndex:
     counts = [shard["records"] for shard in header["shards"]]
     self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     # [0:n] gives the source the number of records, so that it opens a shard only to read one of its records
-    self._blobs = ArrayRecordDataSource([f"{self.directory / shard['name']}[0:{shard['records']}]"
-                                         for shard in header["shards"]])
+    self._blobs = ArrayRecordDataSource(
+      [f"{self.directory / shard['name']}[0:{shard['records']}]" for shard in header["shards"]]
+    )
 
   @classmethod
   def open(cls, directory):
@@ -298,26 +339,38 @@ class RecordIndex:
     if not path.exists():
       if (directory / "job.json").exists():
         raise BadInput(f"{directory}: its encoding is not finished; run the same launch.encode again")
-      raise BadInput(f"{directory}: holds no records (no index.json); make them with launch.encode --out={directory}")
+      raise BadInput(
+        f"{directory}: holds no records (no index.json); make them with launch.encode --out={directory}"
+      )
     header = _read_json(path)
     if header.get("format_version") != FORMAT_VERSION:
-      raise BadInput(f"{path}: format_version {header.get('format_version')}; this code reads {FORMAT_VERSION}; "
-                     "encode again")
+      raise BadInput(
+        f"{path}: format_version {header.get('format_version')}; this code reads {FORMAT_VERSION}; "
+        "encode again"
+      )
     try:
       rows = np.load(directory / "index.npy", mmap_mode="r")
     except (OSError, ValueError) as e:
-      raise BadInput(f"{directory / 'index.npy'}: cannot be read ({e}); run the same launch.encode again") from e
-    if rows.dtype != INDEX_DTYPE or len(rows) != header["records"] or zlib.crc32(rows) != header["index_crc32"]:
-      raise BadInput(f"{directory / 'index.npy'}: does not belong to the index.json beside it, or is damaged; "
-                     "run the same launch.encode again")
+      raise BadInput(
+        f"{directory / 'index.npy'}: cannot be read ({e}); run the same launch.encode again"
+      ) from e
+    if (
+      rows.dtype != INDEX_DTYPE or len(rows) != header["records"] or zlib.crc32(rows) != header["index_crc32"]
+    ):
+      raise BadInput(
+        f"{directory / 'index.npy'}: does not belong to the index.json beside it, or is damaged; "
+        "run the same launch.encode again"
+      )
     for shard in header["shards"]:
       path = directory / shard["name"]
       if shard["records"]:
         if not path.exists():
           raise BadInput(f"{path}: is missing; copy it again, or encode into an empty --out")
         if path.stat().st_size != shard["bytes"]:
-          raise BadInput(f"{path}: has {path.stat().st_size} bytes of {shard['bytes']}; copy it again, or encode into an "
-                         "empty --out")
+          raise BadInput(
+            f"{path}: has {path.stat().st_size} bytes of {shard['bytes']}; copy it again, or encode into an "
+            "empty --out"
+          )
     return cls(directory, header, rows)
 
   def __len__(self):
@@ -361,10 +414,12 @@ def read(index, i) -> Record:
   size, tokens = (row["t"], row["h"], row["w"]), row["text_tokens"]
   record_size, record_tokens = record.latents_THWC.shape[:3], len(record.text_ids_S)
   if record.uid != row["uid"] or record_size != size or record_tokens != tokens:
-    raise BadInput(f"{index.directory}: the index does not match its records: for {index.describe(i)}, latents "
-                   f"{'x'.join(map(str, size))} and {tokens} text tokens, it holds {record.file} at {record.start:g} s, "
-                   f"latents {'x'.join(map(str, record_size))} and {record_tokens} text tokens; copy the directory "
-                   "again as a whole, or encode again")
+    raise BadInput(
+      f"{index.directory}: the index does not match its records: for {index.describe(i)}, latents "
+      f"{'x'.join(map(str, size))} and {tokens} text tokens, it holds {record.file} at {record.start:g} s, "
+      f"latents {'x'.join(map(str, record_size))} and {record_tokens} text tokens; copy the directory "
+      "again as a whole, or encode again"
+    )
   return record
 
 
@@ -374,8 +429,10 @@ def local(directory):
   Raises BadInput for other URLs: records are memory-mapped and renamed.
   """
   if "://" in str(directory):
-    raise BadInput(f"{directory}: records are read and written on a file system; mount the bucket (gcsfuse does), and "
-                   "give its path there")
+    raise BadInput(
+      f"{directory}: records are read and written on a file system; mount the bucket (gcsfuse does), and "
+      "give its path there"
+    )
   return pathlib.Path(directory)
 
 
@@ -415,5 +472,7 @@ def _check_settings(path, settings):
   old = _read_json(path)
   for k in sorted(old.keys() | settings.keys()):
     if (old.get(k) or None) != (settings.get(k) or None):
-      raise BadInput(f"{path.parent}: was begun with {k}={old.get(k)}, now {k}={settings.get(k)}; "
-                     "run with the same settings, or into another directory")
+      raise BadInput(
+        f"{path.parent}: was begun with {k}={old.get(k)}, now {k}={settings.get(k)}; "
+        "run with the same settings, or into another directory"
+      )

@@ -42,7 +42,7 @@ def fill_rows(tokens, text, shape, spare=0):
     finish(rows, _deal(rows, share))
     filled = [row for row in rows.clips if row]
     room = sorted(room for room, row in zip(rows.room, rows.clips, strict=True) if row)
-    room = room[:max(1, len(room) - spare)]
+    room = room[: max(1, len(room) - spare)]
     padding = sum(room) / (len(room) * shape.length)
     if least is None or padding < least:
       best, least = filled, padding
@@ -80,8 +80,11 @@ class _Rows:
     self.text_room[row] -= self.text[clip]
 
   def fits(self, clip, row):
-    return (self.tokens[clip] <= self.room[row] and self.text[clip] <= self.text_room[row]
-            and len(self.clips[row]) < self.shape.clips)
+    return (
+      self.tokens[clip] <= self.room[row]
+      and self.text[clip] <= self.text_room[row]
+      and len(self.clips[row]) < self.shape.clips
+    )
 
 
 def _deal(rows, share):

@@ -40,21 +40,37 @@ def features():
   """The schema of an example."""
   arrays = {}
   for name, rank in RANKS.items():
-    arrays[name] = tfds.features.Tensor(shape=(), dtype=np.object_, doc="bfloat16, raw bytes; empty where there is none")
+    arrays[name] = tfds.features.Tensor(
+      shape=(), dtype=np.object_, doc="bfloat16, raw bytes; empty where there is none"
+    )
     arrays[f"{name}_shape"] = tfds.features.Tensor(shape=(rank,), dtype=np.int32)
   number = functools.partial(tfds.features.Tensor, shape=(), dtype=np.float64, encoding="bytes")
-  return tfds.features.FeaturesDict({
-      **arrays, "text_ids": tfds.features.Tensor(shape=(None,), dtype=np.int32), "caption": tfds.features.Text(),
-      "file": tfds.features.Text(), "source": tfds.features.Text(), "uid": tfds.features.Text(doc="16 hexadecimal digits"),
-      "start": number(doc="seconds from the start of the file"), "fps": number(doc="frames a second of the pixels")})
+  return tfds.features.FeaturesDict(
+    {
+      **arrays,
+      "text_ids": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+      "caption": tfds.features.Text(),
+      "file": tfds.features.Text(),
+      "source": tfds.features.Text(),
+      "uid": tfds.features.Text(doc="16 hexadecimal digits"),
+      "start": number(doc="seconds from the start of the file"),
+      "fps": number(doc="frames a second of the pixels"),
+    }
+  )
 
 
 def from_record(record: Record) -> dict:
   """Record -> example of the schema `features()`."""
   arrays = {"latents": record.latents_THWC, "text_embedding": record.text_SE, "condition": record.cond_THWC}
   example = {
-      "text_ids": np.asarray(record.text_ids_S, np.int32), "caption": _utf8(record.caption), "file": _utf8(record.file),
-      "source": _utf8(record.source), "uid": f"{record.uid:016x}", "start": float(record.start), "fps": float(record.fps)}
+    "text_ids": np.asarray(record.text_ids_S, np.int32),
+    "caption": _utf8(record.caption),
+    "file": _utf8(record.file),
+    "source": _utf8(record.source),
+    "uid": f"{record.uid:016x}",
+    "start": float(record.start),
+    "fps": float(record.fps),
+  }
   for name, rank in RANKS.items():
     array = np.zeros((0,) * rank) if arrays[name] is None else np.asarray(arrays[name])
     example[name] = array.astype(ml_dtypes.bfloat16).tobytes()
@@ -73,8 +89,17 @@ def to_record(example: dict) -> Record:
     array = np.frombuffer(example[name], ml_dtypes.bfloat16).reshape(shape)
     arrays[name] = array if shape.any() else None
   caption, file, source = (example[name].decode() for name in ("caption", "file", "source"))
-  return Record(arrays["latents"], example["text_ids"], caption, file, float(example["start"]), float(example["fps"]), source,
-                arrays["text_embedding"], arrays["condition"])
+  return Record(
+    arrays["latents"],
+    example["text_ids"],
+    caption,
+    file,
+    float(example["start"]),
+    float(example["fps"]),
+    source,
+    arrays["text_embedding"],
+    arrays["condition"],
+  )
 
 
 class SoraRecords(tfds.core.ShardBasedBuilder):
@@ -83,6 +108,7 @@ class SoraRecords(tfds.core.ShardBasedBuilder):
   records: the directory that launch.encode wrote; not needed if the dataset is already prepared. Raises
   BadInput if its records are incomplete, or if the dataset in `data_dir` was made from other records.
   """
+
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "First schema; record format 1."}
   # Nothing is downloaded. To look for checksums, TFDS 4.9 imports a package that is not a dependency of it.
@@ -92,20 +118,33 @@ class SoraRecords(tfds.core.ShardBasedBuilder):
     self._index = None if records is None else RecordIndex.open(records)
     super().__init__(file_format="array_record", **kwargs)
     self._original_state["records"] = records  # for pickling
-    if self._index and self.data_path.exists() and not _header(self._index).items() <= self.info.metadata.items():
-      raise BadInput(f"{self.data_dir}: was made from other records than {records}; give another data_dir, or remove it")
+    if (
+      self._index
+      and self.data_path.exists()
+      and not _header(self._index).items() <= self.info.metadata.items()
+    ):
+      raise BadInput(
+        f"{self.data_dir}: was made from other records than {records}; give another data_dir, or remove it"
+      )
 
   def _info(self):
     metadata = tfds.core.MetadataDict(_header(self._index) if self._index else {})
     return tfds.core.DatasetInfo(
-        builder=self, features=features(), license="unknown", metadata=metadata,
-        description="Latents and captions of video clips at their native sizes, ready to train a video diffusion transformer "
-                    "on.")
+      builder=self,
+      features=features(),
+      license="unknown",
+      metadata=metadata,
+      description="Latents and captions of video clips at their native sizes, ready to train a video "
+      "diffusion transformer "
+      "on.",
+    )
 
   def _shard_iterators_per_split(self, dl_manager):
     del dl_manager
     if self._index is None:
-      raise BadInput(f"{self.data_dir}: not prepared yet; give records=DIR, the directory that launch.encode wrote")
+      raise BadInput(
+        f"{self.data_dir}: not prepared yet; give records=DIR, the directory that launch.encode wrote"
+      )
     self.info.metadata["damaged"] = []
     rows = self._index.rows
     order = np.lexsort((rows["position"], rows["shard"]))
@@ -130,11 +169,16 @@ class SoraRecords(tfds.core.ShardBasedBuilder):
     super()._download_and_prepare(dl_manager, download_config)
     damaged = self.info.metadata["damaged"]
     if not self.info.splits.total_num_examples:
-      raise BadInput(f"{self._index.directory}: none of its {len(self._index)} records can be read, such as {damaged[0]}; "
-                     "encode again")
+      raise BadInput(
+        f"{self._index.directory}: none of its {len(self._index)} records can be read, such as {damaged[0]}; "
+        "encode again"
+      )
     if damaged:
-      logging.warning("%d of %d records are damaged and were skipped; info.metadata['damaged'] names them",
-                      len(damaged), len(self._index))
+      logging.warning(
+        "%d of %d records are damaged and were skipped; info.metadata['damaged'] names them",
+        len(damaged),
+        len(self._index),
+      )
 
 
 def _header(index):

@@ -28,7 +28,8 @@ def define_flags():
   flags.DEFINE_string(
     "source",
     "",
-    "folder of clips and captions, manifest (.jsonl .csv .parquet), tar shards, TFDS dataset, or NAME[:COUNT] of data/sources",
+    "folder of clips and captions, manifest (.jsonl .csv .parquet), tar shards, TFDS dataset, or "
+    "NAME[:COUNT] of data/sources",
   )
   flags.DEFINE_string("out", "", "where the records go")
   flags.DEFINE_string("workdir", "", "where vae/ and text/ are; empty: the small ones that ship")
@@ -36,12 +37,19 @@ def define_flags():
   flags.DEFINE_float("min_seconds", 0.0, "shorter pieces of videos are dropped", lower_bound=0)
   flags.DEFINE_float("fps", 0.0, "frames a second of all clips; 0: each video's own", lower_bound=0)
   flags.DEFINE_float("max_fps", 0.0, "videos of more frames a second get so many; 0: no limit", lower_bound=0)
-  flags.DEFINE_integer("max_pixels", 0, "frames of more pixels are made smaller, in their shape; 0: never", lower_bound=0)
+  flags.DEFINE_integer(
+    "max_pixels", 0, "frames of more pixels are made smaller, in their shape; 0: never", lower_bound=0
+  )
   flags.DEFINE_float(
-    "scene_threshold", 10.0, "score from which a frame begins a scene, as of FFmpeg's scdet; 0: no cuts", lower_bound=0
+    "scene_threshold",
+    10.0,
+    "score from which a frame begins a scene, as of FFmpeg's scdet; 0: no cuts",
+    lower_bound=0,
   )
   flags.DEFINE_boolean("drop_dull", True, "drop pieces that are black or frozen all along")
-  flags.DEFINE_integer("captions_vocab", 1000, "entries of a tokenizer trained on the captions", lower_bound=300)
+  flags.DEFINE_integer(
+    "captions_vocab", 1000, "entries of a tokenizer trained on the captions", lower_bound=300
+  )
   flags.DEFINE_integer("limit", 0, "take so many files of the source, the first; 0: all", lower_bound=0)
   flags.DEFINE_string("split", "train", "part of a generated source")
   flags.DEFINE_integer("seed", 0, "seed of a generated source")

@@ -118,7 +118,9 @@ def inputs():
   if FLAGS.videos:
     path = pathlib.Path(FLAGS.videos) / "manifest.jsonl"
     if not path.exists():
-      raise BadInput(f"--videos={FLAGS.videos} holds no manifest.jsonl; name a folder that launch.sample wrote")
+      raise BadInput(
+        f"--videos={FLAGS.videos} holds no manifest.jsonl; name a folder that launch.sample wrote"
+      )
     values["videos"] = f"{zlib.crc32(path.read_bytes()):08x}"
   return values
 
@@ -172,7 +174,9 @@ def held_out_clips(cfg):
     except clips.BadClip as error:
       say(f"{item.file} is skipped: {error}")
   if not taken:
-    raise BadInput(f"--source={FLAGS.source} holds no clip that can be read; give a folder of videos and images")
+    raise BadInput(
+      f"--source={FLAGS.source} holds no clip that can be read; give a folder of videos and images"
+    )
   return taken
 
 
@@ -191,13 +195,15 @@ def measure_vae(cfg, params, raw, latents, out):
     psnr, ssim = metrics.psnr(a, b), metrics.ssim(a, b)
     scores.append((psnr, ssim))
     if i in shown:
-      reconstructions.append({
-        "caption": clip.caption,
-        "original": write(directory / f"{i}-original", clip.video_THWC, clip.fps),
-        "reconstruction": write(directory / f"{i}-reconstruction", decoded_THWC, clip.fps),
-        "psnr": psnr,
-        "ssim": ssim,
-      })
+      reconstructions.append(
+        {
+          "caption": clip.caption,
+          "original": write(directory / f"{i}-original", clip.video_THWC, clip.fps),
+          "reconstruction": write(directory / f"{i}-reconstruction", decoded_THWC, clip.fps),
+          "psnr": psnr,
+          "ssim": ssim,
+        }
+      )
   psnr, ssim = np.mean(np.minimum(scores, 100), axis=0).tolist()  # an exact reconstruction counts 100 dB
   return {"vae": {"psnr": psnr, "ssim": ssim, "clips": len(raw)}, "reconstructions": reconstructions}
 
@@ -249,7 +255,9 @@ def packed_clip(pipe, clip, mean_THWC, text):
   size, cond_LQ = mean_THWC.shape[:3], None
   if cond_channels:
     image = codec.to_float(clip.video_THWC[:1])
-    given_THWC = patches.whole(codec.encode_image_video(pipe.vae_cfg, pipe.vae_params, image, len(mean_THWC)), patch)
+    given_THWC = patches.whole(
+      codec.encode_image_video(pipe.vae_cfg, pipe.vae_params, image, len(mean_THWC)), patch
+    )
     cond_THWC = batches.image_channels(vae.normalise(given_THWC, pipe.vae_cfg), cond_channels)
     cond_LQ = patches.patchify(cond_THWC, patch)
   return batches.Clip(

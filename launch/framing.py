@@ -33,7 +33,11 @@ from sora_jax import files, video, workdir as workdirs
 
 FLAGS = flags.FLAGS
 SOURCES = {"native": "shapes", "square": "squares"}  # of clips, in data/sources
-TRAINING = (f"--config.init={workdirs.shipped()}", "--config.optim.learning_rate=2e-3", "--config.ema_decay=0.99")
+TRAINING = (
+  f"--config.init={workdirs.shipped()}",
+  "--config.optim.learning_rate=2e-3",
+  "--config.ema_decay=0.99",
+)
 SHOWN = 12  # videos in the picture
 BAND = 4  # videos side by side
 GAP = 2  # pixels between frames
@@ -85,13 +89,19 @@ def stages(kind, out, requests):
   return [
     (f"{kind}: {FLAGS.clips} clips become latents", "encode", encode),
     (f"{kind}: a model is trained", "train", train),
-    (f"{kind}: {FLAGS.prompts} videos", "sample", [f"--workdir={dit}", f"--requests={requests}", f"--out={videos}"]),
+    (
+      f"{kind}: {FLAGS.prompts} videos",
+      "sample",
+      [f"--workdir={dit}", f"--requests={requests}", f"--out={videos}"],
+    ),
   ]
 
 
 def print_table(report):
   """Prints the shares of videos, by training set and size."""
-  rows = [(f"trained on {kind}", share(scores["squares"]), share(scores["all"])) for kind, scores in report.items()]
+  rows = [
+    (f"trained on {kind}", share(scores["squares"]), share(scores["all"])) for kind, scores in report.items()
+  ]
   for line in tables.lines(("subject wholly in view", "squares", "all sizes"), rows):
     say(line)
 
@@ -104,13 +114,17 @@ def share(values):
 def prompts(count):
   """Requests for videos of one moving object, which take all sizes of the world in turn."""
   objects = [(colour, shape) for shape in shapes.SHAPES for colour in shapes.COLOURS]
-  scenes = [shapes.Scene("moves", (item,), (direction,)) for item in objects for direction in shapes.DIRECTIONS]
+  scenes = [
+    shapes.Scene("moves", (item,), (direction,)) for item in objects for direction in shapes.DIRECTIONS
+  ]
   order = np.random.default_rng(0).permutation(len(scenes))
   requests = []
   for i in range(count):
     prompt = shapes.caption(scenes[order[i % len(scenes)]])
     size = list(shapes.SIZES[i % len(shapes.SIZES)])
-    requests.append({"id": f"{i:03d}", "prompt": prompt, "size": size, "frames": 9, "fps": shapes.FPS, "seed": i})
+    requests.append(
+      {"id": f"{i:03d}", "prompt": prompt, "size": size, "frames": 9, "fps": shapes.FPS, "seed": i}
+    )
   return requests
 
 

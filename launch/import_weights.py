@@ -28,7 +28,10 @@ def define_flags():
   flags.DEFINE_string("source", "", "folder of a pipeline, or of one of its parts")
   flags.DEFINE_string("workdir", "", "where the weights go, in our layout")
   flags.DEFINE_enum(
-    "dtype", "source", ["source", "bfloat16", "float32"], "of the transformer and the text encoder; source: as they come"
+    "dtype",
+    "source",
+    ["source", "bfloat16", "float32"],
+    "of the transformer and the text encoder; source: as they come",
   )
   flags.DEFINE_string("base", "", "with adapters: work directory of the weights that they adapt")
   flags.DEFINE_enum("expert", "", ["", "high", "low"], "with adapters: which of two experts they adapt")

@@ -44,7 +44,9 @@ def main():
   model = workdirs.make_model(config, epath.Path(first) / "text", None)
   settings.check_index(index, model, first)
   plan = settings.plan_rows(config, index, model)
-  say(f"planning rows of {plan.shape.length} tokens from the index of {len(index)} clips in {config.data.path}")
+  say(
+    f"planning rows of {plan.shape.length} tokens from the index of {len(index)} clips in {config.data.path}"
+  )
   view = packing.View(config, index, plan)
   for line in view.lines():
     say(line)

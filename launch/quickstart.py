@@ -40,20 +40,53 @@ def stages(out):
   vae_steps = [f"--config.steps={FLAGS.vae_steps}"] if FLAGS.vae_steps else []
   dit_steps = [f"--config.steps={FLAGS.steps}"] if FLAGS.steps else []
   return [
-      ("look", "the model that ships makes videos of the same prompts, to look at meanwhile", "sample",
-       [f"--requests={out / 'requests.jsonl'}", f"--out={out / 'shipped'}"]),
-      ("vae", "a VAE learns to turn clips into latents and back", "train_vae",
-       [f"--config={children.root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *vae_steps]),
-      ("encode", f"{FLAGS.clips} clips become latents", "encode",
-       [f"--source=shapes:{FLAGS.clips}", f"--workdir={vae}", f"--out={records}"]),
-      ("dit", "a diffusion transformer learns to make latents from captions", "train",
-       [f"--config={children.root() / 'configs/t2v.py'}:tiny", f"--config.data.path={records}", f"--workdir={dit}", *dit_steps]),
-      ("sample", f"{FLAGS.prompts} prompts that training never saw become videos", "sample",
-       [f"--workdir={dit}", f"--requests={out / 'requests.jsonl'}", f"--out={out / 'fresh'}"]),
-      ("evaluate", "VAE, loss by noise level and videos are measured", "evaluate",
-       [f"--workdir={dit}", f"--videos={out / 'fresh'}", f"--out={out / 'fresh.json'}"]),
-      ("judge", "the videos of the model that ships are judged", "evaluate",
-       [f"--videos={out / 'shipped'}", f"--out={out / 'shipped.json'}"]),
+    (
+      "look",
+      "the model that ships makes videos of the same prompts, to look at meanwhile",
+      "sample",
+      [f"--requests={out / 'requests.jsonl'}", f"--out={out / 'shipped'}"],
+    ),
+    (
+      "vae",
+      "a VAE learns to turn clips into latents and back",
+      "train_vae",
+      [f"--config={children.root() / 'configs/vae.py'}:tiny", f"--workdir={vae}", *vae_steps],
+    ),
+    (
+      "encode",
+      f"{FLAGS.clips} clips become latents",
+      "encode",
+      [f"--source=shapes:{FLAGS.clips}", f"--workdir={vae}", f"--out={records}"],
+    ),
+    (
+      "dit",
+      "a diffusion transformer learns to make latents from captions",
+      "train",
+      [
+        f"--config={children.root() / 'configs/t2v.py'}:tiny",
+        f"--config.data.path={records}",
+        f"--workdir={dit}",
+        *dit_steps,
+      ],
+    ),
+    (
+      "sample",
+      f"{FLAGS.prompts} prompts that training never saw become videos",
+      "sample",
+      [f"--workdir={dit}", f"--requests={out / 'requests.jsonl'}", f"--out={out / 'fresh'}"],
+    ),
+    (
+      "evaluate",
+      "VAE, loss by noise level and videos are measured",
+      "evaluate",
+      [f"--workdir={dit}", f"--videos={out / 'fresh'}", f"--out={out / 'fresh.json'}"],
+    ),
+    (
+      "judge",
+      "the videos of the model that ships are judged",
+      "evaluate",
+      [f"--videos={out / 'shipped'}", f"--out={out / 'shipped.json'}"],
+    ),
   ]
 
 
@@ -99,22 +132,29 @@ def read_times(out):
 def write_page(out, times, status=None):
   """Writes OUT/index.html from the results so far."""
   requests = list(files.read_jsonl(out / "requests.jsonl"))
-  models = [{"key": "shipped", "name": "the model that ships", "detail": "configs/t2v.py:world"},
-            {"key": "fresh", "name": "trained just now", "detail": "configs/t2v.py:tiny"}]
+  models = [
+    {"key": "shipped", "name": "the model that ships", "detail": "configs/t2v.py:world"},
+    {"key": "fresh", "name": "trained just now", "detail": "configs/t2v.py:tiny"},
+  ]
   models = [model for model in models if (out / model["key"]).exists()]
   reports = {model["key"]: files.read_json_if_exists(out / f"{model['key']}.json") for model in models}
   fresh = reports.get("fresh", {})
   story = {
-      "title": "sora_jax: a text-to-video model, trained while you waited",
-      "lede": "A causal video VAE and a diffusion transformer on packed spacetime patches, trained on a small "
-              "generated world of coloured shapes. Every prompt below names a combination that neither model met in training.",
-      "machine": f"{os.cpu_count()} CPU cores", "command": "bash launch/quickstart.sh",
-      "models": models,
-      "phases": [{"name": name, "seconds": seconds} for name, seconds in times.items()],
-      "prompts": [prompt_entry(request, out, reports) for request in requests[:SHOWN]],
-      "scores": score_entries(reports), "curves": curve_entries(out), "bars": sigma_bars(fresh),
-      "reconstructions": reconstruction_entries(out, fresh),
-      "facts": facts(out, fresh), "next": next_commands(out),
+    "title": "sora_jax: a text-to-video model, trained while you waited",
+    "lede": "A causal video VAE and a diffusion transformer on packed spacetime patches, trained on a small "
+    "generated world of coloured shapes. Every prompt below names a combination that neither model met in "
+    "training.",
+    "machine": f"{os.cpu_count()} CPU cores",
+    "command": "bash launch/quickstart.sh",
+    "models": models,
+    "phases": [{"name": name, "seconds": seconds} for name, seconds in times.items()],
+    "prompts": [prompt_entry(request, out, reports) for request in requests[:SHOWN]],
+    "scores": score_entries(reports),
+    "curves": curve_entries(out),
+    "bars": sigma_bars(fresh),
+    "reconstructions": reconstruction_entries(out, fresh),
+    "facts": facts(out, fresh),
+    "next": next_commands(out),
   }
   story = {name: value for name, value in story.items() if value}
   if status:
@@ -140,20 +180,36 @@ def score_entries(reports):
   names = list(dict.fromkeys(name for report in reports.values() for name in report.get("scores", {})))
   entries = []
   for name in names:
-    scores = {key: report["scores"][name] for key, report in reports.items() if name in report.get("scores", {})}
-    entries.append({
-      "name": name,
-      "unit": "%",
-      "values": {key: score["share"] for key, score in scores.items()},
-      "chance": next(iter(scores.values()))["chance"],
-      "goals": {key: goals[name] for key, goals in GOALS.items() if name in goals},
-    })
+    scores = {
+      key: report["scores"][name] for key, report in reports.items() if name in report.get("scores", {})
+    }
+    entries.append(
+      {
+        "name": name,
+        "unit": "%",
+        "values": {key: score["share"] for key, score in scores.items()},
+        "chance": next(iter(scores.values()))["chance"],
+        "goals": {key: goals[name] for key, goals in GOALS.items() if name in goals},
+      }
+    )
   vae = reports.get("fresh", {}).get("vae")
   if vae:
     psnr, ssim = {"fresh": vae["psnr"]}, {"fresh": vae["ssim"]}
     entries += [
-      {"name": "VAE: PSNR on held-out clips", "unit": "dB", "values": psnr, "goals": {"fresh": 28.0}, "most": 45.0},
-      {"name": "VAE: SSIM on held-out clips", "unit": "", "values": ssim, "goals": {"fresh": 0.9}, "most": 1.0},
+      {
+        "name": "VAE: PSNR on held-out clips",
+        "unit": "dB",
+        "values": psnr,
+        "goals": {"fresh": 28.0},
+        "most": 45.0,
+      },
+      {
+        "name": "VAE: SSIM on held-out clips",
+        "unit": "",
+        "values": ssim,
+        "goals": {"fresh": 0.9},
+        "most": 1.0,
+      },
     ]
   return entries
 
@@ -176,15 +232,23 @@ def sigma_bars(report):
   losses = report.get("loss_by_sigma")
   if not losses:
     return []
-  return [{"title": "held-out loss by noise level", "x": "sigma (0 data, 1 noise)", "labels": list(losses),
-           "series": [{"key": "fresh", "name": "trained just now", "y": list(losses.values())}]}]
+  return [
+    {
+      "title": "held-out loss by noise level",
+      "x": "sigma (0 data, 1 noise)",
+      "labels": list(losses),
+      "series": [{"key": "fresh", "name": "trained just now", "y": list(losses.values())}],
+    }
+  ]
 
 
 def reconstruction_entries(out, report):
   """Original clips and their reconstructions."""
   entries = []
   for entry in report.get("reconstructions", ()):
-    entries.append({**entry, "original": out / entry["original"], "reconstruction": out / entry["reconstruction"]})
+    entries.append(
+      {**entry, "original": out / entry["original"], "reconstruction": out / entry["reconstruction"]}
+    )
   return entries
 
 
@@ -195,24 +259,40 @@ def facts(out, report):
   if report.get("vae"):
     numbers.append({"name": "VAE, held-out PSNR", "value": f"{report['vae']['psnr']:.1f} dB"})
   if lines and lines[-1].get("fill"):
-    numbers.append({"name": "of every row is tokens, not padding", "value": f"{100 * lines[-1]['fill']:.1f} %"})
+    numbers.append(
+      {"name": "of every row is tokens, not padding", "value": f"{100 * lines[-1]['fill']:.1f} %"}
+    )
   if "colour" in report.get("scores", {}):
-    numbers.append({"name": "of the prompts get their colour", "value": f"{100 * report['scores']['colour']['share']:.0f} %"})
+    numbers.append(
+      {
+        "name": "of the prompts get their colour",
+        "value": f"{100 * report['scores']['colour']['share']:.0f} %",
+      }
+    )
   return numbers
 
 
 def next_commands(out):
   """What to try next, with the commands."""
   return [
-      {"say": "Ask the model that ships for something",
-       "command": 'python -m launch.sample --prompt="a red ball moves left" --out=out/mine'},
-      {"say": "Ask the one just trained",
-       "command": f'python -m launch.sample --workdir={out / "dit"} --prompt="a blue square moves up" '
-                  "--out=out/mine"},
-      {"say": "Train it for longer",
-       "command": "python -m launch.train --config=configs/t2v.py:tiny --config.steps=8000 "
-                  f"--config.data.path={out / 'records'} --workdir=out/longer"},
-      {"say": "Encode a folder of your own clips", "command": "python -m launch.encode --source=CLIPS --out=out/my-records"},
+    {
+      "say": "Ask the model that ships for something",
+      "command": 'python -m launch.sample --prompt="a red ball moves left" --out=out/mine',
+    },
+    {
+      "say": "Ask the one just trained",
+      "command": f'python -m launch.sample --workdir={out / "dit"} --prompt="a blue square moves up" '
+      "--out=out/mine",
+    },
+    {
+      "say": "Train it for longer",
+      "command": "python -m launch.train --config=configs/t2v.py:tiny --config.steps=8000 "
+      f"--config.data.path={out / 'records'} --workdir=out/longer",
+    },
+    {
+      "say": "Encode a folder of your own clips",
+      "command": "python -m launch.encode --source=CLIPS --out=out/my-records",
+    },
   ]
 
 

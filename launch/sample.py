@@ -36,7 +36,8 @@ def main():
   requests, broken = chosen_requests()
   pipe = Pipeline.open(FLAGS.workdir or workdirs.shipped(), FLAGS.weights, say)
   say(
-    f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with {FLAGS.workdir or 'the model that ships'} "
+    f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with "
+    f"{FLAGS.workdir or 'the model that ships'} "
     f"(step {pipe.step}) into {FLAGS.out}"
   )
   if FLAGS.prompt is not None:
@@ -47,14 +48,22 @@ def main():
   counts = sample.run(pipe, requests, FLAGS.out)
   failed = counts["failed"] + len(broken)
   kept = f", {counts['kept']} were there already" if counts["kept"] else ""
-  say(f"{counts['ok']} made{kept}{f', {failed} could not be done' if failed else ''}; see {FLAGS.out}/manifest.jsonl")
+  say(
+    f"{counts['ok']} made{kept}{f', {failed} could not be done' if failed else ''}; see "
+    f"{FLAGS.out}/manifest.jsonl"
+  )
   if counts["stopped"]:
     say("stopped on request; run the same command again for the rest")
     return program.STOPPED
   if failed:
-    first = f"line {broken[0][0]} of {FLAGS.requests} is {broken[0][1]}" if broken else f"see {FLAGS.out}/manifest.jsonl"
+    first = (
+      f"line {broken[0][0]} of {FLAGS.requests} is {broken[0][1]}"
+      if broken
+      else f"see {FLAGS.out}/manifest.jsonl"
+    )
     raise BadInput(
-      f"{failed} of {len(requests) + len(broken)} requests could not be done ({first}); the others were; mend them and run again"
+      f"{failed} of {len(requests) + len(broken)} requests could not be done ({first}); the others were; "
+      "mend them and run again"
     )
   return program.OK
 
@@ -66,7 +75,9 @@ def chosen_requests():
   given = {name: FLAGS[name].value for name in FIELDS if FLAGS[name].value is not None}
   if FLAGS.requests is not None:
     if given:
-      raise BadInput(f"--{next(iter(given))} goes with --prompt; with --requests, give it in each line of {FLAGS.requests}")
+      raise BadInput(
+        f"--{next(iter(given))} goes with --prompt; with --requests, give it in each line of {FLAGS.requests}"
+      )
     return sample.read_requests(FLAGS.requests)
   fields = {name: parse_value(name, value) for name, value in given.items()}
   return [{"id": file_name(FLAGS.prompt, given), "prompt": FLAGS.prompt, **fields}], []

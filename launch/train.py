@@ -98,7 +98,8 @@ def check(config, workdir):
   loop.check(config)
   if config.sample.every and not config.sample.prompts:
     raise BadInput(
-      f"config.sample.every is {config.sample.every} and config.sample.prompts is empty; give prompts, or set every to 0"
+      f"config.sample.every is {config.sample.every} and config.sample.prompts is empty; give prompts, or "
+      "set every to 0"
     )
   if config.data.max_damaged < 0:
     raise BadInput(f"config.data.max_damaged is {config.data.max_damaged}; it must be 0 or more")
@@ -121,11 +122,13 @@ def prepare(config, workdir):
   ways = layout.ways(("data", "fsdp"))
   if config.data.rows % ways:
     raise BadInput(
-      f"config.data.rows is {config.data.rows}; a multiple of {ways}: so many devices (data x fsdp) share the rows of a step"
+      f"config.data.rows is {config.data.rows}; a multiple of {ways}: so many devices (data x fsdp) share "
+      "the rows of a step"
     )
   if jax.process_count() > 1 and config.sample.every:
     raise BadInput(
-      "samples during training are drawn by one process alone; set --config.sample.every=0, and sample from W with launch.sample"
+      "samples during training are drawn by one process alone; set --config.sample.every=0, and sample from "
+      "W with launch.sample"
     )
   if config.model.expert == "high":
     sigma = dataclasses.replace(sigma, low=config.model.boundary)
@@ -155,8 +158,10 @@ def train_on(run):
   parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
   name = {"init": f"what {config.init} holds"}.get(config.model.size, config.model.size)
   say(
-    f"training {name} ({parameters / 1e6:.2f} M parameters) on {len(run.index)} clips, steps {step + 1} to {config.steps} of "
-    f"{config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} {jax.devices()[0].platform} devices; "
+    f"training {name} ({parameters / 1e6:.2f} M parameters) on {len(run.index)} clips, steps {step + 1} to "
+    f"{config.steps} of "
+    f"{config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} "
+    f"{jax.devices()[0].platform} devices; "
     f"{workdir}"
   )
   compiled = train.jit_step(model, run.tx, ema_decay=config.ema_decay, sigma=run.sigma)
@@ -216,7 +221,9 @@ def encode_clips(config, workdir):
   """
   out, model = records.local(workdir) / "records", pathlib.Path(config.init or workdirs.shipped())
   rules = curation.Rules(max_seconds=config.data.max_seconds, scene_threshold=10.0, drop_dull=True)
-  index = encode.run(config.data.clips, out, model, {**dataclasses.asdict(rules), "split": "train", "seed": 0})
+  index = encode.run(
+    config.data.clips, out, model, {**dataclasses.asdict(rules), "split": "train", "seed": 0}
+  )
   config.data.path = str(out)
   return index is not None
 
@@ -248,7 +255,9 @@ def resume(checkpoints, target):
   if step is None:
     return None
   saved = checkpoints.restore(step, items(target))
-  state = train.State(saved["opt"]["step"], saved["params"], saved["ema"], saved["opt"]["opt"], saved["opt"]["bad"])
+  state = train.State(
+    saved["opt"]["step"], saved["params"], saved["ema"], saved["opt"]["opt"], saved["opt"]["bad"]
+  )
   say(f"going on from the checkpoint of step {step}")
   return state, plan.Cursor.from_json(checkpoints.meta(step)["cursor"]), step
 
@@ -296,7 +305,10 @@ def make_plan(config, index, model, workdir):
     more = f"; ... ({workdir}/{settings.MISFITS} names all)" if len(rows.misfits) > NAMED else ""
     say(f"{count} and are left out; {remedy}, to have them too. {'; '.join(names)}{more}")
   if rows.trimmed:
-    say(f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of {model.dit.patch}")
+    say(
+      f"{rows.trimmed} of {len(index)} clips lose the latents at an edge that fill no patch of "
+      f"{model.dit.patch}"
+    )
   return rows
 
 
@@ -307,14 +319,18 @@ def check_init(config, model, data):
   for part in ("vae", "text") if config.init else ():
     there, here = epath.Path(config.init) / part, data / part
     if there.exists() and parts.fingerprint(there) != parts.fingerprint(here):
-      raise BadInput(f"{part}/ of {config.init} is not that of the records; encode them with --workdir={config.init}")
+      raise BadInput(
+        f"{part}/ of {config.init} is not that of the records; encode them with --workdir={config.init}"
+      )
   if config.model.expert and config.sample.every:
     raise BadInput(
-      "one expert alone makes no videos; set --config.sample.every=0, and sample from the work directory with launch.sample"
+      "one expert alone makes no videos; set --config.sample.every=0, and sample from the work directory "
+      "with launch.sample"
     )
   if model.dit.conditioning != "token_sigma" and config.data.image_to_video:
     raise BadInput(
-      f"config.data.image_to_video is {config.data.image_to_video}; these weights know no tokens that are given: set it to 0"
+      f"config.data.image_to_video is {config.data.image_to_video}; these weights know no tokens that are "
+      "given: set it to 0"
     )
 
 

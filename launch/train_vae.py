@@ -1,7 +1,7 @@
 """Trains the video VAE on crops of clips and images. Run again, it goes on where it was.
 
-  python -m launch.train_vae --config=configs/vae.py:tiny --workdir=W          # the embedded world
-  python -m launch.train_vae --config=configs/vae.py:base --workdir=W --config.data.path=CLIPS
+python -m launch.train_vae --config=configs/vae.py:tiny --workdir=W          # the embedded world
+python -m launch.train_vae --config=configs/vae.py:base --workdir=W --config.data.path=CLIPS
 """
 
 import dataclasses
@@ -25,7 +25,17 @@ from sora_jax.models import vae
 from sora_jax.weights import vgg16
 
 FLAGS = flags.FLAGS
-FREE = ("steps", "log_every", "checkpoint_every", "eval_every", "max_bad_steps", "data.path", "data.threads", "mesh.", "init")
+FREE = (
+  "steps",
+  "log_every",
+  "checkpoint_every",
+  "eval_every",
+  "max_bad_steps",
+  "data.path",
+  "data.threads",
+  "mesh.",
+  "init",
+)
 # clips that measure quality, and how much of each: frames, height, width
 HELD_OUT, MOST = 48, (17, 256, 256)
 SOURCES = ("shapes", "folder")
@@ -39,14 +49,15 @@ def define_flags():
 @dataclasses.dataclass
 class Run:
   """A training run that `prepare` has checked: nothing of it was compiled or written yet."""
+
   config: ml_collections.ConfigDict
   workdir: str
   cfg: vae.VAEConfig
   layout: layouts.Layout
   losses: train_vae.LossConfig
   tx: optax.GradientTransformation
-  features: dict | None            # weights of VGG16, for the perceptual term
-  source: object                   # clips to train on
+  features: dict | None  # weights of VGG16, for the perceptual term
+  source: object  # clips to train on
   held_out: object
 
 
@@ -59,10 +70,15 @@ def prepare(config, workdir):
   if not workdir:
     raise BadInput("no --workdir; give a directory for the checkpoints")
   if config.decoder_only and not config.init:
-    raise BadInput("config.decoder_only is set and config.init is empty; give the directory whose VAE it is about")
+    raise BadInput(
+      "config.decoder_only is set and config.init is empty; give the directory whose VAE it is about"
+    )
   cfg = pick(vae.SIZES, config.model, "config.model")
   layout = workdirs.make_layout(config)
-  checked(lambda: vae.check_size((1, config.data.frames, *config.data.crop, 3), cfg, first=True), "config.data.frames and crop")
+  checked(
+    lambda: vae.check_size((1, config.data.frames, *config.data.crop, 3), cfg, first=True),
+    "config.data.frames and crop",
+  )
   losses = checked(lambda: train_vae.loss_config(config), "config")
   tx = settings.make_optimizer(config, train_vae.boxed_weights(cfg))
   loop.check(config)
@@ -85,23 +101,39 @@ def train_on(run):
     # killed between the last step and this
     if not (epath.Path(workdir) / "vae" / "config.json").exists():
       finish(run, state)
-    say(f"{workdir} is already trained for {step} steps; nothing to do. "
-        f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
+    say(
+      f"{workdir} is already trained for {step} steps; nothing to do. "
+      f"Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS"
+    )
     return program.OK
   for line in layouts.uncut_weights(train_vae.boxed_weights(cfg), run.layout):
     say(line)
   size = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-  say(f"training VAE {config.model} ({size / 1e6:.2f} M parameters, stride {cfg.stride}, {cfg.z_dim} channels), steps {step + 1} to "
-      f"{config.steps}, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}")
-  compiled = train_vae.jit_step(cfg, run.tx, run.losses, ema_decay=config.ema_decay, layout=run.layout, decoder_only=config.decoder_only)
+  say(
+    f"training VAE {config.model} ({size / 1e6:.2f} M parameters, stride {cfg.stride}, {cfg.z_dim} "
+    f"channels), steps {step + 1} to "
+    f"{config.steps}, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}"
+  )
+  compiled = train_vae.jit_step(
+    cfg, run.tx, run.losses, ema_decay=config.ema_decay, layout=run.layout, decoder_only=config.decoder_only
+  )
   key = jax.random.key(config.seed)
 
   def update(state, batch):
     return compiled(state, batch, key, run.features)
 
   evaluate = functools.partial(held_out_quality, clips_of(run.held_out, cfg, HELD_OUT), cfg)
-  state, code = loop.run_steps(config, workdir, state, batches(run, step), update, first_step=step, checkpoints=checkpoints, items=items,
-                               hooks=((config.eval_every, evaluate),))
+  state, code = loop.run_steps(
+    config,
+    workdir,
+    state,
+    batches(run, step),
+    update,
+    first_step=step,
+    checkpoints=checkpoints,
+    items=items,
+    hooks=((config.eval_every, evaluate),),
+  )
   checkpoints.close()
   if code == program.OK:
     finish(run, state)
@@ -111,8 +143,17 @@ def train_on(run):
 def batches(run, step):
   """Yields (batch on the devices, its number) of the steps after `step`."""
   data = run.config.data
-  stream = crops.Crops(run.source, seed=run.config.seed, step=step, clips=data.clips, images=data.images, frames=data.frames, size=data.crop,
-                       threads=data.threads, on_bad=say)
+  stream = crops.Crops(
+    run.source,
+    seed=run.config.seed,
+    step=step,
+    clips=data.clips,
+    images=data.images,
+    frames=data.frames,
+    size=data.crop,
+    threads=data.threads,
+    on_bad=say,
+  )
 
   def place(video):
     return jax.make_array_from_process_local_data(train_vae.batch_sharding(video.shape, run.layout), video)
@@ -126,7 +167,10 @@ def load_features(config, losses):
   if not losses.perceptual_weight:
     return None
   if not config.perceptual.weights:
-    raise BadInput("config.perceptual.weight is set and config.perceptual.weights is empty; give a safetensors file of VGG16")
+    raise BadInput(
+      "config.perceptual.weight is set and config.perceptual.weights is empty; give a safetensors file of "
+      "VGG16"
+    )
   return vgg16.load(config.perceptual.weights)
 
 
@@ -137,10 +181,17 @@ def open_sources(config, cfg):
   """
   pick(dict.fromkeys(SOURCES), config.data.source, "config.data.source")
   module = importlib.import_module(f"data.sources.{config.data.source}")
-  options = {"path": config.data.path, "max_seconds": config.data.max_seconds, "seed": config.seed, "temporal_stride": cfg.stride[0]}
+  options = {
+    "path": config.data.path,
+    "max_seconds": config.data.max_seconds,
+    "seed": config.seed,
+    "temporal_stride": cfg.stride[0],
+  }
   if config.data.source == "shapes":
-    return tuple(module.open_source(ml_collections.ConfigDict(options | {"count": count, "split": split}))
-                 for count, split in ((config.data.count, "train"), (HELD_OUT, "held_out")))
+    return tuple(
+      module.open_source(ml_collections.ConfigDict(options | {"count": count, "split": split}))
+      for count, split in ((config.data.count, "train"), (HELD_OUT, "held_out"))
+    )
   if not config.data.path:
     raise BadInput("no --config.data.path; give the folder of clips")
   source = module.open_source(ml_collections.ConfigDict(options))
@@ -152,6 +203,7 @@ def open_sources(config, cfg):
 @dataclasses.dataclass(frozen=True)
 class Subset:
   """Some of the items of a source."""
+
   source: object
   chosen: list
 
@@ -173,27 +225,38 @@ def begin(run):
     video_BTHWC = some_crops(run) if run.cfg.linear else None
     return train_vae.init_state(run.cfg, run.tx, run.losses, key, run.layout, video_BTHWC)
   say(f"starting from the VAE of {config.init}{', whose encoder stays' if config.decoder_only else ''}")
-  return train_vae.init_state(run.cfg, run.tx, run.losses, key, run.layout, params=first_weights(config, run.cfg))
+  return train_vae.init_state(
+    run.cfg, run.tx, run.losses, key, run.layout, params=first_weights(config, run.cfg)
+  )
 
 
 def first_weights(config, cfg):
   """Those of the VAE in config.init; BadInput where it is of another size."""
   there, weights = workdirs.load_vae(epath.Path(config.init) / "vae")
   if len({dataclasses.replace(one, latents_mean=(), latents_std=()) for one in (there, cfg)}) > 1:
-    raise BadInput(f"the VAE in {config.init} is not of size {config.model!r}; give the --config.model that it was trained with")
+    raise BadInput(
+      f"the VAE in {config.init} is not of size {config.model!r}; give the --config.model that it was "
+      "trained with"
+    )
   return weights
 
 
 def some_crops(run):
   """Crops of clips, for the linear codec to begin with."""
   data = run.config.data
-  stream = crops.Crops(run.source, seed=run.config.seed + 1, clips=128, images=0, frames=data.frames, size=data.crop, on_bad=say)
+  stream = crops.Crops(
+    run.source, seed=run.config.seed + 1, clips=128, images=0, frames=data.frames, size=data.crop, on_bad=say
+  )
   return next(stream)["clips"]
 
 
 def items(state):
   """What a checkpoint holds, by name."""
-  return {"params": state.params, "ema": state.ema, "rest": {name: getattr(state, name) for name in train_vae.REST}}
+  return {
+    "params": state.params,
+    "ema": state.ema,
+    "rest": {name: getattr(state, name) for name in train_vae.REST},
+  }
 
 
 def resume(checkpoints, target):
@@ -216,11 +279,14 @@ def clips_of(source, cfg, count):
   for item in source.items()[:count]:
     try:
       raw = next(iter(source.read(item)))
-      video_THWC = clips.crop(raw.video_THWC[:MOST[0]], cfg.stride)
+      video_THWC = clips.crop(raw.video_THWC[: MOST[0]], cfg.stride)
     except (clips.BadClip, StopIteration):
       continue
-    top, left = (max(0, have - most) // 2 // s * s for have, most, s in zip(video_THWC.shape[1:3], MOST[1:], cfg.stride[1:], strict=True))
-    videos.append(video_THWC[:, top:top + MOST[1], left:left + MOST[2]])
+    top, left = (
+      max(0, have - most) // 2 // s * s
+      for have, most, s in zip(video_THWC.shape[1:3], MOST[1:], cfg.stride[1:], strict=True)
+    )
+    videos.append(video_THWC[:, top : top + MOST[1], left : left + MOST[2]])
   return videos
 
 
@@ -233,7 +299,9 @@ def held_out_quality(held_out, cfg, step, state):
   for clip_THWC, decoded_THWC in zip(held_out, codec.decode_clips(cfg, state.ema, latents), strict=True):
     a, b = (x / 255 for x in (clip_THWC, decoded_THWC))
     scores.append((min(float(metrics.psnr(a, b)), 100.0), float(metrics.ssim(a, b))))
-  return dict(zip(("held_out_psnr", "held_out_ssim"), np.mean(scores, 0).tolist(), strict=True)) if scores else {}
+  return (
+    dict(zip(("held_out_psnr", "held_out_ssim"), np.mean(scores, 0).tolist(), strict=True)) if scores else {}
+  )
 
 
 def finish(run, state):
@@ -246,7 +314,10 @@ def finish(run, state):
   else:
     cfg = train_vae.with_statistics(codec.encode_clips(cfg, state.ema, clips_of(run.source, cfg, 256)), cfg)
   workdirs.save_vae(epath.Path(workdir) / "vae", cfg, jax.device_get(state.ema), config.model)
-  say(f"done: {config.steps} steps; the VAE is in {workdir}/vae. Next: python -m launch.encode --source=DIR --workdir={workdir} --out=RECORDS")
+  say(
+    f"done: {config.steps} steps; the VAE is in {workdir}/vae. Next: python -m launch.encode --source=DIR "
+    f"--workdir={workdir} --out=RECORDS"
+  )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """sora_jax: text to video of the Sora kind, in JAX and Flax, for TPU pods.
 
-  pipe = sora_jax.Pipeline.shipped()
-  video = pipe("a red ball moves left")      # uint8 [T, H, W, 3]
+pipe = sora_jax.Pipeline.shipped()
+video = pipe("a red ball moves left")      # uint8 [T, H, W, 3]
 """
 
 import importlib

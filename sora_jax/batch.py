@@ -115,8 +115,12 @@ def pack(rows, shape):
   is_ids = first.texts[0].ndim == 1
   L, G, S = shape.length, shape.clips, shape.text
   specs = array_specs(
-      num_rows, shape, width, text_width=None if is_ids else first.texts[0].shape[1],
-      cond_width=0 if first.cond_LQ is None else first.cond_LQ.shape[-1])
+    num_rows,
+    shape,
+    width,
+    text_width=None if is_ids else first.texts[0].shape[1],
+    cond_width=0 if first.cond_LQ is None else first.cond_LQ.shape[-1],
+  )
   batch = PackedBatch(**{name: np.zeros(*spec) for name, spec in specs.items()})
   text = batch.text_BS if is_ids else batch.text_BSE
   for b, row in enumerate(rows):
@@ -139,8 +143,8 @@ def pack(rows, shape):
         batch.cond_BLQ[b, span] = clip.cond_LQ
       for t in clip.texts:
         prompts += 1
-        text[b, text_at:text_at + len(t)] = t
-        batch.prompt_BS[b, text_at:text_at + len(t)] = prompts
+        text[b, text_at : text_at + len(t)] = t
+        batch.prompt_BS[b, text_at : text_at + len(t)] = prompts
         text_at += len(t)
       batch.uid_BG2[b, g] = (clip.uid >> 32) & 0xFFFFFFFF, clip.uid & 0xFFFFFFFF
       batch.epoch_BG[b, g], batch.fps_BG[b, g] = clip.epoch, clip.fps

@@ -34,8 +34,13 @@ class Checkpoints:
     self.pending = None
     if jax.process_index() == 0 and (self.root / "checkpoints").exists() and not read_only:
       self._set_aside_unfinished()
-    options = ocp.CheckpointManagerOptions(max_to_keep=None if read_only else keep, step_prefix=None, cleanup_tmp_directories=not read_only,
-                                           create=not read_only, read_only=read_only)
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if read_only else keep,
+      step_prefix=None,
+      cleanup_tmp_directories=not read_only,
+      create=not read_only,
+      read_only=read_only,
+    )
     self.manager = ocp.CheckpointManager(self.root.resolve() / "checkpoints", options=options)
 
   def save(self, step, items, meta):
@@ -56,7 +61,10 @@ class Checkpoints:
     try:
       self.manager.wait_until_finished()
     except Exception as error:
-      raise OSError(f"step {step} could not be saved ({str(error).splitlines()[0][:200]}); the checkpoint before it is intact") from None
+      raise OSError(
+        f"step {step} could not be saved ({str(error).splitlines()[0][:200]}); the checkpoint before it is "
+        "intact"
+      ) from None
     if jax.process_index() == 0:
       write_json(self._manifest(step), self._checksums(step))
       for path in (self.root / "manifests").iterdir():
@@ -76,7 +84,9 @@ class Checkpoints:
     if jax.process_count() == 1 or self.read_only:
       return self._newest_whole()
     step = self._newest_whole() if jax.process_index() == 0 else None
-    ocp.multihost.get_barrier_sync_fn()(key=f"looked for checkpoints in {self.root}", timeout_ms=24 * 3600 * 1000)
+    ocp.multihost.get_barrier_sync_fn()(
+      key=f"looked for checkpoints in {self.root}", timeout_ms=24 * 3600 * 1000
+    )
     step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
     self.manager.reload()
     return None if step < 0 else step
@@ -87,7 +97,10 @@ class Checkpoints:
       damage = self._damage(step)
       if damage is None:
         return step
-      self.say(f"checkpoint {step} is damaged ({damage}); " + ("no other is left" if before is None else "going back to the one before"))
+      self.say(
+        f"checkpoint {step} is damaged ({damage}); "
+        + ("no other is left" if before is None else "going back to the one before")
+      )
       if not self.read_only:
         self._set_aside(step)
         self.manager.reload()
@@ -120,7 +133,9 @@ class Checkpoints:
     return {str(path.relative_to(root)): path for path in sorted(_walk(root))}
 
   def _checksums(self, step):
-    return {name: [len(data := path.read_bytes()), zlib.crc32(data)] for name, path in self._files(step).items()}
+    return {
+      name: [len(data := path.read_bytes()), zlib.crc32(data)] for name, path in self._files(step).items()
+    }
 
   def _damage(self, step):
     """What is wrong with a step, or None."""

@@ -60,8 +60,12 @@ def encode_on_canvas(cfg, params, chunks, sizes, rows):
       row[:, :h, :w] = clip
     return video_BTHWC
 
-  means = [np.asarray(mean) for mean in vae.encode_stream(params, map(on_canvas, chunks), cfg, valid=valid_B2)]
-  return [row[:, :h, :w] for row, (h, w) in zip(np.concatenate(means, 1), valid_B2[: len(sizes)], strict=False)]
+  means = [
+    np.asarray(mean) for mean in vae.encode_stream(params, map(on_canvas, chunks), cfg, valid=valid_B2)
+  ]
+  return [
+    row[:, :h, :w] for row, (h, w) in zip(np.concatenate(means, 1), valid_B2[: len(sizes)], strict=False)
+  ]
 
 
 def encode_clips(cfg, params, videos, progress=lambda done: None):

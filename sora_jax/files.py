@@ -78,7 +78,10 @@ def write_json(path, value, depth=None):
 def _dump(value, depth, margin=""):
   if depth < 1 or not isinstance(value, dict) or not value:
     return json.dumps(value, ensure_ascii=False)
-  lines = (f"\n{margin} {json.dumps(k, ensure_ascii=False)}: {_dump(v, depth - 1, margin + ' ')}" for k, v in value.items())
+  lines = (
+    f"\n{margin} {json.dumps(k, ensure_ascii=False)}: {_dump(v, depth - 1, margin + ' ')}"
+    for k, v in value.items()
+  )
   return "{" + ",".join(lines) + f"\n{margin}}}"
 
 
@@ -104,7 +107,11 @@ def append_jsonl(path, value):
   with open(path, "a+b") as f:
     f.seek(max(0, f.tell() - 1))
     torn = f.read(1) not in (b"", b"\n")
-    f.write((b"\n" if torn else b"") + json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
+    f.write(
+      (b"\n" if torn else b"")
+      + json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
+      + b"\n"
+    )
 
 
 def read_jsonl(path):
@@ -190,11 +197,15 @@ def write_safetensors(path, specs, pieces, metadata=None):
       begin = ends[name] - math.prod(shape) * np.dtype(dtype).itemsize
       data = np.ascontiguousarray(array.astype(dtype, copy=False))
       if not begin <= at <= at + data.nbytes <= ends[name]:
-        raise ValueError(f"{name}: {data.nbytes} bytes at {at} do not fit in its place, {begin} to {ends[name]}")
+        raise ValueError(
+          f"{name}: {data.nbytes} bytes at {at} do not fit in its place, {begin} to {ends[name]}"
+        )
       f.write(data.view(np.uint8).data)
       at += data.nbytes
     if at != max(ends.values(), default=0):
-      raise ValueError(f"{path}: {at} bytes came; the tensors of the header have {max(ends.values(), default=0)}")
+      raise ValueError(
+        f"{path}: {at} bytes came; the tensors of the header have {max(ends.values(), default=0)}"
+      )
 
 
 def read_safetensors(path):
@@ -207,7 +218,9 @@ def read_safetensors(path):
     data = np.memmap(path, np.uint8, "r") if is_local(path) else np.frombuffer(path.read_bytes(), np.uint8)
     return parse_safetensors(data)[0]
   except FileNotFoundError:
-    raise BadInput(f"there is no {path}; its config.json is there, so the copy is not whole: copy it again") from None
+    raise BadInput(
+      f"there is no {path}; its config.json is there, so the copy is not whole: copy it again"
+    ) from None
   except ValueError as error:
     raise BadInput(f"{path} cannot be read ({error}); copy it again") from None
 

@@ -22,22 +22,36 @@ from sora_jax.errors import BadInput
 AXES = ("data", "fsdp", "context", "tensor")
 
 RULES = (
-    # weights
-    ("embed", "fsdp"), ("mlp", "tensor"), ("heads", "tensor"), ("head_dim", None), ("patch", None), ("layers", None),
-    ("vocab", "tensor"), ("text_embed", "fsdp"), ("time", None), ("conv_in", "fsdp"),
-    # over "tensor" XLA's partitioner gives wrong gradients of the VAE (tests/test_train_vae.py tells)
-    ("conv_out", None),
-    # activations
-    ("act_batch", ("data", "fsdp")), ("act_length", "context"), ("act_text", None), ("act_embed", None),
-    ("act_heads", "tensor"), ("act_head_dim", None), ("act_mlp", "tensor"),
+  # weights
+  ("embed", "fsdp"),
+  ("mlp", "tensor"),
+  ("heads", "tensor"),
+  ("head_dim", None),
+  ("patch", None),
+  ("layers", None),
+  ("vocab", "tensor"),
+  ("text_embed", "fsdp"),
+  ("time", None),
+  ("conv_in", "fsdp"),
+  # over "tensor" XLA's partitioner gives wrong gradients of the VAE (tests/test_train_vae.py tells)
+  ("conv_out", None),
+  # activations
+  ("act_batch", ("data", "fsdp")),
+  ("act_length", "context"),
+  ("act_text", None),
+  ("act_embed", None),
+  ("act_heads", "tensor"),
+  ("act_head_dim", None),
+  ("act_mlp", "tensor"),
 )
 
-LARGE = 64_000_000      # bytes; a weight above it must be cut along every axis that the rules cut
+LARGE = 64_000_000  # bytes; a weight above it must be cut along every axis that the rules cut
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """A mesh and the rules that place named axes on it."""
+
   mesh: Mesh
   rules: tuple = RULES
 
@@ -76,8 +90,11 @@ class Layout:
     """
     wanted, placed = self.spec(*axes), self.fitted(shape, *axes).spec
     used = {name for cut in placed for name in names_in(cut)}
-    return [(axis, size, " x ".join(f"{name}={self.mesh.shape[name]}" for name in names_in(cut)))
-            for axis, size, cut in zip(axes, shape, wanted) if cut and not used & set(names_in(cut))]
+    return [
+      (axis, size, " x ".join(f"{name}={self.mesh.shape[name]}" for name in names_in(cut)))
+      for axis, size, cut in zip(axes, shape, wanted)
+      if cut and not used & set(names_in(cut))
+    ]
 
   def ways(self, mesh_axes):
     """How many parts an axis is cut into that lies on these mesh axes (a name or a tuple of names)."""
@@ -92,11 +109,18 @@ def names_in(mesh_axes):
 def make_mesh(data=None, fsdp=1, context=1, tensor=1, devices=None):
   """A mesh over `devices` (default: all, those of a process together, so that it has rows of its own to
   load). `data=None` takes what the other axes leave. ValueError when they do not fit."""
-  devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id)) if devices is None else devices
+  devices = (
+    sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    if devices is None
+    else devices
+  )
   inner = fsdp * context * tensor
   if inner < 1 or len(devices) % inner or (data is not None and data * inner != len(devices)):
-    raise ValueError(f"a mesh of data={data} fsdp={fsdp} context={context} tensor={tensor} does not fit {len(devices)} devices: "
-                     "their product must be the number of devices")
+    raise ValueError(
+      f"a mesh of data={data} fsdp={fsdp} context={context} tensor={tensor} does not fit {len(devices)} "
+      "devices: "
+      "their product must be the number of devices"
+    )
   shape = (len(devices) // inner, fsdp, context, tensor)
   return Mesh(np.asarray(devices).reshape(shape), AXES)
 
@@ -130,8 +154,10 @@ def uncut_weights(boxed, layout, dtype=None):
     num_bytes = leaf.value.size * np.dtype(dtype or leaf.value.dtype).itemsize
     for axis, size, devices in layout.uncut(leaf.value.shape, *leaf.names):
       if num_bytes > LARGE:
-        raise BadInput(f"{name}: axis {axis} of {size} is not a multiple of {devices}, and the weight has "
-                       f"{num_bytes / 1e6:.0f} MB; choose another mesh")
+        raise BadInput(
+          f"{name}: axis {axis} of {size} is not a multiple of {devices}, and the weight has "
+          f"{num_bytes / 1e6:.0f} MB; choose another mesh"
+        )
       line = f"axis {axis} of {size} is not a multiple of {devices} and stays whole"
       names_by_line.setdefault(line, []).append(name)
   lines = []
@@ -164,6 +190,8 @@ def targets(boxed, layout=None, dtype=None):
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), unbox(boxed))
   if layout is None:
     return shapes
+
   def placed(leaf, sharding):
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
   return jax.tree.map(placed, shapes, shardings(boxed, layout, dtype))

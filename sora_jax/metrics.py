@@ -25,7 +25,9 @@ def ssim(a, b) -> float:
   """
   a, b = _pair(a, b)
   if min(a.shape[-3:-1]) < WINDOW:
-    raise ValueError(f"ssim: images of {a.shape[-3]} x {a.shape[-2]}; at least {WINDOW} x {WINDOW} are needed")
+    raise ValueError(
+      f"ssim: images of {a.shape[-3]} x {a.shape[-2]}; at least {WINDOW} x {WINDOW} are needed"
+    )
   return float(ssim_map(a, b).mean())
 
 

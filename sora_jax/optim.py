@@ -22,22 +22,31 @@ class OptimConfig:
   Muon's updates are scaled to the size of AdamW's (0.2 of root mean square, arXiv:2502.16982, eq. 4), so that
   one learning rate fits both. Weight decay is on matrices alone.
   """
+
   name: str = "adamw"
   learning_rate: float = 1e-3
   warmup: int = 50
-  steps: int = 1000                # length of the schedule
-  final: float = 0.05              # the rate at its end, as a share of `learning_rate`
+  steps: int = 1000  # length of the schedule
+  final: float = 0.05  # the rate at its end, as a share of `learning_rate`
   weight_decay: float = 0.01
-  clip: float = 1.0                # global norm of the gradient
-  b1: float = 0.9                  # AdamW's, also where Muon leaves weights to it
+  clip: float = 1.0  # global norm of the gradient
+  b1: float = 0.9  # AdamW's, also where Muon leaves weights to it
   b2: float = 0.99
 
   def __post_init__(self):
     if self.name not in NAMES:
       raise ValueError(f"the optimiser is {self.name!r}; it must be one of {', '.join(NAMES)}")
-    if self.learning_rate <= 0 or self.steps < 1 or self.warmup < 0 or self.clip <= 0 or not 0 <= self.final <= 1:
-      raise ValueError("the optimiser needs learning_rate > 0, steps >= 1, warmup >= 0, clip > 0, 0 <= final <= 1; "
-                       f"not {self}")
+    if (
+      self.learning_rate <= 0
+      or self.steps < 1
+      or self.warmup < 0
+      or self.clip <= 0
+      or not 0 <= self.final <= 1
+    ):
+      raise ValueError(
+        "the optimiser needs learning_rate > 0, steps >= 1, warmup >= 0, clip > 0, 0 <= final <= 1; "
+        f"not {self}"
+      )
     if not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
       raise ValueError(f"the optimiser needs 0 <= b1 < 1 and 0 <= b2 < 1; not b1={self.b1}, b2={self.b2}")
 
@@ -45,7 +54,9 @@ class OptimConfig:
 def schedule(cfg):
   """Learning rate of an update, by its number."""
   warmup = min(cfg.warmup, cfg.steps // 2)
-  return optax.warmup_cosine_decay_schedule(0.0, cfg.learning_rate, warmup, cfg.steps, cfg.final * cfg.learning_rate)
+  return optax.warmup_cosine_decay_schedule(
+    0.0, cfg.learning_rate, warmup, cfg.steps, cfg.final * cfg.learning_rate
+  )
 
 
 def optimizer(cfg, boxed):
@@ -53,10 +64,18 @@ def optimizer(cfg, boxed):
   transformation.
   """
   roles = jax.tree.map(matrix_roles, boxed, is_leaf=layouts.is_box)
-  matrices = jax.tree.map(lambda role: role is not None, roles, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+  matrices = jax.tree.map(
+    lambda role: role is not None, roles, is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+  )
   if cfg.name == "muon":
-    update = muon(schedule(cfg), weight_decay=cfg.weight_decay, consistent_rms=0.2, adam_b1=cfg.b1, adam_b2=cfg.b2,
-                  muon_weight_dimension_numbers=roles)
+    update = muon(
+      schedule(cfg),
+      weight_decay=cfg.weight_decay,
+      consistent_rms=0.2,
+      adam_b1=cfg.b1,
+      adam_b2=cfg.b2,
+      muon_weight_dimension_numbers=roles,
+    )
   else:
     update = optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=matrices)
   return optax.chain(optax.clip_by_global_norm(cfg.clip), update)

@@ -126,7 +126,9 @@ def copy_part(source, target, link=False):
     raise BadInput(f"there is no {source}; run launch.encode first, which puts it beside its records")
   if target.exists() and any(target.iterdir()):
     if fingerprint(source) != fingerprint(target):
-      raise BadInput(f"{target} and {source} differ: this work directory was made with another one; give another --workdir")
+      raise BadInput(
+        f"{target} and {source} differ: this work directory was made with another one; give another --workdir"
+      )
     return
   partial = target.parent / (target.name + ".partial")
   if partial.exists():

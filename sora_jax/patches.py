@@ -17,7 +17,9 @@ def grid(thw, patch):
   Raises ValueError where patches do not divide the video.
   """
   if any(n % p or n < p for n, p in zip(thw, patch, strict=True)):
-    raise ValueError(f"a latent video of {tuple(thw)} (t, h, w) is not a whole number of patches {tuple(patch)}")
+    raise ValueError(
+      f"a latent video of {tuple(thw)} (t, h, w) is not a whole number of patches {tuple(patch)}"
+    )
   return tuple(n // p for n, p in zip(thw, patch, strict=True))
 
 

@@ -59,7 +59,9 @@ class Result:
       raise BadInput(self.error)
     frames = list(self.frames)
     if not frames:
-      raise ValueError(f"the frames of request {self.request.id} were taken already; decode its latents again")
+      raise ValueError(
+        f"the frames of request {self.request.id} were taken already; decode its latents again"
+      )
     return np.stack(frames)
 
 
@@ -107,7 +109,9 @@ class Pipeline:
     model = workdirs.make_model(config, epath.Path(workdir) / "text", layout)
     # imported weights stay in what they are computed in
     half = "dit" in config.model and model.dit.dtype == "bfloat16"
-    params, step = workdirs.load_model_weights(workdir, config, model, weights, "bfloat16" if half else None, say)
+    params, step = workdirs.load_model_weights(
+      workdir, config, model, weights, "bfloat16" if half else None, say
+    )
     pipe = cls.of(workdir, config, model, params, step, workdirs.identity(workdir, weights))
     return dataclasses.replace(pipe, keep_text_encoder=keep_text_encoder)
 
@@ -123,7 +127,8 @@ class Pipeline:
     vae_cfg, vae_params = workdirs.load_vae(workdir / "vae")
     if vae_cfg.z_dim != model.dit.channels:
       raise BadInput(
-        f"{workdir}: its VAE has {vae_cfg.z_dim} latent channels, its transformer takes {model.dit.channels}; "
+        f"{workdir}: its VAE has {vae_cfg.z_dim} latent channels, its transformer takes "
+        f"{model.dit.channels}; "
         "they are not for each other"
       )
     settings = config.sample
@@ -239,8 +244,7 @@ class Pipeline:
     return _Planned(position, request, tokens, max(map(self._text_tokens, _prompts(request))))
 
   def _text_tokens(self, prompt):
-    """How many text tokens a prompt has in a row; one more after a frozen encoder, for all its padding.
-    """
+    """How many text tokens a prompt has in a row; one more after a frozen encoder, for all its padding."""
     count = len(self.ids(prompt))
     return count + (self.embedder is not None and count < self.model.dit.text_pad)
 
@@ -296,13 +300,20 @@ class Pipeline:
   def canvas(self, request):
     """Request -> Canvas; BadInput where its image cannot be read."""
     task, patch = tasks.TASKS[request.task], self.model.dit.patch
-    parts = {"stride": self.vae_cfg.stride, "patch": patch, "channels": self.model.dit.channels, "encode": self._encode_image}
+    parts = {
+      "stride": self.vae_cfg.stride,
+      "patch": patch,
+      "channels": self.model.dit.channels,
+      "encode": self._encode_image,
+    }
     if self.model.dit.conditioning != "channels":
       return task(request, **parts)
     # The image enters as channels, and no token is given (WanImageToVideoPipeline).
     canvas = tasks.text_to_video(request, **parts)
     frames, height, width, _ = canvas.latents_THWC.shape
-    pixels = self._read_image(request.image, request.size, (height * self.vae_cfg.stride[1], width * self.vae_cfg.stride[2]))
+    pixels = self._read_image(
+      request.image, request.size, (height * self.vae_cfg.stride[1], width * self.vae_cfg.stride[2])
+    )
     latents = codec.encode_image_video(self.vae_cfg, self.vae_params, pixels[None], frames)
     cond_THWC = batches.image_channels(vae.normalise(latents, self.vae_cfg), self.model.dit.cond_channels)
     return dataclasses.replace(canvas, cond_THWC=cond_THWC)
@@ -324,8 +335,7 @@ class Pipeline:
     return codec.to_float(np.pad(cover(frame, size), edges, mode="edge"))
 
   def noise(self, request):
-    """The noise that a request begins with, [T, H, W, C], for another implementation to begin with.
-    """
+    """The noise that a request begins with, [T, H, W, C], for another implementation to begin with."""
     size, patch = self.latent_size(request), self.model.dit.patch
     coords = patches.coords(patches.grid(size, patch), patches.time_scale(self.base_fps, request.fps))
     return patches.unpatchify(sample.noise(request.seed, coords, self.model.dit.values_in), size, patch)
@@ -389,6 +399,8 @@ def cover(image_HWC, size):
   """uint8 image scaled to cover `size` (keeping its shape), its middle cropped to it."""
   scale = max(size[0] / image_HWC.shape[0], size[1] / image_HWC.shape[1])
   height, width = (max(n, round(m * scale)) for n, m in zip(size, image_HWC.shape[:2], strict=True))
-  scaled = np.asarray(jax.image.resize(image_HWC.astype(np.float32), (height, width, 3), "cubic", antialias=True))
+  scaled = np.asarray(
+    jax.image.resize(image_HWC.astype(np.float32), (height, width, 3), "cubic", antialias=True)
+  )
   top, left = (height - size[0]) // 2, (width - size[1]) // 2
   return np.clip(scaled[top : top + size[0], left : left + size[1]] + 0.5, 0, 255).astype(np.uint8)

@@ -90,7 +90,9 @@ def share_rows(tokens, text_tokens, row_tokens, row_clips=64):
     room[row] = room[row] - tokens[i] if len(rows[row]) < row_clips else -1
   text = max(int(text_tokens[row].sum()) for row in rows)
   clips = max(map(len, rows))
-  return rows, batches.RowShape(length, 1 << (clips - 1).bit_length(), math.ceil(text / TEXT_STEP) * TEXT_STEP)
+  return rows, batches.RowShape(
+    length, 1 << (clips - 1).bit_length(), math.ceil(text / TEXT_STEP) * TEXT_STEP
+  )
 
 
 def noise(seed, coords_L3, width):
@@ -120,10 +122,23 @@ def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, 
     weights, low = model.expert(params, times[..., i].max())
     if low is not of_expert:
       text_kv, of_expert = _text_kv(model, weights, text_BSE, batch.prompt_BS), low
-    now = {name: settings[name] for name in ("low", "high", "rescale")} | {"scale": settings["scale_low" if low else "scale"]}
+    now = {name: settings[name] for name in ("low", "high", "rescale")} | {
+      "scale": settings["scale_low" if low else "scale"]
+    }
     levels = (sigmas[..., i], sigmas[..., i + 1], times[..., i])
     x, carry = _step(
-      model, weights, batch, text_BSE, text_kv, noise_BLP, x, carry, *levels, now, sampler=sampler, guided=guided
+      model,
+      weights,
+      batch,
+      text_BSE,
+      text_kv,
+      noise_BLP,
+      x,
+      carry,
+      *levels,
+      now,
+      sampler=sampler,
+      guided=guided,
     )
     x.block_until_ready()
     on_step(i + 1, steps)
@@ -146,7 +161,9 @@ def _assemble(rows, shape):
   guided = any(one.guidance != 1.0 or one.guidance_low != 1.0 for _, _, one in placed)
   batch = batches.pack([[one.clip for one in row] for row in rows], shape)
   if guided:
-    negative = [[dataclasses.replace(one.clip, texts=[one.negative], prompt_L=None) for one in row] for row in rows]
+    negative = [
+      [dataclasses.replace(one.clip, texts=[one.negative], prompt_L=None) for one in row] for row in rows
+    ]
     batch = jax.tree.map(lambda a, b: np.concatenate([a, b]), batch, batches.pack(negative, shape))
   names = ("scale", "scale_low", "low", "high", "rescale")
   settings = {name: np.zeros((len(rows), shape.clips), np.float32) for name in names}
@@ -217,7 +234,9 @@ def _step(
     sigma_now_BG = _largest_of_clip(sigma_BL1[..., 0], rows.segment_BL, clips)
     time_now_BG = jnp.where(sigma_now_BG == sigma_BG, time_BG, sigma_now_BG)
     time_BU, index_BL = flow.token_sigma(time_now_BG, rows.segment_BL, clean_BL)
-    v_BLP = model.velocity(params, repeated(x_BLP), batch, repeated(time_BU), repeated(index_BL), text_BSE, text_kv)
+    v_BLP = model.velocity(
+      params, repeated(x_BLP), batch, repeated(time_BU), repeated(index_BL), text_BSE, text_kv
+    )
     if guided:
       v_prompt, v_null = jnp.split(v_BLP, 2)
       acts_BG = (sigma_now_BG >= settings["low"]) & (sigma_now_BG <= settings["high"])

@@ -45,9 +45,13 @@ FIELDS = {
   "sampler": Field(str, "method of solving the ODE"),
   "shift": Field(float, "how far noise levels are moved towards noise", limits=(0.01, 1000)),
   "guidance": Field(float, "scale of classifier-free guidance; 1 is none", limits=(-1000, 1000)),
-  "guidance_low": Field(float, "the same for the expert of low noise, in models of two experts", limits=(-1000, 1000)),
+  "guidance_low": Field(
+    float, "the same for the expert of low noise, in models of two experts", limits=(-1000, 1000)
+  ),
   "guidance_interval": Field(list, "noise levels between which guidance acts, from 0 to 1", (0.0, 1.0)),
-  "guidance_rescale": Field(float, "share of the guided velocity brought back to the unguided scale", 0.0, (0, 1)),
+  "guidance_rescale": Field(
+    float, "share of the guided velocity brought back to the unguided scale", 0.0, (0, 1)
+  ),
 }
 LATER = ("last_image", "video", "video_b", "mask", "given", "strength", "shots")
 
@@ -107,7 +111,9 @@ def parse_request(fields, defaults, samplers):
     raise BadInput("the prompt is empty; say in words what the video should show")
   for name in ("prompt", "negative_prompt"):
     if len(full[name]) > MAX_PROMPT:
-      raise BadInput(f"the {name} has {len(full[name])} characters; at most {MAX_PROMPT} are taken: shorten it")
+      raise BadInput(
+        f"the {name} has {len(full[name])} characters; at most {MAX_PROMPT} are taken: shorten it"
+      )
   size = full["size"]
   if len(size) != 2 or not all(isinstance(n, numbers.Integral) and 0 < n <= MAX_SIDE for n in size):
     raise BadInput(f"size is {size!r}; it must be [height, width] in pixels, at most {MAX_SIDE}")
@@ -127,10 +133,14 @@ def parse_request(fields, defaults, samplers):
     raise BadInput("the request has no id; give it a short name for its output file")
   if "/" in full["id"] or full["id"].startswith(".") or len(full["id"].encode()) > MAX_ID:
     raise BadInput(
-      f"id is {full['id']!r}; it names a file, so it must not hold a / nor begin with a dot, and has at most {MAX_ID} bytes"
+      f"id is {full['id']!r}; it names a file, so it must not hold a / nor begin with a dot, and has at most "
+      f"{MAX_ID} bytes"
     )
   values = {field.name: full[field.name] for field in dataclasses.fields(Request)}
-  return Request(**values | {"size": tuple(map(int, size)), "guidance_interval": tuple(interval), "fps": float(full["fps"])})
+  return Request(
+    **values
+    | {"size": tuple(map(int, size)), "guidance_interval": tuple(interval), "fps": float(full["fps"])}
+  )
 
 
 def _plain(value):
@@ -141,7 +151,9 @@ def _plain(value):
 def _check_type(name, value):
   """BadInput where there is no such field, or its value is of another type or no text."""
   if name in LATER:
-    raise BadInput(f"{name} is for a task that this version does not have yet; its tasks are {', '.join(TASKS)}")
+    raise BadInput(
+      f"{name} is for a task that this version does not have yet; its tasks are {', '.join(TASKS)}"
+    )
   if name not in FIELDS:
     raise BadInput(f"unknown field {name!r}; a request has {', '.join(FIELDS)}")
   wanted = FIELDS[name].type
@@ -167,7 +179,10 @@ def latent_size(frames, size, stride, patch):
   stride: (t, y, x) of the VAE. BadInput below one stride.
   """
   if min(size) < min(stride[1:]):
-    raise BadInput(f"size is {list(size)}; at least {list(stride[1:])} pixels are needed, one stride of the VAE: ask for more")
+    raise BadInput(
+      f"size is {list(size)}; at least {list(stride[1:])} pixels are needed, one stride of the VAE: ask for "
+      "more"
+    )
   t = 1 + math.ceil((frames - 1) / stride[0])
   h, w = (math.ceil(n / (s * p)) * p for n, s, p in zip(size, stride[1:], patch[1:], strict=True))
   return math.ceil(t / patch[0]) * patch[0], h, w

@@ -26,6 +26,7 @@ class State:
 
   `bad` counts updates that were not finite and were left out.
   """
+
   step: jax.Array
   params: dict
   ema: dict
@@ -56,6 +57,7 @@ def state_of(params, model, tx):
 
 def init_state(model, tx, key):
   """A new State; every weight is made where it lives."""
+
   def make(key):
     return _first_state(layouts.unbox(model.init(key)), tx)
 
@@ -120,7 +122,13 @@ def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma):
   ema = optim.ema_update(state.ema, params, state.step, ema_decay)
   params, ema, opt = optim.keep_if_finite(finite, (params, ema, opt), (state.params, state.ema, state.opt))
   bad = 1 - finite.astype(jnp.int32)
-  metrics = {"loss": loss, "grad_norm": grad_norm, "bad": bad, "tokens": jnp.sum(batch.segment_BL > 0), "data_checksum": checksum(batch)}
+  metrics = {
+    "loss": loss,
+    "grad_norm": grad_norm,
+    "bad": bad,
+    "tokens": jnp.sum(batch.segment_BL > 0),
+    "data_checksum": checksum(batch),
+  }
   return State(state.step + 1, params, ema, opt, state.bad + bad), metrics
 
 
@@ -183,7 +191,9 @@ def batch_shapes(model, rows, shape):
   for this model.
   """
   cfg = model.dit
-  specs = batches.array_specs(rows, shape, cfg.values_in, None if model.text else cfg.text_width, cfg.values_cond)
+  specs = batches.array_specs(
+    rows, shape, cfg.values_in, None if model.text else cfg.text_width, cfg.values_cond
+  )
 
   def struct(name, dims, dtype):
     sharding = None if model.layout is None else batch_sharding(name, dims, model.layout)
@@ -194,6 +204,7 @@ def batch_shapes(model, rows, shape):
 
 def place_batch(batch, layout, part=0, parts=1):
   """The part-th of `parts` of a step's rows -> global arrays, placed by `batch_sharding`."""
+
   def place(name, value):
     if value is None:
       return None
@@ -203,5 +214,9 @@ def place_batch(batch, layout, part=0, parts=1):
     def piece(index):
       start, stop, _ = index[0].indices(shape[0])
       return value[(slice(start - part * local, stop - part * local), *index[1:])]
+
     return jax.make_array_from_callback(shape, batch_sharding(name, shape, layout), piece)
-  return dataclasses.replace(batch, **{f.name: place(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)})
+
+  return dataclasses.replace(
+    batch, **{f.name: place(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
+  )

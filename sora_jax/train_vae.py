@@ -20,12 +20,13 @@ from sora_jax import layout as layouts, metrics as image_quality, optim
 from sora_jax.models import critics, vae
 from sora_jax.models.vae_blocks import by_rows
 
-REST = ("step", "opt", "bad", "critic", "critic_opt")      # fields of the state beside params and ema
+REST = ("step", "opt", "bad", "critic", "critic_opt")  # fields of the state beside params and ema
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
   """Weights of the terms; 0 leaves one out. `adversarial_start` is a step."""
+
   kl_weight: float = 1e-4
   # squared error beside L1, whose gradient alone keeps small things at the background for long
   square_weight: float = 4.0
@@ -42,9 +43,17 @@ class LossConfig:
 def loss_config(config):
   """The page of configs/vae.py -> LossConfig."""
   if config.ssim_weight and min(config.data.crop) < image_quality.WINDOW:
-    raise ValueError(f"data.crop is {config.data.crop}; SSIM needs {image_quality.WINDOW} x {image_quality.WINDOW} pixels")
-  return LossConfig(config.kl_weight, config.square_weight, config.ssim_weight, config.adversarial.weight, config.adversarial.start,
-                    config.perceptual.weight)
+    raise ValueError(
+      f"data.crop is {config.data.crop}; SSIM needs {image_quality.WINDOW} x {image_quality.WINDOW} pixels"
+    )
+  return LossConfig(
+    config.kl_weight,
+    config.square_weight,
+    config.ssim_weight,
+    config.adversarial.weight,
+    config.adversarial.start,
+    config.perceptual.weight,
+  )
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +63,7 @@ class VAETrainState:
 
   `bad` counts updates that were left out; critic: {} without the adversarial term.
   """
+
   step: jax.Array
   params: dict
   ema: dict
@@ -63,7 +73,7 @@ class VAETrainState:
   critic_opt: tuple
 
 
-CRITIC = optax.adam(1e-4, b1=0.5, b2=0.9)        # taming-transformers, vqgan.py
+CRITIC = optax.adam(1e-4, b1=0.5, b2=0.9)  # taming-transformers, vqgan.py
 
 
 def boxed_weights(cfg):
@@ -72,9 +82,10 @@ def boxed_weights(cfg):
 
 
 def abstract_state(cfg, tx, losses, layout=None):
-  """State of ShapeDtypeStructs, with shardings if there is a layout: what a checkpoint is restored into.
-  """
-  critic = jax.eval_shape(critics.Discriminator().init, jax.random.key(0), jnp.zeros((1, 1, *cfg.stride[1:], 3)))["params"]
+  """State of ShapeDtypeStructs, with shardings if there is a layout: what a checkpoint is restored into."""
+  critic = jax.eval_shape(
+    critics.Discriminator().init, jax.random.key(0), jnp.zeros((1, 1, *cfg.stride[1:], 3))
+  )["params"]
   params, opt = optim.abstract(tx, boxed_weights(cfg), layout)
   critic, critic_opt = optim.abstract(CRITIC, critic if losses.adversarial_weight else {}, layout)
   scalar = jax.ShapeDtypeStruct((), jnp.int32, **({} if layout is None else {"sharding": layout.fitted(())}))
@@ -87,7 +98,9 @@ def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None, params=None)
   params_key, critic_key = jax.random.split(key)
   critic = {}
   if losses.adversarial_weight:
-    critic = layouts.unbox(jax.jit(critics.Discriminator().init)(critic_key, jnp.zeros((1, 1, *cfg.stride[1:], 3))))["params"]
+    critic = layouts.unbox(
+      jax.jit(critics.Discriminator().init)(critic_key, jnp.zeros((1, 1, *cfg.stride[1:], 3)))
+    )["params"]
   params = vae.init(params_key, cfg) if params is None else params
   if cfg.linear and video_BTHWC is not None:
     params = vae.fit_linear(params, cfg, video_BTHWC)
@@ -100,7 +113,11 @@ def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None, params=None)
 
 def shardings(cfg, tx, losses, layout):
   """Where the leaves of a state live; None without a layout."""
-  return None if layout is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, tx, losses, layout))
+  return (
+    None
+    if layout is None
+    else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(cfg, tx, losses, layout))
+  )
 
 
 def gaussian_kl(mean, logvar):
@@ -116,7 +133,9 @@ def reconstruct(params, batch, key, cfg, layout=None):
   for name, video in sorted(batch.items()):
     mean, logvar = model.apply({"params": params}, video, method="encode")
     noise = jax.random.normal(jax.random.fold_in(key, len(reconstructions)), mean.shape, mean.dtype)
-    reconstructions[name] = model.apply({"params": params}, mean + jnp.exp(logvar / 2) * noise, method="decode")
+    reconstructions[name] = model.apply(
+      {"params": params}, mean + jnp.exp(logvar / 2) * noise, method="decode"
+    )
     kl += gaussian_kl(mean, logvar)
   return reconstructions, kl
 
@@ -127,7 +146,9 @@ def mean_over(function, *batches):
   return sum(value * size for value, size in parts) / sum(size for _, size in parts)
 
 
-def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, layout=None, decoder_only=False):
+def train_step(
+  state, batch, key, *, cfg, tx, losses, ema_decay, features=None, layout=None, decoder_only=False
+):
   """One update. (state, {"clips": [B, T, H, W, 3], "images": [B, 1, H, W, 3]} in [-1, 1], key of the run) ->
   (state, metrics).
 
@@ -150,12 +171,19 @@ def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, 
 
   def distance(reconstruction):
     l1 = mean_over(lambda a, b: jnp.mean(jnp.abs(a - b)), reconstruction, batch)
-    loss, terms = l1 + losses.square_weight * mean_over(lambda a, b: jnp.mean(jnp.square(a - b)), reconstruction, batch), {"l1": l1}
+    loss, terms = (
+      l1 + losses.square_weight * mean_over(lambda a, b: jnp.mean(jnp.square(a - b)), reconstruction, batch),
+      {"l1": l1},
+    )
     if losses.ssim_weight:
-      terms["ssim"] = mean_over(lambda a, b: jnp.mean(image_quality.ssim_map(a / 2 + 0.5, b / 2 + 0.5)), reconstruction, batch)
+      terms["ssim"] = mean_over(
+        lambda a, b: jnp.mean(image_quality.ssim_map(a / 2 + 0.5, b / 2 + 0.5)), reconstruction, batch
+      )
       loss += losses.ssim_weight * (1 - terms["ssim"])
     if losses.perceptual_weight:
-      terms["perceptual"] = mean_over(lambda a, b: critics.perceptual_distance(features, a, b), reconstruction, batch)
+      terms["perceptual"] = mean_over(
+        lambda a, b: critics.perceptual_distance(features, a, b), reconstruction, batch
+      )
       loss += losses.perceptual_weight * terms["perceptual"]
     return loss, terms
 
@@ -164,7 +192,7 @@ def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, 
   if losses.adversarial_weight:
     grad, critic, critic_opt, judged = adversarial(state, reconstruction, batch, grad, vjp, losses, layout)
     finite, metrics = jnp.isfinite(judged["critic_loss"]), metrics | judged
-  grads, = vjp((grad, jnp.asarray(losses.kl_weight / values, kl.dtype)))
+  (grads,) = vjp((grad, jnp.asarray(losses.kl_weight / values, kl.dtype)))
   loss += losses.kl_weight * kl / values
   grad_norm = optax.tree.norm(grads)
   finite &= jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -172,12 +200,22 @@ def train_step(state, batch, key, *, cfg, tx, losses, ema_decay, features=None, 
   updates, opt = tx.update(grads, state.opt, state.params)
   params = optax.apply_updates(state.params, updates)
   ema = optim.ema_update(state.ema, params, state.step, ema_decay)
-  params, ema = ({**new, **{name: old[name] for name in kept}} for new, old in ((params, state.params), (ema, state.ema)))
+  params, ema = (
+    {**new, **{name: old[name] for name in kept}} for new, old in ((params, state.params), (ema, state.ema))
+  )
   old = (state.params, state.ema, state.opt, state.critic, state.critic_opt)
-  params, ema, opt, critic, critic_opt = optim.keep_if_finite(finite, (params, ema, opt, critic, critic_opt), old)
+  params, ema, opt, critic, critic_opt = optim.keep_if_finite(
+    finite, (params, ema, opt, critic, critic_opt), old
+  )
   bad = 1 - finite.astype(jnp.int32)
   error = mean_over(lambda a, b: jnp.mean((jnp.clip(a, -1, 1) - b) ** 2), reconstruction, batch)
-  metrics |= {"loss": loss, "kl": kl / values, "psnr": -10 * jnp.log10(error / 4), "grad_norm": grad_norm, "bad": bad}
+  metrics |= {
+    "loss": loss,
+    "kl": kl / values,
+    "psnr": -10 * jnp.log10(error / 4),
+    "grad_norm": grad_norm,
+    "bad": bad,
+  }
   return VAETrainState(state.step + 1, params, ema, opt, state.bad + bad, critic, critic_opt), metrics
 
 
@@ -185,7 +223,14 @@ def jit_step(cfg, tx, losses, *, ema_decay, layout=None, decoder_only=False):
   """The compiled update, (VAETrainState, batch, key, features=None) -> (VAETrainState, metrics), see
   `train_step`. It donates the state.
   """
-  settings = {"cfg": cfg, "tx": tx, "losses": losses, "ema_decay": ema_decay, "layout": layout, "decoder_only": decoder_only}
+  settings = {
+    "cfg": cfg,
+    "tx": tx,
+    "losses": losses,
+    "ema_decay": ema_decay,
+    "layout": layout,
+    "decoder_only": decoder_only,
+  }
 
   def step(state, batch, key, features=None):
     return train_step(state, batch, key, features=features, **settings)
@@ -198,7 +243,10 @@ def batch_shapes(clips, images, frames, size, layout=None):
   width), in [-1, 1].
   """
   shapes = {"clips": (clips, frames, *size, 3), "images": (images, 1, *size, 3)}
-  return {name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(shape, layout)) for name, shape in shapes.items()}
+  return {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=batch_sharding(shape, layout))
+    for name, shape in shapes.items()
+  }
 
 
 def batch_sharding(shape, layout):
@@ -234,12 +282,21 @@ def adversarial(state, reconstruction, batch, grad, vjp, losses, layout):
     critic_loss, grads = jax.value_and_grad(hinge)(state.critic)
     updates, critic_opt = CRITIC.update(grads, state.critic_opt, state.critic)
     joint = jax.tree.map(lambda a, b: a + share * b, grad, adversarial_grad)
-    return joint, optax.apply_updates(state.critic, updates), critic_opt, {
-        "critic_loss": critic_loss, "adversarial": adversarial_loss, "adversarial_share": share}
+    return (
+      joint,
+      optax.apply_updates(state.critic, updates),
+      critic_opt,
+      {"critic_loss": critic_loss, "adversarial": adversarial_loss, "adversarial_share": share},
+    )
 
   def stand_by():
     zero = jnp.zeros(())
-    return grad, state.critic, state.critic_opt, {"critic_loss": zero, "adversarial": zero, "adversarial_share": zero}
+    return (
+      grad,
+      state.critic,
+      state.critic_opt,
+      {"critic_loss": zero, "adversarial": zero, "adversarial_share": zero},
+    )
 
   return jax.lax.cond(state.step >= losses.adversarial_start, take_part, stand_by)
 
@@ -252,4 +309,8 @@ def with_statistics(latents, cfg):
   if not latents:
     raise ValueError("with_statistics: no latents")
   every_NC = np.concatenate([np.asarray(one, np.float64).reshape(-1, cfg.z_dim) for one in latents])
-  return dataclasses.replace(cfg, latents_mean=tuple(every_NC.mean(0).tolist()), latents_std=tuple(np.maximum(every_NC.std(0), 1e-6).tolist()))
+  return dataclasses.replace(
+    cfg,
+    latents_mean=tuple(every_NC.mean(0).tolist()),
+    latents_std=tuple(np.maximum(every_NC.std(0), 1e-6).tolist()),
+  )

@@ -353,7 +353,7 @@ def _upright(image, frame, path):
   a, b, c, d = matrix  # the pixel (x, y) is shown at (a x + c y, b x + d y), up to a translation
   if abs(b) > abs(a):
     image, a, d = image.swapaxes(0, 1), c, b
-  return image[::-1 if d < 0 else 1, ::-1 if a < 0 else 1]
+  return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
 # EXIF 2.32, tag 274: the matrix (a, b, c, d) of each orientation.
@@ -375,14 +375,14 @@ def _exif_orientation(path):
     head = f.read(1 << 18)
   for mark in (b"Exif\0\0", b"eXIf", b"EXIF"):  # JPEG, PNG, WebP (where the length of the chunk comes first)
     at = head.find(mark)
-    tiff = head[at + len(mark):] if at >= 0 else b""
+    tiff = head[at + len(mark) :] if at >= 0 else b""
     tiff = tiff[4:] if mark == b"EXIF" else tiff
     order = {b"II": "little", b"MM": "big"}.get(tiff[:2])
     if order is None:
       continue
     directory = int.from_bytes(tiff[4:8], order)
-    for entry in range(int.from_bytes(tiff[directory:directory + 2], order)):
-      field = tiff[directory + 2 + 12 * entry:][:12]
+    for entry in range(int.from_bytes(tiff[directory : directory + 2], order)):
+      field = tiff[directory + 2 + 12 * entry :][:12]
       if int.from_bytes(field[:2], order) == 274:
         return int.from_bytes(field[8:10], order)
   return None

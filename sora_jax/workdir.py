@@ -41,7 +41,8 @@ def read_config(workdir):
   if "sample" not in config:
     program = config.get("program", "another program")
     raise BadInput(
-      f"{workdir} is no work directory of launch.train (its config.json is of {program}); name another --workdir"
+      f"{workdir} is no work directory of launch.train (its config.json is of {program}); name another "
+      "--workdir"
     )
   return ml_collections.ConfigDict(config)
 
@@ -96,17 +97,20 @@ def adopt(config):
   if config.model.size != "init":
     if config.lora.rank or config.model.expert:
       raise BadInput(
-        "config.lora.rank and config.model.expert are for weights of --config.init; give --config.model.size=init with it"
+        "config.lora.rank and config.model.expert are for weights of --config.init; give "
+        "--config.model.size=init with it"
       )
     return
   if not config.init:
     raise BadInput(
-      "config.model.size is 'init' and there is no --config.init; give the work directory of launch.import_weights"
+      "config.model.size is 'init' and there is no --config.init; give the work directory of "
+      "launch.import_weights"
     )
   theirs = read_json(epath.Path(config.init) / "config.json")
   if "model" not in theirs or "sample" not in theirs:
     raise BadInput(
-      f"--config.init={config.init} is no work directory of launch.import_weights or launch.train; name another"
+      f"--config.init={config.init} is no work directory of launch.import_weights or launch.train; name "
+      "another"
     )
   model, expert = theirs["model"], config.model.expert
   two = bool(model.get("boundary"))
@@ -115,10 +119,13 @@ def adopt(config):
     raise BadInput(f"config.model.expert is {expert!r}; {config.init} holds {holds}")
   if model.get("expert") or theirs.get("lora", {}).get("rank"):
     raise BadInput(
-      f"{config.init} holds one expert or adapters; export it (launch.export), which puts all together, and begin from that"
+      f"{config.init} holds one expert or adapters; export it (launch.export), which puts all together, and "
+      "begin from that"
     )
   with config.unlocked():
-    config.model.dit = model["dit"] if "dit" in model else dataclasses.asdict(pick(dit.SIZES, model["size"], "model.size"))
+    config.model.dit = (
+      model["dit"] if "dit" in model else dataclasses.asdict(pick(dit.SIZES, model["size"], "model.size"))
+    )
     config.model.boundary = model.get("boundary", 0.0)
     if config.lora.rank or expert:
       config.model.base = identity(config.init)
@@ -139,11 +146,15 @@ def make_model(config, text_dir, layout):
     size = checked(lambda: make(**config.model.dit.to_dict()), "config.model.dit")
   else:
     size = pick(dit.SIZES, config.model.size, "config.model.size")
-  cfg = checked(lambda: dataclasses.replace(size, remat=config.model.remat, dtype=config.model.dtype), "config.model")
+  cfg = checked(
+    lambda: dataclasses.replace(size, remat=config.model.remat, dtype=config.model.dtype), "config.model"
+  )
   encoder = None
   if config.model.text:
     tokenizer = text.Tokenizer(epath.Path(text_dir) / "tokenizer.model")
-    encoder = dataclasses.replace(pick(text.SIZES, config.model.text, "config.model.text"), vocab=tokenizer.vocab)
+    encoder = dataclasses.replace(
+      pick(text.SIZES, config.model.text, "config.model.text"), vocab=tokenizer.vocab
+    )
     if encoder.width != cfg.text_width:
       raise BadInput(
         f"config.model.text {config.model.text!r} gives {encoder.width} values a token, "
@@ -158,7 +169,9 @@ def trained_part(config, model):
     model = dataclasses.replace(model, boundary=0.0)
   if config.get("lora") and config.lora.rank:
     adapters = checked(lambda: lora.LoRAConfig(**config.lora), "config.lora")
-    model = dataclasses.replace(model, lora=adapters, dit=dataclasses.replace(model.dit, lora_scale=adapters.scale))
+    model = dataclasses.replace(
+      model, lora=adapters, dit=dataclasses.replace(model.dit, lora_scale=adapters.scale)
+    )
   return model
 
 
@@ -201,16 +214,21 @@ def load_weights(workdir, which="ema", target=None, say=lambda line: None, *, ma
       _check_shapes(workdir, tree, target)
       return parts.put(tree, target), config.get("step", 0)
     if not mapped:
-      tree = jax.device_put(jax.tree.map(lambda leaf: np.array(leaf, np.float32), tree))  # copies, as in parts.put
+      tree = jax.device_put(
+        jax.tree.map(lambda leaf: np.array(leaf, np.float32), tree)
+      )  # copies, as in parts.put
     return tree, config.get("step", 0)
   raise BadInput(
-    f"{workdir} holds no checkpoint and no model; train one there (python -m launch.train) or name another --workdir"
+    f"{workdir} holds no checkpoint and no model; train one there (python -m launch.train) or name another "
+    "--workdir"
   )
 
 
 def _check_shapes(workdir, stored, target):
   """BadInput names the first weight that is missing, too many, or of another shape than the model's."""
-  stored, target = ({name: tuple(leaf.shape) for name, leaf in flatten(tree).items()} for tree in (stored, target))
+  stored, target = (
+    {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()} for tree in (stored, target)
+  )
   for name in sorted(stored.keys() | target.keys()):
     if stored.get(name) != target.get(name):
       raise BadInput(
@@ -243,7 +261,8 @@ def base_weights(config, model, dtype=None, only=(), say=lambda line: None):
   init = epath.Path(config.init)
   if not (init / "config.json").exists() or identity(init) != config.model.base:
     raise BadInput(
-      f"the weights of {config.init} are missing, or others than were built upon; put them back, or where they are "
+      f"the weights of {config.init} are missing, or others than were built upon; put them back, or where "
+      "they are "
       "elsewhere now, name that place as `init` in config.json of this work directory"
     )
   if model is None:

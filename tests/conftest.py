@@ -12,21 +12,23 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-DEVICES = ("--xla_force_host_platform_device_count={} "
-           # these two: much less time to compile
-           "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+DEVICES = (
+  "--xla_force_host_platform_device_count={} "
+  # these two: much less time to compile
+  "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = DEVICES.format(8)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")             # the oracle's libraries look nothing up
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the oracle's libraries look nothing up
 
 import pytest  # noqa: E402
 from absl import flags  # noqa: E402
 
 if not flags.FLAGS.is_parsed():
-  flags.FLAGS.mark_as_parsed()      # grain's workers read absl flags, which pytest never parses
+  flags.FLAGS.mark_as_parsed()  # grain's workers read absl flags, which pytest never parses
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -51,7 +53,9 @@ def pytest_sessionfinish(session, exitstatus):
   if hasattr(session.config, "workerinput"):
     return
   reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-  ran = reporter and any(reporter.stats.get(outcome) for outcome in ("passed", "failed", "xfailed", "xpassed"))
+  ran = reporter and any(
+    reporter.stats.get(outcome) for outcome in ("passed", "failed", "xfailed", "xpassed")
+  )
   if exitstatus == pytest.ExitCode.OK and not ran and not session.config.option.collectonly:
     session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
@@ -63,13 +67,25 @@ def run_program():
 
   stdout and stderr are text; no terminal, no stdin. The exit code is the test's to judge.
   """
+
   def run(name, *arguments, devices=1, timeout=300, cwd=None, env=None):
     environment = {
-        **os.environ, "XLA_FLAGS": DEVICES.format(devices), "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1",
-        **(env or {}),
+      **os.environ,
+      "XLA_FLAGS": DEVICES.format(devices),
+      "PYTHONPATH": str(ROOT),
+      "PYTHONSAFEPATH": "1",
+      **(env or {}),
     }
     command = [sys.executable, "-m", f"launch.{name}", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd or ROOT, env=environment, timeout=timeout, text=True, capture_output=True,
-                          stdin=subprocess.DEVNULL, check=False)
+    return subprocess.run(
+      command,
+      cwd=cwd or ROOT,
+      env=environment,
+      timeout=timeout,
+      text=True,
+      capture_output=True,
+      stdin=subprocess.DEVNULL,
+      check=False,
+    )
 
   return run

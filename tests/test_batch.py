@@ -36,8 +36,10 @@ def test_text_may_be_embeddings():
   assert packed.text_BS is None and packed.text_BSE.shape == (1, 7, 5) and packed.text_BSE[0, :2].all()
 
 
-@pytest.mark.parametrize("row", [[clip(1, 6), clip(2, 5)], [clip(i, 1, texts=((1,),)) for i in range(4)],
-                                 [clip(1, 2, texts=(range(8),))]])
+@pytest.mark.parametrize(
+  "row",
+  [[clip(1, 6), clip(2, 5)], [clip(i, 1, texts=((1,),)) for i in range(4)], [clip(1, 2, texts=(range(8),))]],
+)
 def test_a_row_that_overflows_is_an_error(row):
   with pytest.raises(ValueError, match="row 0 overflows"):
     batches.pack([row], SHAPE)

@@ -54,7 +54,11 @@ def test_restores_onto_another_mesh(tmp_path):
   saved(tmp_path)
   where = layout.Layout(layout.make_mesh(fsdp=4, tensor=2))
   checkpoints, step, _ = reopened(tmp_path)
-  target = {"params": {"dit": {"w": jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=where.sharding("embed", "mlp"))}}}
+  target = {
+    "params": {
+      "dit": {"w": jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=where.sharding("embed", "mlp"))}
+    }
+  }
   found = checkpoints.restore(step, target)["params"]["dit"]["w"]
   assert found.addressable_shards[0].data.shape == (2, 8)
   np.testing.assert_array_equal(found, state(2)["params"]["dit"]["w"])
@@ -77,7 +81,7 @@ def test_a_damaged_step_is_named_and_the_one_before_taken(tmp_path, damage):
   checkpoints, step, lines = reopened(tmp_path)
   assert step == 1 and len(lines) == 1 and "checkpoint 2 is damaged" in lines[0]
   chex_equal(checkpoints.restore(1, targets(state(0))), state(1))
-  checkpoints.save(2, state(2), {"step": 2, "cursor": None})        # and the run goes on
+  checkpoints.save(2, state(2), {"step": 2, "cursor": None})  # and the run goes on
   checkpoints.close()
   assert reopened(tmp_path)[1] == 2
 

@@ -27,8 +27,15 @@ FOLDER = pathlib.Path(__file__).resolve().parent.parent / "configs"
 PAGES = {path.stem: open_page(path) for path in sorted(FOLDER.glob("*.py"))}
 VARIANTS = [(name, variant) for name, page in PAGES.items() for variant in page.VARIANTS]
 IMPORTED = dit.SIZES["wan-1.3b"]
-SAMPLE = {"size": [480, 832], "frames": 81, "fps": 16.0, "steps": 50, "sampler": "unipc", "shift": 5.0,
-          "guidance": 6.0}
+SAMPLE = {
+  "size": [480, 832],
+  "frames": 81,
+  "fps": 16.0,
+  "steps": 50,
+  "sampler": "unipc",
+  "shift": 5.0,
+  "guidance": 6.0,
+}
 
 
 def flat(config, prefix=""):
@@ -42,7 +49,7 @@ def flat(config, prefix=""):
 def layout_of(config):
   """config.mesh on as many of the 8 devices as it needs."""
   axes = config.mesh.to_dict()
-  return layout.Layout(layout.make_mesh(data=1, **axes, devices=jax.devices()[:math.prod(axes.values())]))
+  return layout.Layout(layout.make_mesh(data=1, **axes, devices=jax.devices()[: math.prod(axes.values())]))
 
 
 def t2v_state(config, workdir):
@@ -52,7 +59,9 @@ def t2v_state(config, workdir):
     fields = {"model": {"dit": dataclasses.asdict(IMPORTED)}, "sample": SAMPLE}
     (workdir / "config.json").write_text(json.dumps(fields))
   workdirs.adopt(config)
-  model = workdirs.trained_part(config, workdirs.make_model(config, workdirs.shipped() / "text", layout_of(config)))
+  model = workdirs.trained_part(
+    config, workdirs.make_model(config, workdirs.shipped() / "text", layout_of(config))
+  )
   make_sigma(config)
   batches.RowShape(config.data.row_tokens, config.data.row_clips, config.data.row_text)
   assert config.sample.sampler in samplers.SAMPLERS

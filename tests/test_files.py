@@ -33,7 +33,12 @@ def test_json_comes_back(tmp_path, depth):
 
 
 def test_a_report_has_a_line_for_each_file(tmp_path):
-  value = {"a": 1, "b": {"x.mp4": {"size": [1, 2], "deep": {"er": None}}, 'q"é\n猫': [{}, {"s": 1}]}, "empty": {}, "list": [1]}
+  value = {
+    "a": 1,
+    "b": {"x.mp4": {"size": [1, 2], "deep": {"er": None}}, 'q"é\n猫': [{}, {"s": 1}]},
+    "empty": {},
+    "list": [1],
+  }
   files.write_json(tmp_path / "a.json", value, depth=2)
   text = (tmp_path / "a.json").read_text("utf-8")
   assert json.loads(text) == value and len(text.splitlines()) == 9
@@ -80,7 +85,9 @@ def test_safetensors_are_those_of_the_library(tmp_path):
   assert files.parse_safetensors((tmp_path / "x").read_bytes())[1] == {"k": "v"}
 
 
-@pytest.mark.parametrize("pieces", [[("b", ARRAYS["b"])], [("a", ARRAYS["a"]), ("b", ARRAYS["b"])], [("b", np.zeros(9, np.float32))]])
+@pytest.mark.parametrize(
+  "pieces", [[("b", ARRAYS["b"])], [("a", ARRAYS["a"]), ("b", ARRAYS["b"])], [("b", np.zeros(9, np.float32))]]
+)
 def test_pieces_that_do_not_add_up(tmp_path, pieces):
   specs = {name: (ARRAYS[name].shape, ARRAYS[name].dtype) for name in ("b", "a")}
   with pytest.raises(ValueError):
@@ -88,7 +95,15 @@ def test_pieces_that_do_not_add_up(tmp_path, pieces):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data[:5], lambda data: data.replace(b"BF16", b"XX16"), lambda data: b""])
+@pytest.mark.parametrize(
+  "damage",
+  [
+    lambda data: data[:-1],
+    lambda data: data[:5],
+    lambda data: data.replace(b"BF16", b"XX16"),
+    lambda data: b"",
+  ],
+)
 def test_a_damaged_file_is_one_line(tmp_path, damage):
   (tmp_path / "x").write_bytes(damage(files.to_safetensors(ARRAYS)))
   with pytest.raises(BadInput, match="cannot be read"):

@@ -19,37 +19,60 @@ STEP = (*BASIS, *(f"sora_jax.{name}" for name in ("models", "diffusion", "tasks"
 # import its
 # own package, `sora_jax` itself (its version) and `sora_jax.errors`.
 ALLOWED = {
-    "sora_jax": (),
-    **{f"sora_jax.{name}": () for name in ("errors", "files", "batch", "patches", "masks", "layout", "diffusion", "safety", "metrics", "video")},
-    "sora_jax.optim": ("sora_jax.layout",),
-    "sora_jax.models": BASIS,
-    "sora_jax.weights": ("sora_jax.models", "sora_jax.layout"),
-    "sora_jax.tasks": BASIS,
-    "sora_jax.train": STEP, "sora_jax.train_vae": STEP, "sora_jax.sample": STEP,
-    "sora_jax.checkpoint": ("sora_jax.files",),
-    "sora_jax.parts": ("sora_jax.files", "sora_jax.models"),
-    "sora_jax.workdir": tuple(f"sora_jax.{name}" for name in ("checkpoint", "parts", "files", "models", "layout")),
-    "sora_jax.codec": ("sora_jax.models",),
-    "sora_jax.embedder": tuple(f"sora_jax.{name}" for name in ("workdir", "parts", "models", "layout")),
-    "sora_jax.pipeline": (*STEP, *(f"sora_jax.{name}" for name in ("workdir", "codec", "embedder", "sample", "video"))),
-    "sora_jax.convert": tuple(f"sora_jax.{name}" for name in ("workdir", "parts", "files", "weights", "models", "patches", "tasks")),
-    "data": (*BASIS, "sora_jax.video", "sora_jax.files"),
-    # the programs; configs by path only
-    "launch": ("data", "sora_jax", "launch.common", "launch.jobs", "launch.reports"),
-    "launch.common": ("data", "sora_jax"),
-    "launch.reports": ("data", "sora_jax", "launch.common"),
-    "launch.jobs": ("data", "sora_jax", "launch.common", "launch.reports"),
-    "launch.common.processes": (),
-    "configs": (),
+  "sora_jax": (),
+  **{
+    f"sora_jax.{name}": ()
+    for name in (
+      "errors",
+      "files",
+      "batch",
+      "patches",
+      "masks",
+      "layout",
+      "diffusion",
+      "safety",
+      "metrics",
+      "video",
+    )
+  },
+  "sora_jax.optim": ("sora_jax.layout",),
+  "sora_jax.models": BASIS,
+  "sora_jax.weights": ("sora_jax.models", "sora_jax.layout"),
+  "sora_jax.tasks": BASIS,
+  "sora_jax.train": STEP,
+  "sora_jax.train_vae": STEP,
+  "sora_jax.sample": STEP,
+  "sora_jax.checkpoint": ("sora_jax.files",),
+  "sora_jax.parts": ("sora_jax.files", "sora_jax.models"),
+  "sora_jax.workdir": tuple(
+    f"sora_jax.{name}" for name in ("checkpoint", "parts", "files", "models", "layout")
+  ),
+  "sora_jax.codec": ("sora_jax.models",),
+  "sora_jax.embedder": tuple(f"sora_jax.{name}" for name in ("workdir", "parts", "models", "layout")),
+  "sora_jax.pipeline": (
+    *STEP,
+    *(f"sora_jax.{name}" for name in ("workdir", "codec", "embedder", "sample", "video")),
+  ),
+  "sora_jax.convert": tuple(
+    f"sora_jax.{name}" for name in ("workdir", "parts", "files", "weights", "models", "patches", "tasks")
+  ),
+  "data": (*BASIS, "sora_jax.video", "sora_jax.files"),
+  # the programs; configs by path only
+  "launch": ("data", "sora_jax", "launch.common", "launch.jobs", "launch.reports"),
+  "launch.common": ("data", "sora_jax"),
+  "launch.reports": ("data", "sora_jax", "launch.common"),
+  "launch.jobs": ("data", "sora_jax", "launch.common", "launch.reports"),
+  "launch.common.processes": (),
+  "configs": (),
 }
 
 # What a module may import of others. Not named here: whatever setup.py declares as core.
 OTHERS = {
-    "sora_jax.diffusion": {"jax", "numpy"},
-    "sora_jax.patches": {"jax", "numpy"},
-    "sora_jax.batch": {"jax", "numpy"},
-    "sora_jax.masks": {"numpy"},
-    "configs": {"ml_collections", "numpy"},
+  "sora_jax.diffusion": {"jax", "numpy"},
+  "sora_jax.patches": {"jax", "numpy"},
+  "sora_jax.batch": {"jax", "numpy"},
+  "sora_jax.masks": {"numpy"},
+  "configs": {"ml_collections", "numpy"},
 }
 # launch.benchmark.theirs may, inside functions
 NEVER = {"torch", "diffusers", "transformers", "tensorflow"}
@@ -89,14 +112,19 @@ def core():
   text = (ROOT / "setup.py").read_text()
   listed = re.search(r"^CORE = \[\n(.*?)^\]", text, re.M | re.S).group(1)
   names = {name.lower().replace("-", "_") for name in re.findall(r'"([\w-]+)', listed)}
-  return (names - {"orbax_checkpoint", "absl_py", "protobuf", "tensorboardx"}) | {"orbax", "absl", "google", "tensorboardX"}
+  return (names - {"orbax_checkpoint", "absl_py", "protobuf", "tensorboardx"}) | {
+    "orbax",
+    "absl",
+    "google",
+    "tensorboardX",
+  }
 
 
 def violations(module, source):
   """What the source of a module may not import -> list of lines to read."""
   root, *inside = module.split(".")
   own = f"{root}.{inside[0]}" if root in ("sora_jax", "launch") and inside else root
-  own = module if module in ALLOWED else own          # what has an entry of its own has no package
+  own = module if module in ALLOWED else own  # what has an entry of its own has no package
   allowed = (*rule(ALLOWED, module, ()), own, "sora_jax.errors", "sora_jax.__version__")
   strict = rule(OTHERS, module, set())
   wrong = []
@@ -105,12 +133,17 @@ def violations(module, source):
     if root in OURS:
       if name == "sora_jax" or any(within(name, prefix) for prefix in allowed):
         continue
-      wrong.append(f"{module}:{line} imports {name}; allowed: {', '.join(rule(ALLOWED, module, ())) or 'none of ours'}")
+      wrong.append(
+        f"{module}:{line} imports {name}; allowed: {', '.join(rule(ALLOWED, module, ())) or 'none of ours'}"
+      )
     elif root in sys.stdlib_module_names:
       continue
     elif root in NEVER:
       if top or not module.startswith("launch.benchmark."):
-        wrong.append(f"{module}:{line} imports {root}, which only tests/oracle may, and launch.benchmark.theirs inside functions")
+        wrong.append(
+          f"{module}:{line} imports {root}, which only tests/oracle may, and launch.benchmark.theirs inside "
+          "functions"
+        )
     # an extra: inside functions
     elif strict and root not in strict or not strict and top and root not in core():
       wrong.append(f"{module}:{line} imports {root}, which is not among {sorted(strict or core())}")
@@ -148,10 +181,12 @@ def circles(sources):
 
   def walk(module, path):
     if module in path:
-      return path[path.index(module):] + [module]
+      return path[path.index(module) :] + [module]
     if module in done:
       return []
-    found = next((circle for circle in (walk(target, [*path, module]) for target in sorted(edges[module])) if circle), [])
+    found = next(
+      (circle for circle in (walk(target, [*path, module]) for target in sorted(edges[module])) if circle), []
+    )
     done.add(module)
     return found
 
@@ -164,7 +199,9 @@ def test_no_circles():
   assert circles(chain) == [] and circles(chain | {"d": "from b import z"}) == ["b", "c", "d", "b"]
 
 
-@pytest.mark.parametrize(("module", "source"), [
+@pytest.mark.parametrize(
+  ("module", "source"),
+  [
     ("sora_jax.models.dit", "from sora_jax.train import loss"),
     ("sora_jax.models.dit", "from data import plan"),
     ("sora_jax.diffusion.flow", "from sora_jax import batch"),
@@ -191,24 +228,37 @@ def test_no_circles():
     ("launch.benchmark.theirs", "import torch"),
     ("launch.jobs.sample", "def late():\n  import torch"),
     ("launch.serve", "import flask"),
-])
+  ],
+)
 def test_a_violation_is_seen(module, source):
   assert violations(module, source)
 
 
-@pytest.mark.parametrize(("module", "source"), [
-    ("sora_jax.models.dit", "import jax\nfrom sora_jax.models import attention\nfrom sora_jax.patches import grid"),
+@pytest.mark.parametrize(
+  ("module", "source"),
+  [
+    (
+      "sora_jax.models.dit",
+      "import jax\nfrom sora_jax.models import attention\nfrom sora_jax.patches import grid",
+    ),
     ("sora_jax.train", "from sora_jax.models.dit import DiT\nfrom sora_jax import optim"),
     ("sora_jax.safety.policy", "from sora_jax.errors import BadInput\nimport json"),
     ("data.sources.shapes", "from data.clips import RawClip\nimport numpy as np"),
-    ("launch.sample", "from data import records\nfrom sora_jax import sample\nimport orbax.checkpoint as ocp"),
+    (
+      "launch.sample",
+      "from data import records\nfrom sora_jax import sample\nimport orbax.checkpoint as ocp",
+    ),
     ("launch.train", "from launch.common import loop\nfrom launch.jobs import sample"),
-    ("launch.packing.figures", "from launch.packing import peers\nfrom launch.reports import page\nfrom data import plan"),
+    (
+      "launch.packing.figures",
+      "from launch.packing import peers\nfrom launch.reports import page\nfrom data import plan",
+    ),
     ("sora_jax.pipeline", "from sora_jax import codec, sample, workdir"),
     ("launch.benchmark.theirs", "def peer():\n  import torch"),
     ("launch.export", "def onnx():\n  import jax2onnx"),
     ("configs.t2v", "import ml_collections"),
-])
+  ],
+)
 def test_what_is_allowed_passes(module, source):
   assert not violations(module, source)
 

@@ -42,19 +42,22 @@ def test_a_small_weight_that_stays_whole_is_named():
   """A line for each axis that its devices do not divide. None where they do, or cut another of its axes."""
   where = layout.Layout(layout.make_mesh(fsdp=2, tensor=4))
   weights = {
-      "query": box((2, 32, 6, 8), "layers", "embed", "heads", "head_dim"),
-      "query_bias": box((2, 6, 8), "layers", "heads", "head_dim"),
-      "in": box((32, 64), "embed", "mlp"),
-      "twice": box((32, 33), "embed", "embed"),
-      "late": box((6, 64), "heads", "mlp"),
-      "plain": jax.ShapeDtypeStruct((3,), jnp.int32),
+    "query": box((2, 32, 6, 8), "layers", "embed", "heads", "head_dim"),
+    "query_bias": box((2, 6, 8), "layers", "heads", "head_dim"),
+    "in": box((32, 64), "embed", "mlp"),
+    "twice": box((32, 33), "embed", "embed"),
+    "late": box((6, 64), "heads", "mlp"),
+    "plain": jax.ShapeDtypeStruct((3,), jnp.int32),
   }
   line = "blocks/query and 1 more: axis heads of 6 is not a multiple of tensor=4 and stays whole"
   assert layout.uncut_weights({"blocks": weights}, where) == [line]
   places = layout.shardings(weights, where)
   assert places["query"].spec == PartitionSpec(None, "fsdp", None, None)
   assert places["late"].spec == PartitionSpec(None, "tensor")
-  for fits in (layout.Layout(layout.make_mesh(fsdp=4, tensor=2)), layout.Layout(layout.make_mesh(devices=jax.devices()[:1]))):
+  for fits in (
+    layout.Layout(layout.make_mesh(fsdp=4, tensor=2)),
+    layout.Layout(layout.make_mesh(devices=jax.devices()[:1])),
+  ):
     assert layout.uncut_weights(weights, fits) == []
 
 

@@ -25,14 +25,14 @@ def test_ssim_is_that_of_the_paper(images):
   """Equation 13 of Wang et al. 2004, window by window, with its Gaussian weights."""
   a, b = images
   offsets = np.arange(11) - 5
-  weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5 ** 2))
+  weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
   weights /= weights.sum()
   scores = []
   images_a, images_b = (np.moveaxis(x, -1, 1).reshape(-1, 17, 19) for x in (a, b))
   for image, other in zip(images_a, images_b):
     for y in range(7):
       for x in range(9):
-        p, q = image[y:y + 11, x:x + 11], other[y:y + 11, x:x + 11]
+        p, q = image[y : y + 11, x : x + 11], other[y : y + 11, x : x + 11]
         mean_p, mean_q = (weights * p).sum(), (weights * q).sum()
         var_p, var_q = (weights * (p - mean_p) ** 2).sum(), (weights * (q - mean_q) ** 2).sum()
         covariance = (weights * (p - mean_p) * (q - mean_q)).sum()
@@ -57,7 +57,9 @@ def test_ssim_of_two_flat_images():
   assert metrics.ssim(a, 2 * a) == pytest.approx((2 * 0.25 * 0.5 + 1e-4) / (0.0625 + 0.25 + 1e-4))
 
 
-@pytest.mark.parametrize("shapes", [((10, 30, 3), (10, 30, 3)), ((30, 30, 3), (30, 31, 3)), ((30, 30), (30, 30))])
+@pytest.mark.parametrize(
+  "shapes", [((10, 30, 3), (10, 30, 3)), ((30, 30, 3), (30, 31, 3)), ((30, 30), (30, 30))]
+)
 def test_shapes_that_cannot_be_compared_raise(shapes):
   with pytest.raises(ValueError, match=r"\d+"):
     metrics.ssim(*(np.zeros(shape) for shape in shapes))

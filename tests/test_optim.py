@@ -9,13 +9,15 @@ import pytest
 from sora_jax import layout, optim
 
 SHAPES = {
-    "query": ((2, 16, 4, 8), ("layers", "embed", "heads", "head_dim")),
-    "mlp": ((2, 16, 64), ("layers", "embed", "mlp")),
-    "kernel": ((3, 3, 3, 8, 16), (None, None, None, "conv_in", "conv_out")),
-    "bias": ((2, 16), ("layers", "embed")),
+  "query": ((2, 16, 4, 8), ("layers", "embed", "heads", "head_dim")),
+  "mlp": ((2, 16, 64), ("layers", "embed", "mlp")),
+  "kernel": ((3, 3, 3, 8, 16), (None, None, None, "conv_in", "conv_out")),
+  "bias": ((2, 16), ("layers", "embed")),
 }
-BOXED = {name: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
-         for name, (shape, axes) in SHAPES.items()}
+BOXED = {
+  name: nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), axes)
+  for name, (shape, axes) in SHAPES.items()
+}
 
 
 def arrays(seed):
@@ -36,6 +38,7 @@ def second_update(name, where=None, weight_decay=0.1):
   def update(params, opt, grads):
     updates, opt = tx.update(grads, opt, params)
     return jax.tree.map(jnp.add, params, updates), opt
+
   step = jax.jit(update, out_shardings=places)
   for seed in (1, 2):
     params, opt = step(params, opt, arrays(seed))
@@ -57,7 +60,7 @@ def test_an_update_on_a_mesh_is_that_of_one_device(name):
   assert params["query"].addressable_shards[0].data.shape == (2, 8, 2, 8)
   moments = [leaf for leaf in jax.tree.leaves(opt) if leaf.shape == SHAPES["query"][0]]
   assert moments and all(leaf.addressable_shards[0].data.shape == (2, 8, 2, 8) for leaf in moments)
-  scaled = params | {"mlp": params["mlp"] * 1.0001}          # the comparison can fail
+  scaled = params | {"mlp": params["mlp"] * 1.0001}  # the comparison can fail
   assert apart((scaled, opt), wanted) > 1e-5
 
 
@@ -71,7 +74,8 @@ def test_weight_decay_is_on_matrices_alone(name):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"name": "sgd"}, {"learning_rate": 0}, {"final": 2}, {"b1": 1.0}, {"b2": -0.1}])
+  "wrong", [{"name": "sgd"}, {"learning_rate": 0}, {"final": 2}, {"b1": 1.0}, {"b2": -0.1}]
+)
 def test_a_setting_out_of_range_says_so(wrong):
   with pytest.raises(ValueError, match="the optimiser"):
     optim.OptimConfig(**wrong)

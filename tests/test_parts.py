@@ -24,19 +24,39 @@ def test_a_part_round_trips(tmp_path):
 
 def test_a_fingerprint_of_some_weights(tmp_path):
   """It changes with those, and the config, and nothing else."""
+
   def made(config, **changes):
     weights = {"encoder": {"b": np.zeros(3, np.float32)}, "decoder": {"b": np.zeros(3, np.float32)}}
     parts.save_part(tmp_path, config, weights | changes)
     return parts.checksum(tmp_path, ("encoder", "quant"))
+
   ones = {"b": np.ones(3, np.float32)}
   assert made({"size": "tiny"}) == made({"size": "tiny"}, decoder=ones)
-  assert len({made({"size": "tiny"}), made({"size": "wan"}), made({"size": "tiny"}, encoder=ones), made({"size": "tiny"}, quant=ones)}) == 4
+  assert (
+    len(
+      {
+        made({"size": "tiny"}),
+        made({"size": "wan"}),
+        made({"size": "tiny"}, encoder=ones),
+        made({"size": "tiny"}, quant=ones),
+      }
+    )
+    == 4
+  )
 
 
-@pytest.mark.parametrize("break_it, message", [
-    (lambda d: (d / "config.json").unlink(), "there is no"), (lambda d: (d / "weights.safetensors").unlink(), "not whole"),
+@pytest.mark.parametrize(
+  "break_it, message",
+  [
+    (lambda d: (d / "config.json").unlink(), "there is no"),
+    (lambda d: (d / "weights.safetensors").unlink(), "not whole"),
     (lambda d: (d / "config.json").write_text("{"), "not valid JSON"),
-    (lambda d: (d / "weights.safetensors").write_bytes((d / "weights.safetensors").read_bytes()[:-3]), "cannot be read")])
+    (
+      lambda d: (d / "weights.safetensors").write_bytes((d / "weights.safetensors").read_bytes()[:-3]),
+      "cannot be read",
+    ),
+  ],
+)
 def test_a_broken_part_is_told_in_one_line(tmp_path, break_it, message):
   parts.save_part(tmp_path, {}, {"a": np.ones(3, np.float32)})
   break_it(tmp_path)

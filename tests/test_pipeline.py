@@ -84,7 +84,10 @@ def test_one_bad_request_costs_itself(pipe, tmp_path):
     {"id": "e", "prompt": "a", "promt": "b"},
   ]
   steps = []
-  results = {result.position: result for result in pipe.run(requests, progress=lambda done, total: steps.append((done, total)))}
+  results = {
+    result.position: result
+    for result in pipe.run(requests, progress=lambda done, total: steps.append((done, total)))
+  }
   assert sorted(results) == list(range(6))
   assert {i for i, result in results.items() if result.error} == {1, 3, 5}
   assert results[1].request is None and results[3].request.id == "c"
@@ -139,7 +142,9 @@ def test_prompts_are_embedded_together(pipe, monkeypatch):
     return embed(self, ids)
 
   monkeypatch.setattr(type(embedder), "__call__", counted)
-  requests = [{"id": str(i), "prompt": f"ball {i % 4}", "negative_prompt": "blue", **SMALL} for i in range(12)]
+  requests = [
+    {"id": str(i), "prompt": f"ball {i % 4}", "negative_prompt": "blue", **SMALL} for i in range(12)
+  ]
   for result in pipe.run(requests):
     assert embedder._params is None and not result.error
   assert calls == [5]
@@ -152,7 +157,14 @@ def test_prompts_are_embedded_together(pipe, monkeypatch):
 def test_ten_thousand_requests_in_constant_memory(pipe):
   """Requests of 480 x 832 x 81, 32,760 tokens each, are planned and the first is begun in under 500 MB."""
   requests = [
-    {"id": str(i), "prompt": f"a red ball number {i} moves left", "seed": i, "size": [480, 832], "frames": 81, "steps": 2}
+    {
+      "id": str(i),
+      "prompt": f"a red ball number {i} moves left",
+      "seed": i,
+      "size": [480, 832],
+      "frames": 81,
+      "steps": 2,
+    }
     for i in range(10_000)
   ]
   before = _memory("VmRSS", reset=True)
@@ -173,7 +185,9 @@ def _memory(field, reset=False):
 
 def test_the_import_costs_nothing():
   """`import sora_jax` brings no jax; its exports do, when they are used."""
-  code = "import sys, sora_jax; assert 'jax' not in sys.modules; sora_jax.Pipeline; assert 'jax' in sys.modules"
+  code = (
+    "import sys, sora_jax; assert 'jax' not in sys.modules; sora_jax.Pipeline; assert 'jax' in sys.modules"
+  )
   subprocess.run([sys.executable, "-c", code], check=True)
   with pytest.raises(AttributeError, match="Pipeline"):
     sora_jax.Pipelin  # noqa: B018
@@ -183,4 +197,6 @@ def test_programs_can_be_imported_together():
   """Their flags are declared when they are run, not when they are imported."""
   names = "encode evaluate export framing hosts import_weights preflight quickstart sample train train_vae"
   names += " benchmark.__main__ packing.__main__"
-  subprocess.run([sys.executable, "-c", "\n".join(f"import launch.{name}" for name in names.split())], check=True)
+  subprocess.run(
+    [sys.executable, "-c", "\n".join(f"import launch.{name}" for name in names.split())], check=True
+  )

@@ -11,14 +11,24 @@ from sora_jax.models import dit, t2v, text
 
 TINY = dit.DiTConfig(depth=2, heads=2, head_size=16, mlp=64, channels=4, text_width=16, time_freqs=32)
 MODEL = t2v.Model(TINY, text.TextConfig(vocab=300, width=16, depth=1, heads=2, head_size=8, mlp=32))
-DEFAULTS = {"size": [32, 32], "frames": 5, "fps": 8.0, "steps": 4, "sampler": "unipc", "shift": 1.0, "guidance": 3.0}
+DEFAULTS = {
+  "size": [32, 32],
+  "frames": 5,
+  "fps": 8.0,
+  "steps": 4,
+  "sampler": "unipc",
+  "shift": 1.0,
+  "guidance": 3.0,
+}
 PARTS = {"stride": (4, 16, 16), "patch": (1, 1, 1), "channels": 4}
 
 
 @functools.cache
 def weights():
   rng, params = np.random.default_rng(0), layout.unbox(jax.jit(MODEL.init)(jax.random.key(0)))
-  return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), jax.device_get(params))
+  return jax.tree.map(
+    lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), jax.device_get(params)
+  )
 
 
 def tokenize(prompt):

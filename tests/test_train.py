@@ -29,18 +29,30 @@ def model(where=None):
 def clip(uid, thw):
   rng = np.random.default_rng(uid)
   tokens = patches.patchify(rng.normal(size=(*thw, 4)).astype(np.float32), (1, 1, 1))
-  return batches.Clip(tokens, patches.coords(thw), [rng.integers(2, 32, rng.integers(2, 6)).astype(np.int32)], uid=uid, size=thw, fps=8.0)
+  return batches.Clip(
+    tokens,
+    patches.coords(thw),
+    [rng.integers(2, 32, rng.integers(2, 6)).astype(np.int32)],
+    uid=uid,
+    size=thw,
+    fps=8.0,
+  )
 
 
 def rows():
   """Eight rows of clips, one of them half empty."""
-  return [[clip(10 * r + 1, (2, 2, 3)), clip(10 * r + 2, (3, 2, 2))] + ([clip(10 * r + 3, (1, 2, 4))] if r else []) for r in range(8)]
+  return [
+    [clip(10 * r + 1, (2, 2, 3)), clip(10 * r + 2, (3, 2, 2))] + ([clip(10 * r + 3, (1, 2, 4))] if r else [])
+    for r in range(8)
+  ]
 
 
 def weights(of):
   """Random weights of a model, the last layer included, which starts at zero and would hide everything."""
   rng, params = np.random.default_rng(0), layout.unbox(jax.jit(of.init)(jax.random.key(0)))
-  return jax.tree.map(lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), jax.device_get(params))
+  return jax.tree.map(
+    lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), jax.device_get(params)
+  )
 
 
 def places(where):
@@ -59,8 +71,10 @@ def inputs(where=None):
 @functools.cache
 def loss_and_grad(where=None):
   """Compiled (params, batch, key) -> (loss, gradient). On a layout the gradient lies as the weights do."""
+
   def function(params, batch, key):
     return jax.value_and_grad(train.loss_fn)(params, model(where), batch, key, SIGMA)
+
   out = None if where is None else (None, places(where))
   return jax.jit(function, out_shardings=out).lower(*inputs(where), KEY).compile()
 
@@ -86,7 +100,7 @@ def test_packed_equals_alone():
 
 def layout_of(**axes):
   """A layout on as many of the 8 devices as these axes have."""
-  devices = jax.devices()[:math.prod(axes.values())]
+  devices = jax.devices()[: math.prod(axes.values())]
   return layout.Layout(layout.make_mesh(**{"data": 1, **axes}, devices=devices))
 
 
@@ -98,15 +112,19 @@ def assert_same(tree, reference):
     np.testing.assert_allclose(leaf, wanted, rtol=0, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize(("axes", "query", "hidden"), [
+@pytest.mark.parametrize(
+  ("axes", "query", "hidden"),
+  [
     ({"data": 2}, (2, 32, 2, 16), (4, 48, 64)),
     ({"fsdp": 2}, (2, 16, 2, 16), (4, 48, 64)),
     ({"context": 2}, (2, 32, 2, 16), (8, 24, 64)),
     ({"tensor": 2}, (2, 32, 1, 16), (8, 48, 32)),
     ({"fsdp": 2, "context": 2}, (2, 16, 2, 16), (4, 24, 64)),
-    ({"context": 2, "tensor": 2}, (2, 32, 1, 16), (8, 24, 32)),        # more devices than heads
+    ({"context": 2, "tensor": 2}, (2, 32, 1, 16), (8, 24, 32)),  # more devices than heads
     ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 16, 1, 16), (2, 48, 32)),
-], ids=["data", "fsdp", "context", "tensor", "fsdp-context", "context-tensor", "data-fsdp-tensor"])
+  ],
+  ids=["data", "fsdp", "context", "tensor", "fsdp-context", "context-tensor", "data-fsdp-tensor"],
+)
 def test_sharded_equals_unsharded(axes, query, hidden):
   """Loss and gradient of weights, rows, tokens and heads cut over a mesh are those of one device.
 
@@ -136,7 +154,7 @@ def test_a_wrong_gradient_is_not_the_same():
   scaled = jax.tree.map(np.array, reference)
   scaled["dit"]["blocks"]["mlp"]["in"] *= 1.0001
   left_out, mixed = batch.segment_BL.copy(), np.minimum(batch.segment_BL, 1)
-  left_out[:, SHAPE.length // 2:] = 0
+  left_out[:, SHAPE.length // 2 :] = 0
   others = (dataclasses.replace(batch, segment_BL=segment_BL) for segment_BL in (left_out, mixed))
   for wrong in (scaled, *(loss_and_grad()(params, other, KEY)[1] for other in others)):
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
@@ -152,13 +170,15 @@ def setting(where=None, tx=None):
   step, key = train.jit_step(model(where), tx, ema_decay=0.9, sigma=SIGMA), jax.random.key(1)
 
   def run(state, batch):
-    return step(jax.tree.map(jnp.copy, state), batch, key)      # it donates the State
+    return step(jax.tree.map(jnp.copy, state), batch, key)  # it donates the State
 
   return where, tx, run
 
 
 def start(where, tx):
-  return train.init_state(model(where), tx, jax.random.key(0)), train.place_batch(batches.pack(rows(), SHAPE), where)
+  return train.init_state(model(where), tx, jax.random.key(0)), train.place_batch(
+    batches.pack(rows(), SHAPE), where
+  )
 
 
 def test_a_bad_update_changes_nothing_but_the_count():
@@ -171,10 +191,15 @@ def test_a_bad_update_changes_nothing_but_the_count():
   after, metrics = run(state, broken)
   assert int(metrics["bad"]) == 1 and int(after.bad) == 1 and int(after.step) == 1
   for part in ("params", "ema", "opt"):
-    for a, b in zip(jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(state, part)), strict=True):
+    for a, b in zip(
+      jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(state, part)), strict=True
+    ):
       np.testing.assert_array_equal(a, b)
   later, metrics = run(run(state, good)[0], good)
-  assert int(metrics["bad"]) == 0 and float(jnp.abs(later.params["dit"]["velocity"] - state.params["dit"]["velocity"]).max()) > 0
+  assert (
+    int(metrics["bad"]) == 0
+    and float(jnp.abs(later.params["dit"]["velocity"] - state.params["dit"]["velocity"]).max()) > 0
+  )
 
 
 def test_two_steps_save_restore_two_steps(tmp_path):
@@ -228,6 +253,7 @@ def test_overfits_a_handful_of_clips():
 @dataclasses.dataclass(frozen=True)
 class Held:
   """A layout of which only the rows that this process's devices hold are known, as (first, after)."""
+
   rows: tuple
 
   def fitted(self, shape, *axes):
@@ -237,9 +263,16 @@ class Held:
     return {number: (slice(*held),) for number, held in enumerate(self.rows)}
 
 
-@pytest.mark.parametrize(("rows", "part"), [
-    (((0, 2), (2, 4)), (0, 4)), (((12, 14), (14, 16)), (3, 4)), (((4, 8), (4, 8)), (1, 4)), (((None,), (None,)), (0, 1)),
-    (((0, 2), (8, 10)), (0, 1))])
+@pytest.mark.parametrize(
+  ("rows", "part"),
+  [
+    (((0, 2), (2, 4)), (0, 4)),
+    (((12, 14), (14, 16)), (3, 4)),
+    (((4, 8), (4, 8)), (1, 4)),
+    (((None,), (None,)), (0, 1)),
+    (((0, 2), (8, 10)), (0, 1)),
+  ],
+)
 def test_a_process_loads_the_rows_that_its_devices_hold(rows, part):
   """Of 16: a quarter each; the same where others hold other tokens of it; all, where rows are not cut, or not
   in one piece.
@@ -249,7 +282,9 @@ def test_a_process_loads_the_rows_that_its_devices_hold(rows, part):
 
 def test_a_checksum_is_of_the_batch_however_it_is_cut():
   where = [layout.Layout(layout.make_mesh(**axes)) for axes in ({}, {"fsdp": 2, "context": 2})]
-  whole, cut = (int(jax.jit(train.checksum)(train.place_batch(batches.pack(rows(), SHAPE), place))) for place in where)
+  whole, cut = (
+    int(jax.jit(train.checksum)(train.place_batch(batches.pack(rows(), SHAPE), place))) for place in where
+  )
   assert whole == cut
   other = batches.pack(rows(), SHAPE)
   other.tokens_BLP[0, [0, 1]] = other.tokens_BLP[0, [1, 0]]
@@ -270,7 +305,9 @@ def test_what_is_checked_beforehand_is_what_runs(kind):
       c.cond_LQ = np.zeros((len(c.tokens_LP), whole.dit.values_cond), np.float32)
   shapes = train.batch_shapes(whole, len(clips), SHAPE)
   placed = train.place_batch(batches.pack(clips, SHAPE), on_mesh)
-  structs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), placed)
+  structs = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), placed
+  )
   assert jax.tree.structure(shapes) == jax.tree.structure(structs)
   assert jax.tree.leaves(shapes) == jax.tree.leaves(structs)
   tx = optax.sgd(0.1)

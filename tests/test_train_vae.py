@@ -17,7 +17,15 @@ from sora_jax import layout, optim, train_vae
 from sora_jax.models import critics, vae
 from sora_jax.weights import vgg16
 
-TINY = vae.VAEConfig(base_dim=8, z_dim=4, dim_mult=(1, 1), num_res_blocks=0, temporal_downsample=(True,), is_residual=True, patch_size=4)
+TINY = vae.VAEConfig(
+  base_dim=8,
+  z_dim=4,
+  dim_mult=(1, 1),
+  num_res_blocks=0,
+  temporal_downsample=(True,),
+  is_residual=True,
+  patch_size=4,
+)
 PLAIN = train_vae.LossConfig()
 JUDGED = train_vae.LossConfig(adversarial_weight=0.5, adversarial_start=2)
 
@@ -43,7 +51,7 @@ def setting(losses, where=None, tx=None, decoder_only=False):
   key = jax.random.key(1)
 
   def run(state, batch, features=None):
-    return step(jax.tree.map(jnp.copy, state), batch, key, features)      # it donates the state
+    return step(jax.tree.map(jnp.copy, state), batch, key, features)  # it donates the state
 
   return state, run
 
@@ -53,7 +61,10 @@ def same(a, b):
 
 
 def distance(a, b):
-  return sum(np.abs(np.asarray(x) - np.asarray(y)).sum() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  return sum(
+    np.abs(np.asarray(x) - np.asarray(y)).sum()
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+  )
 
 
 def test_it_learns_and_repeats():
@@ -85,7 +96,7 @@ def test_a_bad_update_changes_nothing(losses):
   kept = ("params", "ema", "opt", "critic", "critic_opt")
   assert all(same(getattr(after, name), getattr(state, name)) for name in kept)
   good, metrics = step(state, batch(images=losses == PLAIN))
-  assert int(metrics["bad"]) == 0 and not same(good.params, state.params)       # the test can fail
+  assert int(metrics["bad"]) == 0 and not same(good.params, state.params)  # the test can fail
 
 
 def test_the_critic_waits_for_its_step():
@@ -100,7 +111,7 @@ def test_the_critic_waits_for_its_step():
     apart.append(distance(alone.params, state.params) / distance(alone.params, start))
     waiting = number < JUDGED.adversarial_start
     assert waiting == same(state.critic, critic) == (float(metrics["adversarial_share"]) == 0)
-  assert max(apart[:2]) < 0.02 < apart[2], apart           # two programs: rounding differs
+  assert max(apart[:2]) < 0.02 < apart[2], apart  # two programs: rounding differs
 
 
 @pytest.mark.slow
@@ -118,7 +129,9 @@ def vgg_tensors(scale=1.0):
   rng, tensors, inner = np.random.default_rng(0), {"classifier.0.weight": np.zeros((1, 1), np.float32)}, 3
   for stage, width in zip(critics.VGG_STAGES, critics.VGG_WIDTHS, strict=True):
     for n in stage:
-      tensors[f"features.{n}.weight"] = (scale * rng.normal(size=(width, inner, 3, 3)) * (2 / 9 / inner) ** 0.5).astype(np.float32)
+      tensors[f"features.{n}.weight"] = (
+        scale * rng.normal(size=(width, inner, 3, 3)) * (2 / 9 / inner) ** 0.5
+      ).astype(np.float32)
       tensors[f"features.{n}.bias"] = np.zeros(width, np.float32)
       inner = width
   return tensors
@@ -132,13 +145,20 @@ def test_perceptual_distance(tmp_path):
   weights = vgg16.load(tmp_path / "vgg16.safetensors")
   video = batch()["clips"][:1]
   noise = np.random.default_rng(1).normal(size=video.shape).astype(np.float32)
-  far_from = jax.jit(jax.value_and_grad(lambda other, weights: critics.perceptual_distance(weights, video, other)))
-  (none, _), (near, _), (far, slope) = (far_from(video + amount * noise, weights) for amount in (0, 0.05, 0.5))
+  far_from = jax.jit(
+    jax.value_and_grad(lambda other, weights: critics.perceptual_distance(weights, video, other))
+  )
+  (none, _), (near, _), (far, slope) = (
+    far_from(video + amount * noise, weights) for amount in (0, 0.05, 0.5)
+  )
   assert float(none) < 1e-6 < float(near) < float(far)
   assert np.isfinite(slope).all() and np.abs(slope).max() > 0
   features = jax.jit(critics.vgg_features)(weights, video)
   assert [f.shape[2:] for f in features] == [(16, 16, 64), (8, 8, 128), (4, 4, 256), (2, 2, 512), (1, 1, 512)]
-  save_file({name: value for name, value in vgg_tensors().items() if name != "features.10.bias"}, tmp_path / "cut.safetensors")
+  save_file(
+    {name: value for name, value in vgg_tensors().items() if name != "features.10.bias"},
+    tmp_path / "cut.safetensors",
+  )
   with pytest.raises(ValueError, match="features.10.bias is missing"):
     vgg16.load(tmp_path / "cut.safetensors")
 
@@ -151,7 +171,10 @@ def test_the_perceptual_term_is_in_the_loss():
   with pytest.raises(ValueError, match="features"):
     step(state, batch())
   after, metrics = step(state, {"clips": batch()["clips"][:1]}, features=weights)
-  assert float(metrics["loss"]) > float(metrics["l1"]) + float(metrics["perceptual"]) - 1e-6 and float(metrics["perceptual"]) > 0
+  assert (
+    float(metrics["loss"]) > float(metrics["l1"]) + float(metrics["perceptual"]) - 1e-6
+    and float(metrics["perceptual"]) > 0
+  )
   assert not same(after.params, state.params)
 
 
@@ -168,12 +191,17 @@ def test_the_decoder_alone_towards_structure():
   assert found[-1] > found[0] + 0.02
   for tree in (state.params, state.ema):
     assert all(same(tree[name], start.params[name]) for name in vae.ENCODER if name in tree)
-    assert not same(tree["decoder"], start.params["decoder"]) and not same(tree["post_quant"], start.params["post_quant"])
+    assert not same(tree["decoder"], start.params["decoder"]) and not same(
+      tree["post_quant"], start.params["post_quant"]
+    )
 
 
 def test_every_value_counts_the_same():
   """Clips and images together: the mean over all values, not the mean of two means."""
-  a, b = batch(), {name: video + shift for (name, video), shift in zip(batch().items(), (0.1, 0.5), strict=True)}
+  a, b = (
+    batch(),
+    {name: video + shift for (name, video), shift in zip(batch().items(), (0.1, 0.5), strict=True)},
+  )
   mean = train_vae.mean_over(lambda x, y: jnp.mean(jnp.abs(x - y)), a, b)
   np.testing.assert_allclose(mean, (0.1 * 3 + 0.5 * 1) / 4, rtol=1e-4)
 
@@ -193,7 +221,9 @@ def test_kl_is_that_of_gaussians():
 
 
 def test_statistics_make_latents_standard():
-  latents = [np.random.default_rng(i).normal((1, -2, 0, 5), (0.5, 2, 1, 3), (2, 3, 4 + i, 4)) for i in range(3)]
+  latents = [
+    np.random.default_rng(i).normal((1, -2, 0, 5), (0.5, 2, 1, 3), (2, 3, 4 + i, 4)) for i in range(3)
+  ]
   cfg = train_vae.with_statistics(latents, TINY)
   normal = np.concatenate([vae.normalise(one, cfg).reshape(-1, 4) for one in latents])
   np.testing.assert_allclose(normal.mean(0), 0, atol=1e-9)
@@ -230,18 +260,22 @@ def assert_same(grads, reference):
     np.testing.assert_allclose(leaf, wanted, rtol=0, atol=1e-5 * largest, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize(("axes", "kernel"), [
+@pytest.mark.parametrize(
+  ("axes", "kernel"),
+  [
     ({"data": 2}, (3, 3, 3, 4, 8)),
     ({"fsdp": 2}, (3, 3, 3, 2, 8)),
     ({"context": 2, "tensor": 2}, (3, 3, 3, 4, 8)),
     ({"data": 2, "fsdp": 2, "tensor": 2}, (3, 3, 3, 2, 8)),
-], ids=["data", "fsdp", "context-tensor", "data-fsdp-tensor"])
+  ],
+  ids=["data", "fsdp", "context-tensor", "data-fsdp-tensor"],
+)
 def test_sharded_equals_unsharded(axes, kernel):
   """The gradient of a step with rows and weights cut over a mesh is that of one device.
 
   kernel: what a device holds of a weight. context and tensor cut nothing of a VAE, and must change nothing.
   """
-  devices = jax.devices()[:math.prod(axes.values())]
+  devices = jax.devices()[: math.prod(axes.values())]
   grads, params = gradient(layout.Layout(layout.make_mesh(**{"data": 1, **axes}, devices=devices)))
   assert_same(grads, gradient()[0])
   assert params["decoder"]["conv_in"]["kernel"].addressable_shards[0].data.shape == kernel
@@ -263,7 +297,9 @@ def test_what_is_checked_beforehand_is_what_runs():
   videos = batch()
   clips, images = videos["clips"], videos["images"]
   shapes = train_vae.batch_shapes(len(clips), len(images), clips.shape[1], clips.shape[2:4], on_mesh)
-  assert {name: shape.shape for name, shape in shapes.items()} == {name: video.shape for name, video in videos.items()}
+  assert {name: shape.shape for name, shape in shapes.items()} == {
+    name: video.shape for name, video in videos.items()
+  }
   assert all(shape.sharding.shard_shape(shape.shape)[0] == shape.shape[0] // 2 for shape in shapes.values())
   tx = optax.sgd(0.1)
   step = train_vae.jit_step(TINY, tx, PLAIN, ema_decay=0.9, layout=on_mesh)

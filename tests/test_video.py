@@ -28,7 +28,7 @@ def patchwork(size=16):
 
 def middles(image, size=16):
   """Means of the middle of each square, where chroma is not mixed with that of neighbours: [12, 3]."""
-  squares = image.reshape(3, size, 4, size, 3)[:, size // 4:-size // 4, :, size // 4:-size // 4]
+  squares = image.reshape(3, size, 4, size, 3)[:, size // 4 : -size // 4, :, size // 4 : -size // 4]
   return squares.mean((1, 3)).reshape(12, 3)
 
 
@@ -38,7 +38,7 @@ def to_yuv(rgb, matrix, full, bits):
   r, g, b = np.moveaxis(rgb / 255, -1, 0)
   y = kr * r + (1 - kr - kb) * g + kb * b
   u, v = (b - y) / 2 / (1 - kb), (r - y) / 2 / (1 - kr)
-  top, step = 2 ** bits - 1, 2 ** (bits - 8)
+  top, step = 2**bits - 1, 2 ** (bits - 8)
   if full:
     return [np.clip(np.round(c), 0, top) for c in (y * top, u * top + 128 * step, v * top + 128 * step)]
   return [np.round(c * step) for c in (16 + 219 * y, 128 + 224 * u, 128 + 224 * v)]
@@ -53,13 +53,27 @@ def textured(frames, height=64, width=96, seed=0, noise=30):
   return (clip + rng.uniform(-noise, noise, clip.shape)).astype(np.uint8)
 
 
-def encode(path, frames, *, codec="libx264", pix_fmt="yuv420p", rate=25, times=None, time_base=None, rotation=None,
-           tags=(), options=None, container=None):
+def encode(
+  path,
+  frames,
+  *,
+  codec="libx264",
+  pix_fmt="yuv420p",
+  rate=25,
+  times=None,
+  time_base=None,
+  rotation=None,
+  tags=(),
+  options=None,
+  container=None,
+):
   """Writes av frames or RGB arrays with PyAV only. times: presentation times in units of time_base."""
   with av.open(str(path), "w", options=container or {}) as out:
     stream = out.add_stream(codec, rate=rate, options=options or {})
     first = frames[0]
-    stream.height, stream.width = first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+    stream.height, stream.width = (
+      first.shape[:2] if isinstance(first, np.ndarray) else (first.height, first.width)
+    )
     stream.pix_fmt = pix_fmt
     for name, value in dict(tags).items():
       setattr(stream.codec_context, name, value)
@@ -69,7 +83,9 @@ def encode(path, frames, *, codec="libx264", pix_fmt="yuv420p", rate=25, times=N
       stream.set_display_rotation(rotation)
     for index, frame in enumerate(frames):
       if isinstance(frame, np.ndarray):
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(format=pix_fmt)
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+          format=pix_fmt
+        )
       frame.pts = times[index] if times else index
       frame.time_base = time_base or Fraction(1, rate)
       out.mux(stream.encode(frame))
@@ -84,7 +100,7 @@ def yuv_frame(rgb, pix_fmt, matrix, full):
   for plane, samples in zip(frame.planes, to_yuv(rgb, matrix, full, bits), strict=True):
     kind = np.uint16 if bits > 8 else np.uint8
     rows = np.zeros((rgb.shape[0], plane.line_size // np.dtype(kind).itemsize), kind)
-    rows[:, :rgb.shape[1]] = samples
+    rows[:, : rgb.shape[1]] = samples
     plane.update(rows.tobytes())
   return frame
 
@@ -100,6 +116,7 @@ def reason(path):
 
 # --- colour -------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("pix_fmt", ["yuv444p", "yuv444p10le"])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("matrix", PRIMARIES)
@@ -108,8 +125,13 @@ def test_colours_are_converted_by_the_tags(tmp_path, matrix, full, pix_fmt):
   image = patchwork()
   for tag in (matrix, "bt601" if matrix == "bt709" else "bt709"):
     frame = yuv_frame(image, pix_fmt, matrix, full)
-    path = encode(tmp_path / f"{tag}.mkv", [frame] * 2, codec="ffv1", pix_fmt=pix_fmt,
-                  tags={"colorspace": TAGS[tag], "color_range": 2 if full else 1})
+    path = encode(
+      tmp_path / f"{tag}.mkv",
+      [frame] * 2,
+      codec="ffv1",
+      pix_fmt=pix_fmt,
+      tags={"colorspace": TAGS[tag], "color_range": 2 if full else 1},
+    )
     reader = video.Reader(path)
     got = next(iter(reader)).image_HWC
     assert not reader.notes
@@ -119,8 +141,13 @@ def test_colours_are_converted_by_the_tags(tmp_path, matrix, full, pix_fmt):
 
 def test_range_is_taken_from_the_tag(tmp_path):
   image = patchwork()
-  path = encode(tmp_path / "wrong.mkv", [yuv_frame(image, "yuv444p", "bt709", True)] * 2, codec="ffv1", pix_fmt="yuv444p",
-                tags={"colorspace": 1, "color_range": 1})
+  path = encode(
+    tmp_path / "wrong.mkv",
+    [yuv_frame(image, "yuv444p", "bt709", True)] * 2,
+    codec="ffv1",
+    pix_fmt="yuv444p",
+    tags={"colorspace": 1, "color_range": 1},
+  )
   assert np.abs(middles(video.load(path)[0][0]) - middles(image)).max() > 10
 
 
@@ -128,7 +155,12 @@ def test_range_is_taken_from_the_tag(tmp_path):
 def test_untagged_colours_depend_on_the_lines_and_are_noted(tmp_path, height, taken):
   image = np.zeros((height, 64, 3), np.uint8)
   image[:] = COLOURS[9]
-  path = encode(tmp_path / "untagged.mkv", [yuv_frame(image, "yuv444p", taken, False)] * 2, codec="ffv1", pix_fmt="yuv444p")
+  path = encode(
+    tmp_path / "untagged.mkv",
+    [yuv_frame(image, "yuv444p", taken, False)] * 2,
+    codec="ffv1",
+    pix_fmt="yuv444p",
+  )
   reader = video.Reader(path)
   assert np.abs(next(iter(reader)).image_HWC.astype(int) - image).max() <= 2
   assert reader.notes == [f"colours are not tagged: taken as {taken}, limited range"]
@@ -140,7 +172,12 @@ def test_written_files_are_tagged_bt709_and_are_bt709(tmp_path):
   video.write_mp4(tmp_path / "out.mp4", np.stack([image] * 3), 8, crf=8)
   with av.open(str(tmp_path / "out.mp4")) as container:
     context = container.streams.video[0].codec_context
-    assert (context.colorspace, context.color_range, context.color_primaries, context.color_trc) == (1, 1, 1, 1)
+    assert (context.colorspace, context.color_range, context.color_primaries, context.color_trc) == (
+      1,
+      1,
+      1,
+      1,
+    )
     assert (context.profile, context.pix_fmt) == ("High", "yuv420p")
     planes = next(container.decode(video=0)).to_ndarray()
   luma = planes[:48].reshape(3, 16, 4, 16)[:, 4:12, :, 4:12].mean((1, 3)).reshape(12)
@@ -148,7 +185,7 @@ def test_written_files_are_tagged_bt709_and_are_bt709(tmp_path):
     want = to_yuv(COLOURS, matrix, False, 8)[0]
     assert (np.abs(luma - want).max() < 2) == near
   content = (tmp_path / "out.mp4").read_bytes()
-  assert content[content.find(b"colr"):][4:14] == b"nclx" + struct.pack(">3H", 1, 1, 1)
+  assert content[content.find(b"colr") :][4:14] == b"nclx" + struct.pack(">3H", 1, 1, 1)
   assert content.find(b"moov") < content.find(b"mdat"), "plays while it loads"
 
 
@@ -165,12 +202,15 @@ def test_transparent_is_over_black(tmp_path):
   for pix_fmt, pixels in (("rgba", [200, 100, 50, 128]), ("ya8", [200, 64])):
     frame = av.VideoFrame(32, 32, pix_fmt)
     frame.planes[0].update(bytes(pixels) * (frame.planes[0].line_size // len(pixels)) * 32)
-    path = encode(tmp_path / f"{pix_fmt}.png", [frame], codec="png", pix_fmt=pix_fmt, container={"update": "1"})
+    path = encode(
+      tmp_path / f"{pix_fmt}.png", [frame], codec="png", pix_fmt=pix_fmt, container={"update": "1"}
+    )
     want = np.array(pixels[:-1]) * pixels[-1] / 255
     assert np.abs(video.load(path)[0][0].astype(float) - want).max() <= 1
 
 
 # --- upright ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(
   ("matrix", "transform"),
@@ -220,6 +260,7 @@ def test_the_rotation_that_pyav_writes(tmp_path):
 
 # --- time ---------------------------------------------------------------------------------------------------
 
+
 def number(image):
   """The number of a frame of `numbered`."""
   return round((image.mean() - 20) / 5)
@@ -243,13 +284,17 @@ def test_a_variable_rate_is_resampled_by_times(tmp_path):
   shown = [number(image) for image in video.resample(frames, 10, reader.fps)]
   np.testing.assert_allclose([times[i] for i in shown], 100 * np.arange(len(shown)), atol=50)
   assert shown[:7] == [0, 4, 7, 10, 13, 16, 19] and shown[7:] == list(range(20, 39))
-  assert shown != [round(i * 39 / (len(shown) - 1)) for i in range(len(shown))], "by the count it would be another video"
+  assert shown != [round(i * 39 / (len(shown) - 1)) for i in range(len(shown))], (
+    "by the count it would be another video"
+  )
   assert len(list(video.resample(frames, reader.fps, reader.fps))) in (40, 41)
 
 
 def test_a_constant_rate_comes_back_frame_by_frame(tmp_path):
   """Also from Matroska, which rounds 1001/30000 s to milliseconds. Other rates use the frame on show."""
-  path = encode(tmp_path / "ntsc.mkv", numbered(40), rate=Fraction(30000, 1001), time_base=Fraction(1001, 30000))
+  path = encode(
+    tmp_path / "ntsc.mkv", numbered(40), rate=Fraction(30000, 1001), time_base=Fraction(1001, 30000)
+  )
   frames = list(video.read(path))
   assert len({round(1000 * f.seconds) for f in frames}) > 1, "rounded"
   rate = video.Reader(path).fps
@@ -260,14 +305,21 @@ def test_a_constant_rate_comes_back_frame_by_frame(tmp_path):
 
 
 def test_the_times_of_a_gif(tmp_path):
-  path = encode(tmp_path / "a.gif", numbered(4), codec="gif", pix_fmt="rgb8", times=[0, 10, 50, 60],
-                time_base=Fraction(1, 100))
+  path = encode(
+    tmp_path / "a.gif",
+    numbered(4),
+    codec="gif",
+    pix_fmt="rgb8",
+    times=[0, 10, 50, 60],
+    time_base=Fraction(1, 100),
+  )
   frames = list(video.read(path))
   assert [round(f.time, 2) for f in frames] == [0, 0.1, 0.5, 0.6]
   assert len(list(video.resample(frames, 10, 5))) == 6
 
 
 # --- damage -------------------------------------------------------------------------------------------------
+
 
 def test_damage_is_detected_and_named(tmp_path):
   """Truncated files of every format, files that are no videos, missing files."""
@@ -290,7 +342,7 @@ def test_damage_is_detected_and_named(tmp_path):
   for name, path in files.items():
     assert reason(path) is None, name
     content = path.read_bytes()
-    (tmp_path / "cut").with_suffix(path.suffix).write_bytes(content[:len(content) // 2])
+    (tmp_path / "cut").with_suffix(path.suffix).write_bytes(content[: len(content) // 2])
     kinds[name] = reason((tmp_path / "cut").with_suffix(path.suffix))
   assert {kinds.pop(name) for name in ("a.png", "a.jpg")} == {"corrupt"}
   assert set(kinds.values()) == {"truncated"}, kinds
@@ -299,7 +351,9 @@ def test_damage_is_detected_and_named(tmp_path):
     (tmp_path / name).write_bytes(content)
     assert reason(tmp_path / name) == "not a video", name
   assert reason(tmp_path / "missing.mp4") == "unreadable"
-  animated = b"RIFF\x40\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x1f\0\0\x1f\0\0ANIM\x06\0\0\0\0\0\0\0\0\0" + bytes(64)
+  animated = b"RIFF\x40\0\0\0WEBPVP8X\x0a\0\0\0\x02\0\0\0\x1f\0\0\x1f\0\0ANIM\x06\0\0\0\0\0\0\0\0\0" + bytes(
+    64
+  )
   (tmp_path / "animated.webp").write_bytes(animated)
   assert reason(tmp_path / "animated.webp") in ("not supported", "not a video", "corrupt")
 
@@ -328,7 +382,7 @@ def test_garbage_in_the_middle_ends_a_clip_there(tmp_path):
   whole = encode(tmp_path / "whole.mp4", textured(96), options={"g": "12"})
   content = bytearray(whole.read_bytes())
   middle = content.find(b"mdat") + (content.find(b"moov") - content.find(b"mdat")) // 2
-  content[middle:middle + 200] = np.random.default_rng(1).bytes(200)
+  content[middle : middle + 200] = np.random.default_rng(1).bytes(200)
   (tmp_path / "damaged.mp4").write_bytes(content)
   good = [f.image_HWC for f in video.read(whole)]
   taken = []
@@ -341,6 +395,7 @@ def test_garbage_in_the_middle_ends_a_clip_there(tmp_path):
 
 
 # --- writing ------------------------------------------------------------------------------------------------
+
 
 def test_odd_sizes_are_not_cropped(tmp_path):
   """4:2:0 needs even sizes: the last row and column are repeated."""
@@ -383,9 +438,16 @@ def test_png_is_exact(tmp_path):
 
 # --- real files ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("name", "count", "size", "fps"), [
-    ("bikes.mp4", 250, (272, 640), 25), ("carphone_pristine.mp4", 120, (144, 176), 30000 / 1001),
-    ("carphone_distorted.mp4", 120, (144, 176), 30000 / 1001), ("bigbuckbunny.mp4", 132, (720, 1280), 25)])
+
+@pytest.mark.parametrize(
+  ("name", "count", "size", "fps"),
+  [
+    ("bikes.mp4", 250, (272, 640), 25),
+    ("carphone_pristine.mp4", 120, (144, 176), 30000 / 1001),
+    ("carphone_distorted.mp4", 120, (144, 176), 30000 / 1001),
+    ("bigbuckbunny.mp4", 132, (720, 1280), 25),
+  ],
+)
 def test_real_clips(name, count, size, fps):
   reader = video.Reader(REAL / name)
   assert reader.count == count and reader.fps == pytest.approx(fps)

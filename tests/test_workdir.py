@@ -17,7 +17,7 @@ def test_a_reader_leaves_the_writer_alone(tmp_path):
   writer = checkpoint.Checkpoints(tmp_path)
   for step in (1, 2):
     writer.save(step, {"ema": {"a": np.full(3, float(step), np.float32)}}, {})
-    writer.manager.wait_until_finished()            # written, its manifest not yet
+    writer.manager.wait_until_finished()  # written, its manifest not yet
     if step == 1:
       writer.settle()
   (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir()
@@ -28,7 +28,9 @@ def test_a_reader_leaves_the_writer_alone(tmp_path):
   writer.close()
   assert workdirs.load_weights(tmp_path)[1] == 2
   (tmp_path / "manifests" / "2.json").write_text('{"ema/')
-  assert workdirs.load_weights(tmp_path, say=said.append)[1] == 1 and "its manifest cannot be read" in said[-1]
+  assert (
+    workdirs.load_weights(tmp_path, say=said.append)[1] == 1 and "its manifest cannot be read" in said[-1]
+  )
   (tmp_path / "manifests" / "1.json").unlink()
   again = checkpoint.Checkpoints(tmp_path, say=said.append)
   assert again.latest() is None and "no other is left" in said[-1]
@@ -49,7 +51,10 @@ def test_weights_of_another_model(tmp_path, made):
   def like(name, *shape):
     return {"dit": {name: jax.ShapeDtypeStruct(shape, np.float32, sharding=here)}}
 
-  for target, says in ((like("a", 2, 4), r"dit/a is \(2, 3\) there, and \(2, 4\) here"), (like("b", 2, 3), "dit/a is .* not a weight here")):
+  for target, says in (
+    (like("a", 2, 4), r"dit/a is \(2, 3\) there, and \(2, 4\) here"),
+    (like("b", 2, 3), "dit/a is .* not a weight here"),
+  ):
     with pytest.raises(BadInput, match=says):
       workdirs.load_weights(tmp_path, target=target)
   np.testing.assert_array_equal(workdirs.load_weights(tmp_path, target=like("a", 2, 3))[0]["dit"]["a"], 0)

@@ -25,8 +25,10 @@ def kind_of(path) -> str | None:
   if any(root.glob("*.tar")):
     clip = next((file for file in root.rglob("*") if file.suffix.lower() in SUFFIXES), None)
     if clip:
-      raise BadInput(f"{path}: holds tar shards, and clips such as {clip.name}; give '{path}/*.tar' for the shards, or "
-                     "move them away")
+      raise BadInput(
+        f"{path}: holds tar shards, and clips such as {clip.name}; give '{path}/*.tar' for the shards, or "
+        "move them away"
+      )
     return "tar"
   if any(any(root.glob(pattern)) for pattern in TFDS_FILES):
     return "tfds"

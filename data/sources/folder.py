@@ -45,13 +45,18 @@ def open_source(config) -> Source:
   paths = list(_walk(root))
   files = {_name(root, path): path for path in paths if path.suffix.lower() in SUFFIXES}
   if not files:
-    raise BadInput(f"{root}: no clips in it (of {len(paths)} files); it takes {' '.join(s[1:] for s in SUFFIXES)}, "
-                   "in any tree of folders")
+    raise BadInput(
+      f"{root}: no clips in it (of {len(paths)} files); it takes {' '.join(s[1:] for s in SUFFIXES)}, "
+      "in any tree of folders"
+    )
   captions, notes = _captions(root, paths, files)
   noted = {file for file, _ in notes}
   notes += [(file, read_caption("")[1]) for file in files if not captions.get(file) and file not in noted]
-  ignored = [(_name(root, path), "neither a clip nor a caption, by its name") for path in paths
-             if path.suffix.lower() not in (*SUFFIXES, ".txt") and path.name != CAPTIONS]
+  ignored = [
+    (_name(root, path), "neither a clip nor a caption, by its name")
+    for path in paths
+    if path.suffix.lower() not in (*SUFFIXES, ".txt") and path.name != CAPTIONS
+  ]
   items, names = [], sorted(files)
   versions = map_in_threads(file_version, [files[file] for file in names])
   for file, (version_of_file, fault) in zip(names, versions, strict=True):
@@ -59,7 +64,9 @@ def open_source(config) -> Source:
       ignored.append((file, fault))
     else:
       items.append(Item(file, captions.get(file, ""), version_of_file, files[file]))
-  return Source(root.resolve().name, tuple(items), tuple(sorted(notes)), tuple(ignored), curation.Rules.of(config))
+  return Source(
+    root.resolve().name, tuple(items), tuple(sorted(notes)), tuple(ignored), curation.Rules.of(config)
+  )
 
 
 def file_version(path):
@@ -98,7 +105,9 @@ def _captions(root, paths, files):
     if path.name == CAPTIONS:
       captions.update(_read_jsonl(root, path, files, notes))
   texts = [path for path in paths if path.suffix.lower() == ".txt"]
-  notes += [(_name(root, path), "a caption without a clip") for path in texts if path.with_suffix("") not in stems]
+  notes += [
+    (_name(root, path), "a caption without a clip") for path in texts if path.with_suffix("") not in stems
+  ]
   texts = [path for path in texts if path.with_suffix("") in stems]
   for path, (raw, read_fault) in zip(texts, map_in_threads(_read_caption_file, texts), strict=True):
     text, fault = read_caption(raw)

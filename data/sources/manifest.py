@@ -93,7 +93,9 @@ def _parse_row(row, folder):
     raise ValueError(f"{file!r} is not a clip by its name; known are {' '.join(s[1:] for s in SUFFIXES)}")
   start, end = _seconds(row, "start", 0.0), _seconds(row, "end", math.inf)
   if not 0 <= start < end:
-    raise ValueError(f"from start={start:g} to end={end:g} there is nothing; start must be at least 0, and end after it")
+    raise ValueError(
+      f"from start={start:g} to end={end:g} there is nothing; start must be at least 0, and end after it"
+    )
   path = os.path.normpath(os.path.join(folder, file))
   name = path if os.path.isabs(file) else os.path.relpath(path, folder)
   name = os.fsencode(name.replace(os.sep, "/")).decode("utf-8", "backslashreplace")
@@ -124,6 +126,7 @@ def _short(seconds):
 
 
 # --- readers: they yield (number of the row, from 1; a dict, or a str that names the fault of the row)
+
 
 def _jsonl(path):
   with open(path, "rb") as f:
@@ -168,14 +171,19 @@ def _python_values(column):
   """The values of a column. Texts are decoded one by one, so that invalid UTF-8 affects only its own row."""
   if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
     column = column.cast(pyarrow.large_binary())
-  return [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value for value in column.to_pylist()]
+  return [
+    value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+    for value in column.to_pylist()
+  ]
 
 
 def _check_columns(path, names):
   missing = [name for name in ("file", "caption") if name not in names]
   if missing:
-    raise BadInput(f"{path}: has no column {' and no '.join(missing)}, but {', '.join(map(repr, names[:9])) or 'none'}; "
-                   "its first line, or its schema, must name the columns file and caption, and may name start and end")
+    raise BadInput(
+      f"{path}: has no column {' and no '.join(missing)}, but {', '.join(map(repr, names[:9])) or 'none'}; "
+      "its first line, or its schema, must name the columns file and caption, and may name start and end"
+    )
 
 
 FORMATS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

@@ -50,8 +50,10 @@ def open_source(config) -> Source:
   spec, rules = str(config.path), curation.Rules.of(config)
   shards = find_shards(spec)
   if not shards:
-    raise BadInput(f"{spec}: no tar file there; give one, a folder of them, or a pattern such as "
-                   "shards-{00000..00099}.tar")
+    raise BadInput(
+      f"{spec}: no tar file there; give one, a folder of them, or a pattern such as "
+      "shards-{00000..00099}.tar"
+    )
   root = os.path.commonpath([os.path.dirname(shard) for shard in shards])
   notes, ignored = [], []
   if os.path.isdir(spec):
@@ -74,7 +76,9 @@ def open_source(config) -> Source:
     file, why = (ignored + notes + [(os.path.basename(shards[0]), "is empty")])[0]
     raise BadInput(f"{spec}: no clips in it ({len(shards)} tar files), such as {file}: {why}")
   name = pathlib.Path(shards[0]).stem if len(shards) == 1 else os.path.basename(root)
-  return Source(name, tuple(sorted(items, key=lambda item: item.file)), tuple(sorted(notes)), tuple(ignored), rules)
+  return Source(
+    name, tuple(sorted(items, key=lambda item: item.file)), tuple(sorted(notes)), tuple(ignored), rules
+  )
 
 
 def find_shards(spec) -> list[str]:
@@ -100,7 +104,7 @@ def _expand_ranges(spec):
   width = len(first) if first.startswith("0") else 0
   paths = []
   for number in range(int(first), int(last) + 1):
-    paths += _expand_ranges(f"{spec[:match.start()]}{number:0{width}}{spec[match.end():]}")
+    paths += _expand_ranges(f"{spec[: match.start()]}{number:0{width}}{spec[match.end() :]}")
   return paths
 
 
@@ -123,7 +127,9 @@ def _clips(f, name, shard, notes, ignored):
     texts += [member for suffix, member in members if suffix == ".json"]
     file = _name(f"{name}/{clips[0].name if clips else key}")
     if len(clips) > 1:
-      ignored.append((file, f"{len(clips)} clips share the key {key!r}, such as {clips[1].name!r}: none is used"))
+      ignored.append(
+        (file, f"{len(clips)} clips share the key {key!r}, such as {clips[1].name!r}: none is used")
+      )
     elif not clips:
       notes.append((file, "a caption without a clip"))
     else:
@@ -142,7 +148,9 @@ def _members(f, name, ignored):
       while (member := tar.next()) is not None:
         tar.members = []  # TarFile would keep all members
         if not 0 <= member.size <= size - member.offset_data:
-          fault = f"is truncated: of {member.name!r}, {member.size} bytes, {size - member.offset_data} are there"
+          fault = (
+            f"is truncated: of {member.name!r}, {member.size} bytes, {size - member.offset_data} are there"
+          )
           break
         yield member
       else:

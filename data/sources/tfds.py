@@ -46,6 +46,7 @@ class Source(curation.FileSource):
 
   Examples without a readable clip are in `ignored`.
   """
+
   blobs: ArrayRecordDataSource
 
   def read(self, item: Item) -> Iterator[RawClip | Dropped]:
@@ -67,7 +68,11 @@ def open_source(config) -> Source:
   Raises BadInput if there is no such dataset or split, if reading it needs TensorFlow, or if no example holds
   a clip.
   """
-  directory, split, rules = find_dataset(config.path), config.get("split") or "train", curation.Rules.of(config)
+  directory, split, rules = (
+    find_dataset(config.path),
+    config.get("split") or "train",
+    curation.Rules.of(config),
+  )
   name, blobs = _open(directory, split)
   items, notes, ignored, field_names = {}, [], [], set()
   for i in range(len(blobs)):
@@ -83,8 +88,10 @@ def open_source(config) -> Source:
       ignored.append((position, "holds no clip"))
       continue
     if len(files) > 1 and not (_rate(example) or rules.fps):
-      raise BadInput(f"{directory}: its videos are sequences of images (tfds.features.Video), which have no rate; give "
-                     "it as --fps")
+      raise BadInput(
+        f"{directory}: its videos are sequences of images (tfds.features.Video), which have no rate; give "
+        "it as --fps"
+      )
     file = _name(example) or position
     if file in items:
       notes.append((position, f"another example is also named {file}: this one is named by its position"))
@@ -97,12 +104,18 @@ def open_source(config) -> Source:
       checksum = zlib.crc32(content, checksum)
     items[file] = Item(file, caption, f"{sum(map(len, files))}-{checksum:08x}", i)
   if not items and field_names:
-    raise BadInput(f"{directory}: no clips in it: its examples hold {', '.join(sorted(field_names))}; a clip is the bytes "
-                   f"of a file under one of {', '.join(CLIPS)}")
+    raise BadInput(
+      f"{directory}: no clips in it: its examples hold {', '.join(sorted(field_names))}; a clip is the bytes "
+      f"of a file under one of {', '.join(CLIPS)}"
+    )
   if not items:
-    raise BadInput(f"{directory}: no clips in it: none of its {len(blobs)} examples can be read, such as "
-                   f"{': '.join(ignored[0])}")
-  return Source(name, tuple(items[file] for file in sorted(items)), tuple(sorted(notes)), tuple(ignored), rules, blobs)
+    raise BadInput(
+      f"{directory}: no clips in it: none of its {len(blobs)} examples can be read, such as "
+      f"{': '.join(ignored[0])}"
+    )
+  return Source(
+    name, tuple(items[file] for file in sorted(items)), tuple(sorted(notes)), tuple(ignored), rules, blobs
+  )
 
 
 def find_dataset(path) -> pathlib.Path:
@@ -115,13 +128,19 @@ def find_dataset(path) -> pathlib.Path:
     return root
   datasets = sorted(p.parent for p in root.glob(f"*/{INFO}"))
   if len(datasets) > 1:
-    raise BadInput(f"{root}: holds {len(datasets)} datasets, {', '.join(p.name for p in datasets)}; give one of them")
+    raise BadInput(
+      f"{root}: holds {len(datasets)} datasets, {', '.join(p.name for p in datasets)}; give one of them"
+    )
   if (root / "index.json").exists():
-    raise BadInput(f"{root}: holds records that launch.encode wrote: encoded already; train on them with "
-                   f"--config.data.path={root}")
+    raise BadInput(
+      f"{root}: holds records that launch.encode wrote: encoded already; train on them with "
+      f"--config.data.path={root}"
+    )
   if not datasets and any(root.glob("*.array_record*")):
-    raise BadInput(f"{root}: ArrayRecord files without a {INFO}: nothing says what their records are; give the clips as "
-                   "files with a manifest, in tar shards, or as a TFDS dataset")
+    raise BadInput(
+      f"{root}: ArrayRecord files without a {INFO}: nothing says what their records are; give the clips as "
+      "files with a manifest, in tar shards, or as a TFDS dataset"
+    )
   if not datasets:
     raise BadInput(f"{root}: no {INFO} in it; give a version of a TFDS dataset, as NAME/1.0.0")
   return datasets[0]
@@ -135,17 +154,25 @@ def _open(directory, split):
     raise BadInput(f"{directory / INFO}: cannot be read ({_line(error)}); copy the dataset again") from error
   formats = {info.file_format or "tfrecord", *info.alternative_file_formats}
   if "array_record" not in formats:
-    command = (f"python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir={directory} "
-               "--out_file_format=array_record")
-    raise BadInput(f"{directory}: is in the format {', '.join(sorted(formats))}; only array_record can be read here; on a "
-                   f"machine with TensorFlow, run {command}")
-  template = naming.ShardedFileTemplate(dataset_name=info.name, data_dir=directory, filetype_suffix="array_record")
+    command = (
+      f"python -m tensorflow_datasets.scripts.convert_format --dataset_version_dir={directory} "
+      "--out_file_format=array_record"
+    )
+    raise BadInput(
+      f"{directory}: is in the format {', '.join(sorted(formats))}; only array_record can be read here; on a "
+      f"machine with TensorFlow, run {command}"
+    )
+  template = naming.ShardedFileTemplate(
+    dataset_name=info.name, data_dir=directory, filetype_suffix="array_record"
+  )
   table = splits.SplitDict.from_proto(info.splits, template)
   try:
     shards = table[split].file_instructions
   except (KeyError, ValueError) as error:
     names = ", ".join(sorted(table)) or "none"
-    raise BadInput(f"{directory}: no split {split}; it has {names}, and slices such as train[:10%]") from error
+    raise BadInput(
+      f"{directory}: no split {split}; it has {names}, and slices such as train[:10%]"
+    ) from error
   if not shards:
     raise BadInput(f"{directory}: its split {split} is empty; give another")
   return info.name, ArrayRecordDataSource(shards)
@@ -196,7 +223,9 @@ def join_images(images, fps, out):
         packet.pts, packet.dts, packet.duration = i, i, 1
         container.mux(packet)
   except (av.error.FFmpegError, ArithmeticError, ValueError, IndexError) as error:
-    raise BadClip("not a video", f"a sequence of {len(images)} images at {fps:g} a second: {_line(error)}") from error
+    raise BadClip(
+      "not a video", f"a sequence of {len(images)} images at {fps:g} a second: {_line(error)}"
+    ) from error
 
 
 def _line(error):

@@ -60,8 +60,17 @@ def convolution(shape, folder):
 
 def _dit_cfg(shape, **kwargs):
   return dits.DiTConfig(
-      depth=shape["depth"], heads=shape["heads"], head_size=shape["head_size"], mlp=shape["mlp"], channels=16, patch=(1, 2, 2),
-      text_width=shape["text_width"], text_pad=512, conditioning="replacement", **kwargs)
+    depth=shape["depth"],
+    heads=shape["heads"],
+    head_size=shape["head_size"],
+    mlp=shape["mlp"],
+    channels=16,
+    patch=(1, 2, 2),
+    text_width=shape["text_width"],
+    text_pad=512,
+    conditioning="replacement",
+    **kwargs,
+  )
 
 
 def _row(clips, cfg):
@@ -79,7 +88,9 @@ def _row(clips, cfg):
     parts["index"].append(np.full(len(tokens), i, np.int32))
     parts["text"].append(text)
     parts["prompt"].append(np.full(len(text), i + 1, np.int32))
-  tokens, coords, segment, index, text, prompt = (jnp.asarray(np.concatenate(part)[None]) for part in parts.values())
+  tokens, coords, segment, index, text, prompt = (
+    jnp.asarray(np.concatenate(part)[None]) for part in parts.values()
+  )
   sigma_BU = jnp.asarray([[timestep / 1000 for _, timestep, _ in clips]], jnp.float32)
   return tokens, coords, segment, sigma_BU, index, text, segment, prompt
 
@@ -107,6 +118,7 @@ def dit_padded(shape, folder):
   def largest():
     outs = step()
     return {name: out for name, out in outs.items() if out.shape == outs["0"].shape}
+
   return largest, seconds
 
 
@@ -213,7 +225,12 @@ def job(shape, folder):
   """Prompt to frames, as launch.sample does it. Saves the noise that it starts from for the other side."""
   importing.plan(os.path.join(folder, "pipeline"), os.path.join(folder, "w")).run()
   pipe = Pipeline.open(os.path.join(folder, "w"), keep_text_encoder=True)
-  fields = {"id": "a", "prompt": worker.PROMPT, "negative_prompt": worker.NEGATIVE, "guidance": worker.GUIDANCE}
+  fields = {
+    "id": "a",
+    "prompt": worker.PROMPT,
+    "negative_prompt": worker.NEGATIVE,
+    "guidance": worker.GUIDANCE,
+  }
   request = pipe.parse(fields | {name: shape[name] for name in ("frames", "size", "steps")})
 
   def step():

@@ -73,7 +73,9 @@ class Side:
     self.which = which
     # With large pages both sides are 5 to 10 % faster.
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
-    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment)
+    self._process = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, env=environment
+    )
 
   def ask(self, command):
     """Sends a command (a word) and waits for the answer, a dict."""
@@ -105,8 +107,10 @@ def measure(row, shape, pairs, folder):
       side.ask("first")
     difference = compare(folder)
     if not difference <= row.differs:
-      raise Failure(f"{row.name}: the outputs differ by {difference:.2e} of the largest value; "
-                    f"{row.differs:.0e} is allowed")
+      raise Failure(
+        f"{row.name}: the outputs differ by {difference:.2e} of the largest value; "
+        f"{row.differs:.0e} is allowed"
+      )
     seconds = [(ours.ask("run")["s"], theirs.ask("run")["s"]) for _ in range(pairs)]
     memory = {side.which: side.ask("memory") for side in (ours, theirs)}
   finally:
@@ -152,17 +156,19 @@ def table(results):
   rows = []
   for result in results:
     counts = result["counts"]
-    rows.append((
-      result["name"],
-      f"{result['ours_s']:.3f} s",
-      f"{result['theirs_s']:.3f} s",
-      ratio(result["time"], result["time_goal"]),
-      *(f"{result['memory_mb'][side][counts]:.0f}" for side in ("ours", "theirs")),
-      counts,
-      ratio(result["memory"], result["memory_goal"]),
-      f"{result['compile_s']:.1f} s",
-      f"{result['difference']:.0e}",
-    ))
+    rows.append(
+      (
+        result["name"],
+        f"{result['ours_s']:.3f} s",
+        f"{result['theirs_s']:.3f} s",
+        ratio(result["time"], result["time_goal"]),
+        *(f"{result['memory_mb'][side][counts]:.0f}" for side in ("ours", "theirs")),
+        counts,
+        ratio(result["memory"], result["memory_goal"]),
+        f"{result['compile_s']:.1f} s",
+        f"{result['difference']:.0e}",
+      )
+    )
   texts = [header.index(name) for name in ("", "time", "of these", "memory")]
   return tables.lines(header, rows, left=texts)
 

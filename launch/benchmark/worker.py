@@ -29,7 +29,10 @@ def clip(seed, grid, channels, text_tokens, text_width, text_pad=512):
   """
   rng = np.random.default_rng(seed)
   t, h, w = grid
-  latents, timestep = rng.standard_normal((t, 2 * h, 2 * w, channels), np.float32), float(rng.integers(1, 1000))
+  latents, timestep = (
+    rng.standard_normal((t, 2 * h, 2 * w, channels), np.float32),
+    float(rng.integers(1, 1000)),
+  )
   text = np.zeros((text_pad, text_width), np.float32)
   text[:text_tokens] = rng.standard_normal((text_tokens, text_width), np.float32)
   return latents, timestep, text
@@ -38,7 +41,10 @@ def clip(seed, grid, channels, text_tokens, text_width, text_pad=512):
 def clips(shape):
   """All clips of a row, with prompts of 40 to 120 tokens."""
   rng = np.random.default_rng(0)
-  return [clip(i, grid, 16, int(rng.integers(40, 121)), shape["text_width"]) for i, grid in enumerate(shape["grids"])]
+  return [
+    clip(i, grid, 16, int(rng.integers(40, 121)), shape["text_width"])
+    for i, grid in enumerate(shape["grids"])
+  ]
 
 
 def prompts(shape):
@@ -63,7 +69,13 @@ def save_tokenizer(folder):
     bos_id=-1,
     minloglevel=2,
   )
-  special = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>", "extra_ids": 4}
+  special = {
+    "tokenizer_class": "T5Tokenizer",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "extra_ids": 4,
+  }
   with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
     json.dump(special, f)
 

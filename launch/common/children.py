@@ -90,7 +90,9 @@ def watch(processes, lines):
   if failed is None:
     return program.STOPPED if program.STOPPED in codes else program.OK
   if codes[failed] < 0:
-    program.warn(f"process {failed} was ended by signal {-codes[failed]}; run the same command again to go on")
+    program.warn(
+      f"process {failed} was ended by signal {-codes[failed]}; run the same command again to go on"
+    )
   return codes[failed] if codes[failed] > 0 else program.FAILED
 
 

@@ -28,7 +28,9 @@ def lock_workdir(workdir):
   try:
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError:
-    raise BadInput(f"{workdir}: another program is training here; wait for it, or give another --workdir") from None
+    raise BadInput(
+      f"{workdir}: another program is training here; wait for it, or give another --workdir"
+    ) from None
   return lock
 
 
@@ -45,7 +47,11 @@ def claim_workdir(workdir, config, free_to_change):
   free_to_change: keys (dotted) that may differ between runs.
   """
   path = os.path.join(workdir, "config.json")
-  mine = {"format_version": parts.FORMAT_VERSION, "program": program.name(), **json.loads(config.to_json_best_effort())}
+  mine = {
+    "format_version": parts.FORMAT_VERSION,
+    "program": program.name(),
+    **json.loads(config.to_json_best_effort()),
+  }
   if os.path.exists(path) and has_model(workdir):
     here, there = flatten_config(mine), flatten_config(files.read_json(path))
     there = {key: value for key, value in ADDED.items() if key in here} | there
@@ -64,7 +70,9 @@ def flatten_config(tree, prefix=""):
   """Nested config -> {"a.b": value}."""
   flat = {}
   for name, value in tree.items():
-    flat.update(flatten_config(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    flat.update(
+      flatten_config(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    )
   return flat
 
 
@@ -74,7 +82,8 @@ def need_disk(directory, num_bytes, what):
   free = shutil.disk_usage(directory).free
   if free < num_bytes:
     raise BadInput(
-      f"{directory}: {what}: {format_size(num_bytes)} are needed, and {format_size(free)} are free; free some space"
+      f"{directory}: {what}: {format_size(num_bytes)} are needed, and {format_size(free)} are free; free "
+      "some space"
     )
 
 
@@ -87,7 +96,8 @@ def need_memory(num_bytes, what):
   free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), num_bytes)
   if free < num_bytes:
     raise BadInput(
-      f"{what}: {format_size(num_bytes)} of memory are needed, and {format_size(free)} are free; take a larger machine"
+      f"{what}: {format_size(num_bytes)} of memory are needed, and {format_size(free)} are free; take a "
+      "larger machine"
     )
 
 

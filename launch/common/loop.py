@@ -18,7 +18,9 @@ def check(config):
       raise BadInput(f"config.{name} is {config[name]}; it must be 1 or more")
 
 
-def run_steps(config, workdir, state, batches, update, *, first_step, checkpoints, items, hooks=(), label="training"):
+def run_steps(
+  config, workdir, state, batches, update, *, first_step, checkpoints, items, hooks=(), label="training"
+):
   """Runs config.steps - first_step updates -> (state, exit code).
 
   batches: iterator of (batch, cursor as JSON).

@@ -84,7 +84,9 @@ def _complain_of_files(error):
   if error.errno in WRONG_PATH:
     return complain(f"{error}; give another path, or mend this one")
   if error.errno in FULL_DISK or "RESOURCE_EXHAUSTED" in str(error) or "No space left" in str(error):
-    return complain(f"{error}; nothing written before is lost: free some space, then run the same command again")
+    return complain(
+      f"{error}; nothing written before is lost: free some space, then run the same command again"
+    )
   traceback.print_exc()
   return FAILED
 
@@ -139,7 +141,9 @@ def _parse_flags(argv):
       f"the config does not take this: {_plainest(error)}; see the config file for its names and types"
     ) from None
   except (OSError, ImportError) as error:
-    raise BadInput(f"the config file cannot be read: {error}; give --config=FILE.py or --config=FILE.py:variant") from None
+    raise BadInput(
+      f"the config file cannot be read: {error}; give --config=FILE.py or --config=FILE.py:variant"
+    ) from None
   if len(rest) > 1:
     raise BadInput(f"unexpected argument {rest[1]!r}: every option is written --name=value; see --help")
 
@@ -166,4 +170,6 @@ def get_config():
   try:
     return flags.FLAGS.config
   except (OSError, ImportError, AttributeError) as error:
-    raise BadInput(f"the config file cannot be read: {error}; give --config=FILE.py or --config=FILE.py:variant") from None
+    raise BadInput(
+      f"the config file cannot be read: {error}; give --config=FILE.py or --config=FILE.py:variant"
+    ) from None

@@ -38,7 +38,13 @@ class Bar:
     self.rich = None
     if console.is_terminal:
       left = (TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
-      columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), *left)
+      columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        *left,
+      )
       self.rich = Progress(SpinnerColumn(), *columns, console=console)
 
   def __enter__(self):

@@ -18,7 +18,9 @@ MISFITS = "misfits.txt"  # in a work directory: clips of its data that fit in no
 
 def make_optimizer(config, boxed):
   """config.optim and the weights with their axes -> optax transformation, over config.steps."""
-  return checked(lambda: optim.optimizer(optim.OptimConfig(steps=config.steps, **config.optim), boxed), "config.optim")
+  return checked(
+    lambda: optim.optimizer(optim.OptimConfig(steps=config.steps, **config.optim), boxed), "config.optim"
+  )
 
 
 def make_sigma(config):
@@ -33,7 +35,8 @@ def plan_rows(config, index, model):
   null_ids, null_embedding = index.null_text
   if model.text is None and null_embedding is None:
     raise BadInput(
-      "the records hold no text embeddings, and config.model.text names no encoder to train; name one, or encode with a "
+      "the records hold no text embeddings, and config.model.text names no encoder to train; name one, or "
+      "encode with a "
       "--workdir that has a frozen text encoder"
     )
   return plan.Plan(
@@ -60,12 +63,14 @@ def check_index(index, model, directory):
   channels, wanted = index.header["latent_channels"], model.dit.channels
   if channels != wanted:
     raise BadInput(
-      f"the records have {channels} latent channels, the model takes {wanted}; encode with the VAE that it is for, or "
+      f"the records have {channels} latent channels, the model takes {wanted}; encode with the VAE that it "
+      "is for, or "
       "change --config.model.size"
     )
   beside = parts.fingerprint(os.path.join(directory, "vae"))
   if index.header.get("vae_fingerprint") not in (None, beside):
     raise BadInput(
-      f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {directory}/vae ({beside}); "
+      f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {directory}/vae "
+      f"({beside}); "
       "encode again"
     )

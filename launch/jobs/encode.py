@@ -78,11 +78,15 @@ def closing_lines(spec, out, left, report, index, encoder, processes_count):
   if index is None:
     file, why = next(iter(report["passed_over"].items()))
     raise BadInput(
-      f"{spec}: none of its {report['files']} files could be taken, such as {file}: {why}; {out}/report.json names all"
+      f"{spec}: none of its {report['files']} files could be taken, such as {file}: {why}; {out}/report.json "
+      "names all"
     )
-  cropped, scaled = (sum(what in entry for entry in report["taken"].values()) for what in ("cropped", "scaled"))
+  cropped, scaled = (
+    sum(what in entry for entry in report["taken"].values()) for what in ("cropped", "scaled")
+  )
   say(
-    f"{len(index)} clips of {len(report['taken'])} files are in {out}; {cropped} files were cropped, {scaled} scaled, "
+    f"{len(index)} clips of {len(report['taken'])} files are in {out}; {cropped} files were cropped, "
+    f"{scaled} scaled, "
     f"{len(report['passed_over'])} skipped: {out}/report.json says which and why, {out}/report.html shows it"
   )
   if encoder.programs:
@@ -128,7 +132,8 @@ def check_vae(model):
   """BadInput where the directory of a model holds no VAE."""
   if not (model / "vae" / "config.json").exists():
     raise BadInput(
-      f"{model}: has no vae/config.json; train one (python -m launch.train_vae --workdir={model}), or leave out --workdir "
+      f"{model}: has no vae/config.json; train one (python -m launch.train_vae --workdir={model}), or leave "
+      "out --workdir "
       "for the one that ships"
     )
 
@@ -153,8 +158,7 @@ def takes_channels(model):
 
 
 def prepare_parts(model, out, captions, vocab):
-  """Copies vae/ and text/ into OUT, which then needs no other folder; or trains a tokenizer on captions.
-  """
+  """Copies vae/ and text/ into OUT, which then needs no other folder; or trains a tokenizer on captions."""
   parts.copy_part(model / "vae", out / "vae")
   if (model / "text" / "tokenizer.model").exists():
     parts.copy_part(model / "text", out / "text")

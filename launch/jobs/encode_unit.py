@@ -36,7 +36,9 @@ def is_done(item, writer, out):
   if entry["stamp"] == stamp(item):
     return True
   if entry["pieces"]:
-    raise BadInput(f"{item.file}: it or its caption has changed since it was encoded into {out}; give another --out")
+    raise BadInput(
+      f"{item.file}: it or its caption has changed since it was encoded into {out}; give another --out"
+    )
   return False
 
 
@@ -65,7 +67,9 @@ class Encoder:
     """
     for video_THWC in videos:
       self._count(video_THWC, codec.batch_size(codec.shape_on_canvas(video_THWC, self.stride)))
-    return [vae.normalise(latents, self._cfg) for latents in codec.encode_batch(self._cfg, self._params, videos)]
+    return [
+      vae.normalise(latents, self._cfg) for latents in codec.encode_batch(self._cfg, self._params, videos)
+    ]
 
   def condition(self, video_THWC):
     """uint8 [T, H, W, 3] -> normalised latents of its first frame, then grey ones, float32 [t, h, w, C]."""

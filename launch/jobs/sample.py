@@ -127,7 +127,9 @@ def digest(pipe, request):
   """A checksum of all that must be the same for a file to count as made: model, request, and the image that
   it names.
   """
-  crc = zlib.crc32(json.dumps(dataclasses.asdict(request), sort_keys=True).encode(), zlib.crc32(pipe.identity.encode()))
+  crc = zlib.crc32(
+    json.dumps(dataclasses.asdict(request), sort_keys=True).encode(), zlib.crc32(pipe.identity.encode())
+  )
   if request.image and os.path.isfile(request.image):
     for piece in files.pieces_of(request.image):
       crc = zlib.crc32(piece, crc)
@@ -138,5 +140,13 @@ def note_failure(out, name, error, fields):
   """A line of the manifest for a request (or a line of the file) that cannot be done."""
   given = {field: fields.get(field) for field in ("seed", "size", "frames", "fps")}
   prompt = str(fields.get("prompt", ""))[:200].encode("utf-8", "backslashreplace").decode()
-  line = {"id": name, "status": "failed", "path": None, **given, "seconds_taken": None, "error": error, "prompt": prompt}
+  line = {
+    "id": name,
+    "status": "failed",
+    "path": None,
+    **given,
+    "seconds_taken": None,
+    "error": error,
+    "prompt": prompt,
+  }
   files.append_jsonl(os.path.join(out, MANIFEST), line)

@@ -71,7 +71,9 @@ def packing(count, picture=""):
       limits = f"at most {shape.clips} clips and {shape.text} text tokens"
       say(f"\nrows of {shape.length} tokens, {limits}; {rows} rows a step")
       window = WINDOW * rows
-      ours = plan.Plan(index, rows_per_step=rows, shape=shape, patch=reference.PATCH, seed=0, window_clips=window)
+      ours = plan.Plan(
+        index, rows_per_step=rows, shape=shape, patch=reference.PATCH, seed=0, window_clips=window
+      )
       if picture and not lines:
         svg = packing_report.picture(ours, packing_report.look(ours), reference.STRIDE)
         page.save(pathlib.Path(picture), svg)
@@ -110,7 +112,9 @@ def verdict(result, shape):
 
 def sizes_of(index):
   """Tokens of each clip along t, y and x, int64 [N, 3]."""
-  return np.stack([index[name].astype(np.int64) // p for name, p in zip("thw", reference.PATCH, strict=True)], -1)
+  return np.stack(
+    [index[name].astype(np.int64) // p for name, p in zip("thw", reference.PATCH, strict=True)], -1
+  )
 
 
 def tokens_of(index):

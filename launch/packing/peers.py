@@ -64,15 +64,25 @@ class _Lengths:
     return len(self.tokens)
 
   def __getitem__(self, i):
-    return {"tokens": np.empty((self.tokens[i], 0), bool), "text": np.empty((self.text[i], 0), bool), "clip": i}
+    return {
+      "tokens": np.empty((self.tokens[i], 0), bool),
+      "text": np.empty((self.text[i], 0), bool),
+      "clip": i,
+    }
 
 
 def grain_fit(dataset, tokens, text, shape, rows_per_step):
   """dataset: FirstFitPackIterDataset or BestFitPackIterDataset of grain.experimental -> rows."""
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
   clips = grain.MapDataset.source(_Lengths(tokens, text)).to_iter_dataset(options)
-  packed = dataset(clips, length_struct={"tokens": shape.length, "text": shape.text}, num_packing_bins=rows_per_step, shuffle_bins=False,
-                   meta_features=("clip",), max_sequences_per_bin=shape.clips)
+  packed = dataset(
+    clips,
+    length_struct={"tokens": shape.length, "text": shape.text},
+    num_packing_bins=rows_per_step,
+    shuffle_bins=False,
+    meta_features=("clip",),
+    max_sequences_per_bin=shape.clips,
+  )
   return [list(row["clip"]) for row in packed]
 
 
@@ -116,5 +126,5 @@ def buckets(size_N3, shape, seed):
     if kind[0]:
       clips = rng.permutation(np.flatnonzero(of_kind.ravel() == number))
       each = min(shape.length // int(kind.prod()), shape.clips)
-      batches += clips[:len(clips) // each * each].reshape(-1, each).tolist()
+      batches += clips[: len(clips) // each * each].reshape(-1, each).tolist()
   return [batches[i] for i in rng.permutation(len(batches))], bucket_N3

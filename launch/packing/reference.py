@@ -62,7 +62,7 @@ def index(count):
   """The first `count` clips -> INDEX_DTYPE [count]; uids are unique, shard 0, fps of images 1."""
   rows = np.zeros(count, INDEX_DTYPE)
   for start in range(0, count, 1 << 16):
-    _fill(rows[start:start + (1 << 16)], start)
+    _fill(rows[start : start + (1 << 16)], start)
   return rows
 
 

@@ -98,8 +98,10 @@ def line_chart(curve, width) -> str:
   marks = [frame.grid(), frame.axis(curve.get("x", "step"))]
   if goal is not None:
     y = frame.y(goal)
-    marks.append(f'<line class="goal" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                 f'<text class="goal" x="{LEFT + 6}" y="{y - 6:.1f}">goal {number(goal)}</text>')
+    marks.append(
+      f'<line class="goal" x1="{LEFT}" x2="{width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+      f'<text class="goal" x="{LEFT + 6}" y="{y - 6:.1f}">goal {number(goal)}</text>'
+    )
   for s, points, smoothed in drawn:
     colour = f"var(--series-{s['key']})"
     path = _path(frame, points)
@@ -135,8 +137,10 @@ def bar_chart(bars, width) -> str:
   marks = [frame.grid()]
   for i, label in enumerate(bars["labels"]):
     middle = frame.x(i + 0.5)
-    marks.append(f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
-                 f'{html.escape(str(label))}</text>')
+    marks.append(
+      f'<text class="tick" x="{middle:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">'
+      f"{html.escape(str(label))}</text>"
+    )
     for j, s in enumerate(bars["series"]):
       y = s["y"][i]
       if y is None or not math.isfinite(y):
@@ -176,14 +180,18 @@ class _Frame:
     marks, values = [], log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
     for value in values:
       y = self.y(value)
-      marks.append(f'<line class="grid" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                   f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{round_number(value)}</text>')
+      marks.append(
+        f'<line class="grid" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{round_number(value)}</text>'
+      )
     return "".join(marks)
 
   def axis(self, name):
     y = HEIGHT - BOTTOM + 16
-    marks = [f'<text class="tick" x="{self.x(v):.1f}" y="{y}" text-anchor="middle">{round_number(v)}</text>'
-             for v in ticks(self.left, self.right, 5)]
+    marks = [
+      f'<text class="tick" x="{self.x(v):.1f}" y="{y}" text-anchor="middle">{round_number(v)}</text>'
+      for v in ticks(self.left, self.right, 5)
+    ]
     return "".join(marks) + self.name(name)
 
   def name(self, text):

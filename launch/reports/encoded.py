@@ -130,14 +130,16 @@ def report_page(report, index) -> str:
     ("files passed over", f"{passed_over:,}"),
     ("stretches dropped", f"{dropped:,}"),
   )
-  head = page.header({
-    "title": f"{values['clips']:,} clips",
-    "command": "launch.encode",
-    "machine": str(report["source"]),
-    "lede": f"What became of the {report['files']:,} files of {report['source']}: what was taken, at which "
-    "sizes, and what was not, and why.",
-    "facts": [{"name": name, "value": value} for name, value in facts],
-  })
+  head = page.header(
+    {
+      "title": f"{values['clips']:,} clips",
+      "command": "launch.encode",
+      "machine": str(report["source"]),
+      "lede": f"What became of the {report['files']:,} files of {report['source']}: what was taken, at which "
+      "sizes, and what was not, and why.",
+      "facts": [{"name": name, "value": value} for name, value in facts],
+    }
+  )
   reasons = [(why, f"{count:,}", "files") for why, count in values["passed_over"].items()]
   for why, total in values["dropped"].items():
     reasons.append((why, f"{total['stretches']:,}", f"stretches, {page.seconds(total['seconds'])} in all"))

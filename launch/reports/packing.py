@@ -137,9 +137,13 @@ def advice(plan, packing):
       hints.append(f"--config.data.row_text={text.max()} or more, which the longest text needs")
   clips_share, text_share = stopped_short(plan, packing)
   if clips_share > SELDOM:
-    hints.append(raise_limit(packing, shape, "row_clips", "clips", packing.clips_AR, shape.clips, clips_share))
+    hints.append(
+      raise_limit(packing, shape, "row_clips", "clips", packing.clips_AR, shape.clips, clips_share)
+    )
   if text_share > SELDOM:
-    hints.append(raise_limit(packing, shape, "row_text", "tokens of text", packing.text_AR, shape.text, text_share))
+    hints.append(
+      raise_limit(packing, shape, "row_text", "tokens of text", packing.text_AR, shape.text, text_share)
+    )
   if packing.tokens_AR.mean() < LOOSE * shape.length and not hints:
     hints.append(
       f"a larger --config.data.row_tokens: with {packing.clips_AR.mean():.1f} clips a row there are few ways "
@@ -298,14 +302,16 @@ class View:
       ("clips a row", f"{self.packing.clips_AR.mean():.1f}"),
       ("clips fit in no row", f"{len(self.plan.misfits):,}"),
     )
-    return page.header({
-      "title": "How the data packs",
-      "command": "launch.preflight --data-only",
-      "machine": self.config.data.path,
-      "lede": f"{len(self.index):,} clips in rows of {shape.length:,} tokens, {limits}; "
-      f"{self.plan.rows_per_step} rows a step.",
-      "facts": [{"name": name, "value": value} for name, value in facts],
-    })
+    return page.header(
+      {
+        "title": "How the data packs",
+        "command": "launch.preflight --data-only",
+        "machine": self.config.data.path,
+        "lede": f"{len(self.index):,} clips in rows of {shape.length:,} tokens, {limits}; "
+        f"{self.plan.rows_per_step} rows a step.",
+        "facts": [{"name": name, "value": value} for name, value in facts],
+      }
+    )
 
   def _sections(self, svg):
     facts = self.facts()
@@ -317,7 +323,9 @@ class View:
     ]
     if self.advice:
       hints = "".join(f"<li>{page.escape(hint)}</li>" for hint in self.advice)
-      sections.append(page.section("What would help", "Settings that limit how full the rows are.", f"<ul>{hints}</ul>"))
+      sections.append(
+        page.section("What would help", "Settings that limit how full the rows are.", f"<ul>{hints}</ul>")
+      )
     if self.misfits:
       misfits = encoded.table(("clip", "why"), self.misfits, len(self.plan.misfits))
       say = "Clips that no row can hold: launch.train leaves them out."

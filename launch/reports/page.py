@@ -57,15 +57,15 @@ MEDIA = {
 
 # The names of the items of each part of the story: (required, optional).
 PARTS = {
-    "facts": (("name", "value"), ()),
-    "models": (("key", "name"), ("detail",)),
-    "phases": (("name", "seconds"), ("detail",)),
-    "prompts": (("prompt", "videos"), ("verdicts",)),
-    "scores": (("name", "values"), ("unit", "chance", "goals", "most")),
-    "reconstructions": (("caption", "original", "reconstruction"), ("psnr", "ssim")),
-    "curves": (("title", "series"), ("unit", "x", "goal", "log")),
-    "bars": (("title", "labels", "series"), ("unit", "x")),
-    "next": (("say", "command"), ()),
+  "facts": (("name", "value"), ()),
+  "models": (("key", "name"), ("detail",)),
+  "phases": (("name", "seconds"), ("detail",)),
+  "prompts": (("prompt", "videos"), ("verdicts",)),
+  "scores": (("name", "values"), ("unit", "chance", "goals", "most")),
+  "reconstructions": (("caption", "original", "reconstruction"), ("psnr", "ssim")),
+  "curves": (("title", "series"), ("unit", "x", "goal", "log")),
+  "bars": (("title", "labels", "series"), ("unit", "x")),
+  "next": (("say", "command"), ()),
 }
 TEXTS = ("title", "lede", "status", "started", "machine", "command")
 
@@ -154,7 +154,7 @@ def _key(key) -> str:
 
 def section(title, say, body) -> str:
   """A section of a page: a title, a sentence, and its body as HTML."""
-  return f"<section>\n<h2>{title}</h2>\n<p class=\"say\">{say}</p>\n{body}\n</section>"
+  return f'<section>\n<h2>{title}</h2>\n<p class="say">{say}</p>\n{body}\n</section>'
 
 
 def header(story) -> str:
@@ -174,13 +174,17 @@ def header(story) -> str:
   if "status" in story:
     out.append(f'<p class="status" role="status">{escape(story["status"])}</p>')
   if story.get("facts"):
-    facts = "".join(f"<div><dt>{escape(f['name'])}</dt><dd>{escape(f['value'])}</dd></div>" for f in story["facts"])
+    facts = "".join(
+      f"<div><dt>{escape(f['name'])}</dt><dd>{escape(f['value'])}</dd></div>" for f in story["facts"]
+    )
     out.append(f'<dl class="facts">{facts}</dl>')
   if spent > 0:
     parts = "".join(f'<i style="flex:{phase["seconds"]:.3f} 0 0"></i>' for phase in phases)
     items = "".join(
-        f"<li><b>{escape(phase['name'])}</b> <span>{seconds(phase['seconds'])}</span>"
-        f"<small>{escape(phase.get('detail', ''))}</small></li>" for phase in phases)
+      f"<li><b>{escape(phase['name'])}</b> <span>{seconds(phase['seconds'])}</span>"
+      f"<small>{escape(phase.get('detail', ''))}</small></li>"
+      for phase in phases
+    )
     out.append(f'<div class="time" aria-hidden="true">{parts}</div><ul class="phases">{items}</ul>')
   return "\n".join(out)
 
@@ -189,22 +193,30 @@ def _prompts(story) -> str:
   if not story.get("prompts"):
     return ""
   models = story.get("models") or [{"key": key, "name": key} for key in story["prompts"][0]["videos"]]
-  legend = "".join(f"<li>{_key(m['key'])}<b>{escape(m['name'])}</b> {escape(m.get('detail', ''))}</li>" for m in models)
+  legend = "".join(
+    f"<li>{_key(m['key'])}<b>{escape(m['name'])}</b> {escape(m.get('detail', ''))}</li>" for m in models
+  )
   cards = []
   for item in story["prompts"]:
     figures = []
     for model in models:
       verdicts = item.get("verdicts", {}).get(model["key"], {})
-      chips = "".join(f'<span class="{"yes" if right else "no"}">{escape(question)}</span>'
-                      for question, right in verdicts.items())
+      chips = "".join(
+        f'<span class="{"yes" if right else "no"}">{escape(question)}</span>'
+        for question, right in verdicts.items()
+      )
       caption = f'{_key(model["key"])}{escape(model["name"])}<div class="chips">{chips}</div>'
       figures.append(_figure(item["videos"].get(model["key"]), f"{model['name']}: {item['prompt']}", caption))
-    cards.append(f'<article class="card"><p class="prompt">“{escape(item["prompt"])}”</p>'
-                 f'<div class="pair">{"".join(figures)}</div></article>')
+    cards.append(
+      f'<article class="card"><p class="prompt">“{escape(item["prompt"])}”</p>'
+      f'<div class="pair">{"".join(figures)}</div></article>'
+    )
   least = 160 * len(models) + 44
-  body = (f'<div class="bar"><ul class="legend">{legend}</ul>'
-          '<label class="toggle"><input type="checkbox" id="crisp"> show single pixels</label></div>'
-          f'<div class="grid" style="--least:{least}px">{"".join(cards)}</div>')
+  body = (
+    f'<div class="bar"><ul class="legend">{legend}</ul>'
+    '<label class="toggle"><input type="checkbox" id="crisp"> show single pixels</label></div>'
+    f'<div class="grid" style="--least:{least}px">{"".join(cards)}</div>'
+  )
   say = "Each prompt with the videos that were made from it."
   if any(item.get("verdicts") for item in story["prompts"]):
     say += " The marks are what plain image processing, no model, finds in the finished files."
@@ -215,13 +227,17 @@ def _scores(story) -> str:
   if not story.get("scores"):
     return ""
   names = {model["key"]: model["name"] for model in story.get("models", ())}
-  rows = "".join(_score(score, key, i, names) for score in story["scores"] for i, key in enumerate(score["values"]))
+  rows = "".join(
+    _score(score, key, i, names) for score in story["scores"] for i, key in enumerate(score["values"])
+  )
   head = "<th></th><th>model</th><th></th>"
   head += "".join(f'<th class="num">{name}</th>' for name in ("measured", "chance", "goal"))
   return section(
-      "Scores", "Measured on held-out prompts and clips, from the finished files. A dotted mark is what guessing would "
-      "reach, a solid mark is the goal.",
-      f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
+    "Scores",
+    "Measured on held-out prompts and clips, from the finished files. A dotted mark is what guessing would "
+    "reach, a solid mark is the goal.",
+    f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>',
+  )
 
 
 def _score(score, key, i, names) -> str:
@@ -262,22 +278,28 @@ def _score(score, key, i, names) -> str:
 def _reconstructions(story) -> str:
   cards = []
   for item in story.get("reconstructions", ()):
-    figures = [_figure(item["original"], f"original: {item['caption']}", "original"),
-               _figure(item["reconstruction"], f"reconstruction: {item['caption']}", "encoded and decoded")]
+    figures = [
+      _figure(item["original"], f"original: {item['caption']}", "original"),
+      _figure(item["reconstruction"], f"reconstruction: {item['caption']}", "encoded and decoded"),
+    ]
     quality = []
     if item.get("psnr") is not None:
       quality.append(f"PSNR {number(item['psnr'])} dB")
     if item.get("ssim") is not None:
       quality.append(f"SSIM {item['ssim']:.3f}")
     note = f'<p class="none" style="margin:8px 0 0">{" · ".join(quality)}</p>' if quality else ""
-    cards.append(f'<article class="card"><p class="prompt">{escape(item["caption"])}</p>'
-                 f'<div class="pair">{"".join(figures)}</div>{note}</article>')
+    cards.append(
+      f'<article class="card"><p class="prompt">{escape(item["caption"])}</p>'
+      f'<div class="pair">{"".join(figures)}</div>{note}</article>'
+    )
   if not cards:
     return ""
   return section(
-      "What the video autoencoder keeps", "Held-out clips, and the same clips after encoding to latents and decoding: "
-      "no generated video can look better than this.",
-      f'<div class="grid" style="--least:330px">{"".join(cards)}</div>')
+    "What the video autoencoder keeps",
+    "Held-out clips, and the same clips after encoding to latents and decoding: "
+    "no generated video can look better than this.",
+    f'<div class="grid" style="--least:330px">{"".join(cards)}</div>',
+  )
 
 
 def _curves(story) -> str:
@@ -290,18 +312,30 @@ def _curves(story) -> str:
   for draw, chart in drawn:
     unit = f' <span class="unit">{escape(chart["unit"])}</span>' if chart.get("unit") else ""
     several = len(chart["series"]) > 1
-    legend = "".join(f"<li>{_key(s['key'])}{escape(s['name'])}</li>" for s in chart["series"]) if several else ""
-    cards.append(f'<article class="card chart"><h3>{escape(chart["title"])}{unit}</h3><ul class="legend">{legend}</ul>'
-                 f'{draw(chart, 340 if three else 480)}</article>')
-  return section("How it went", "Point at a curve to read its values.",
-                  f'<div class="grid" style="--least:{310 if three else 440}px">{"".join(cards)}</div>')
+    legend = (
+      "".join(f"<li>{_key(s['key'])}{escape(s['name'])}</li>" for s in chart["series"]) if several else ""
+    )
+    cards.append(
+      f'<article class="card chart"><h3>{escape(chart["title"])}{unit}</h3><ul class="legend">{legend}</ul>'
+      f"{draw(chart, 340 if three else 480)}</article>"
+    )
+  return section(
+    "How it went",
+    "Point at a curve to read its values.",
+    f'<div class="grid" style="--least:{310 if three else 440}px">{"".join(cards)}</div>',
+  )
 
 
 def _next(story) -> str:
   if not story.get("next"):
     return ""
   items = "".join(
-      f'<div><p>{escape(item["say"])}</p><div class="copy"><pre tabindex="0">{escape(item["command"])}</pre>'
-      '<button class="do-copy" type="button">Copy</button></div></div>' for item in story["next"])
-  return section("Try next", "At the root of the repository, after: source .venv/bin/activate",
-                  f'<div class="commands">{items}</div>')
+    f'<div><p>{escape(item["say"])}</p><div class="copy"><pre tabindex="0">{escape(item["command"])}</pre>'
+    '<button class="do-copy" type="button">Copy</button></div></div>'
+    for item in story["next"]
+  )
+  return section(
+    "Try next",
+    "At the root of the repository, after: source .venv/bin/activate",
+    f'<div class="commands">{items}</div>',
+  )

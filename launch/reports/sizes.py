@@ -78,18 +78,18 @@ def histograms(rows, stride):
 
 
 _HISTOGRAMS = {
-    "short_side": ("Short side, about so many pixels", [str(side) for side in SHORT_SIDES]),
-    "seconds": ("Length in seconds", list(LENGTHS)),
-    "aspect": ("Width : height, about", list(SHAPES)),
-    "fps": ("Frames a second, about", [str(rate) for rate in RATES]),
-    "caption": ("Tokens of the caption", list(CAPTIONS)),
+  "short_side": ("Short side, about so many pixels", [str(side) for side in SHORT_SIDES]),
+  "seconds": ("Length in seconds", list(LENGTHS)),
+  "aspect": ("Width : height, about", list(SHAPES)),
+  "fps": ("Frames a second, about", [str(rate) for rate in RATES]),
+  "caption": ("Tokens of the caption", list(CAPTIONS)),
 }
 
 
 def powers(title, values):
   """Counts positive integers by powers of two -> a chart, as `histograms` has them."""
   classes = np.ceil(np.log2(np.maximum(np.asarray(values, np.float64), 1))).astype(np.int64)
-  labels = ["1", "2", *(f"{2 ** k + 1} to {2 ** (k + 1)}" for k in range(1, max(classes.max(initial=0), 1)))]
+  labels = ["1", "2", *(f"{2**k + 1} to {2 ** (k + 1)}" for k in range(1, max(classes.max(initial=0), 1)))]
   return {"title": title, **_trim(labels, np.bincount(classes, minlength=len(labels)).tolist())}
 
 

@@ -74,7 +74,12 @@ class Export:
       shutil.rmtree(partial)
       raise
     partial.chmod(0o755)
-    about = {"format_version": parts.FORMAT_VERSION, "made_from": self.made_from, "step": self.step, "sha256": hashes}
+    about = {
+      "format_version": parts.FORMAT_VERSION,
+      "made_from": self.made_from,
+      "step": self.step,
+      "sha256": hashes,
+    }
     files.write_json(partial / "export.json", about)
     if self.out.exists():
       self.out.rmdir()
@@ -90,7 +95,9 @@ def plan(workdir, out, format, dtype="source", which="ema", say=lambda line: Non
   workdir, out = epath.Path(workdir), pathlib.Path(out)
   config = files.read_json(workdir / "config.json")
   if "model" not in config or "sample" not in config:
-    raise BadInput(f"{workdir} is no work directory of launch.train or launch.import_weights; name another --workdir")
+    raise BadInput(
+      f"{workdir} is no work directory of launch.train or launch.import_weights; name another --workdir"
+    )
   made_from = f"{workdirs.identity(workdir, which)} {format} {dtype}"
   existing = files.read_json_if_exists(out / "export.json")
   if existing.get("made_from") == made_from and all((out / name).exists() for name in existing["sha256"]):

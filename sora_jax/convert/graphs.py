@@ -148,7 +148,10 @@ def _row(cfg, b, l, s, u):
 
 
 def _shapes(job, params):
-  return {name: jax.ShapeDtypeStruct(leaf.shape, job.cast(leaf.dtype)) for name, leaf in files.flatten(params).items()}
+  return {
+    name: jax.ShapeDtypeStruct(leaf.shape, job.cast(leaf.dtype))
+    for name, leaf in files.flatten(params).items()
+  }
 
 
 def _write_weights(job, path, params):

@@ -50,7 +50,9 @@ class Import:
 
   @property
   def num_bytes(self):
-    return sum(np.prod(shape) * kind.itemsize for specs in self.specs.values() for shape, kind in specs.values())
+    return sum(
+      np.prod(shape) * kind.itemsize for specs in self.specs.values() for shape, kind in specs.values()
+    )
 
   @property
   def memory(self):
@@ -135,8 +137,14 @@ class LoRAImport:
     for part in ("vae", "text"):
       parts.copy_part(self.base / part, self.workdir / part, link=part == "text")
     parts.copy_source(self.base, self.workdir)
-    parts.save_part(self.workdir / "model", {"step": 0, "made_from": self.stamp}, {"lora": {"dit": self.params}})
-    fields = {"format_version": parts.FORMAT_VERSION, "program": PROGRAM, **json.loads(self.config.to_json_best_effort())}
+    parts.save_part(
+      self.workdir / "model", {"step": 0, "made_from": self.stamp}, {"lora": {"dit": self.params}}
+    )
+    fields = {
+      "format_version": parts.FORMAT_VERSION,
+      "program": PROGRAM,
+      **json.loads(self.config.to_json_best_effort()),
+    }
     files.write_json(self.workdir / "config.json", fields)
 
 
@@ -159,13 +167,15 @@ def plan_lora(source, base, workdir, expert=""):
     raise BadInput(f"{base} holds two experts; say which these adapt: --expert=high or low")
   if expert and not has_experts:
     raise BadInput(f"{base} holds one model; leave --expert out")
-  config = ml_collections.ConfigDict({
-    "init": str(base),
-    "model": {"size": "init", "expert": expert, "remat": "none", "dtype": "float32", "text": ""},
-    "sample": {},
-    "data": {"base_fps": 0.0},
-    "lora": {"rank": 1, "alpha": 1.0, "targets": ("to_q",)},
-  })
+  config = ml_collections.ConfigDict(
+    {
+      "init": str(base),
+      "model": {"size": "init", "expert": expert, "remat": "none", "dtype": "float32", "text": ""},
+      "sample": {},
+      "data": {"base_fps": 0.0},
+      "lora": {"rank": 1, "alpha": 1.0, "targets": ("to_q",)},
+    }
+  )
   workdirs.adopt(config)
   config.model.dtype = theirs["model"]["dtype"]
   adapters, params = lora.from_diffusers(tensors, dit.DiTConfig(**config.model.dit), tensors.metadata)

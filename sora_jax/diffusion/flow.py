@@ -108,6 +108,7 @@ def clip_keys(key, uid_BG2, epoch_BG):
 
   def one(uid_2, epoch):
     return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, uid_2[0]), uid_2[1]), epoch)
+
   return jax.vmap(jax.vmap(one))(uid_BG2, epoch_BG)
 
 

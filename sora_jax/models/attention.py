@@ -423,4 +423,8 @@ def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, int
   return lax.map(row, args)
 
 
-KERNELS = {"blocks": _blocks, "splash": _splash, "splash_interpret": functools.partial(_splash, interpret=True)}
+KERNELS = {
+  "blocks": _blocks,
+  "splash": _splash,
+  "splash_interpret": functools.partial(_splash, interpret=True),
+}

@@ -26,7 +26,9 @@ def in_front(n):
 
 def plane_conv(x_BTHWC, kernel, stride=1, padding=SAME):
   """A 2-D convolution of every frame; kernel (height, width, in, out)."""
-  y = jax.lax.conv_general_dilated(_frames(x_BTHWC), kernel, (stride, stride), padding, dimension_numbers=PLANE)
+  y = jax.lax.conv_general_dilated(
+    _frames(x_BTHWC), kernel, (stride, stride), padding, dimension_numbers=PLANE
+  )
   return y.reshape(*x_BTHWC.shape[:2], *y.shape[1:])
 
 
@@ -47,7 +49,9 @@ def _frames(x_BTHWC):
 
 def _by_volume(x_BTHWC, kernel, front=0):
   """3-D convolution without padding in time, except for `front` zero frames before the video."""
-  return jax.lax.conv_general_dilated(x_BTHWC, kernel, (1, 1, 1), ((front, 0), *SAME), dimension_numbers=VOLUME)
+  return jax.lax.conv_general_dilated(
+    x_BTHWC, kernel, (1, 1, 1), ((front, 0), *SAME), dimension_numbers=VOLUME
+  )
 
 
 def _first_by_volume(x_BTHWC, kernel):
@@ -56,7 +60,7 @@ def _first_by_volume(x_BTHWC, kernel):
 
 def _by_taps(x_BTHWC, kernel):
   T = x_BTHWC.shape[1] - 2
-  return sum(plane_conv(x_BTHWC[:, tap:tap + T], kernel[tap]) for tap in range(3))
+  return sum(plane_conv(x_BTHWC[:, tap : tap + T], kernel[tap]) for tap in range(3))
 
 
 def _first_by_taps(x_BTHWC, kernel):
@@ -67,7 +71,7 @@ def _first_by_taps(x_BTHWC, kernel):
   T = x_BTHWC.shape[1]
   taps = []
   for late in range(min(3, T)):
-    y_BTHWC = plane_conv(x_BTHWC[:, :T - late], kernel[2 - late])
+    y_BTHWC = plane_conv(x_BTHWC[:, : T - late], kernel[2 - late])
     taps.append(jnp.pad(y_BTHWC, in_front(late)))
   return sum(taps)
 

@@ -25,6 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 class Discriminator(nn.Module):
   """Video [B, T, H, W, 3] in [-1, 1] -> logits [B, T, H/8, W/8]; positive means real."""
+
   layout: Layout | None = None
 
   @nn.compact

@@ -136,7 +136,14 @@ def _ours(depth, heads):
 
 
 def _wan(depth, heads, mlp, channels=16, conditioning="replacement", **kwargs):
-  shape = {"head_size": 128, "mlp": mlp, "channels": channels, "patch": (1, 2, 2), "text_width": 4096, "text_pad": 512}
+  shape = {
+    "head_size": 128,
+    "mlp": mlp,
+    "channels": channels,
+    "patch": (1, 2, 2),
+    "text_width": 4096,
+    "text_pad": 512,
+  }
   kwargs |= {"conditioning": conditioning, "dtype": "bfloat16", "remat": "full"}
   return DiTConfig(depth=depth, heads=heads, **shape, **kwargs)
 
@@ -247,7 +254,9 @@ class Attention(Part):
       (query,) = project(x_BLD, "act_length", "query")
       key, value = project(text_BSD, "act_text", "key", "value") if text_kv is None else text_kv
     query, key = query.astype(dtype), key.astype(dtype)
-    out_BLNK = attend(query, key, value, segment_BL, segment_BM, log_count_BM=log_count_BM, layout=self.layout)
+    out_BLNK = attend(
+      query, key, value, segment_BL, segment_BM, log_count_BM=log_count_BM, layout=self.layout
+    )
     out_BLNK = self.shard(out_BLNK, "act_batch", "act_length", "act_heads", "act_head_dim")
     init = normal(D, (3 * cfg.depth) ** -0.5)
     return self.linear("BLNK,NKD->BLD", out_BLNK, "out", (N, K, D), ("heads", "head_dim", "embed"), init)
@@ -344,7 +353,9 @@ class DiT(Part):
     """
     cfg, D = self.cfg, self.cfg.width
     if (cond_BLQ is not None) != (cfg.cond_channels > 0) and not self.is_initializing():
-      raise ValueError(f"this DiT takes {cfg.values_cond} condition values a token, and got cond_BLQ={cond_BLQ!r}")
+      raise ValueError(
+        f"this DiT takes {cfg.values_cond} condition values a token, and got cond_BLQ={cond_BLQ!r}"
+      )
 
     P, Q, axes = cfg.values_in, cfg.values_cond, ("patch", "embed")
     x_BLD = self.linear("BLP,PD->BLD", tokens_BLP, "patch", (P, D), axes, normal(P))

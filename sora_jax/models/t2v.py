@@ -25,6 +25,7 @@ class Model:
   boundary: if > 0, "dit_high" is used for sigma >= boundary, "dit_low" for smaller sigmas.
   lora: the trained weights are adapters, keyed "lora"; the weights that they adapt are frozen.
   """
+
   dit: DiTConfig
   text: TextConfig | None = None
   layout: Layout | None = None
@@ -59,7 +60,9 @@ class Model:
     """Text embeddings of a batch, [B, S, E]: those in the batch, or the encoder's output for its ids."""
     if self.text is None:
       return batch.text_BSE
-    return TextEncoder(self.text, self.layout).apply({"params": params["text"]}, batch.text_BS, batch.prompt_BS)
+    return TextEncoder(self.text, self.layout).apply(
+      {"params": params["text"]}, batch.text_BS, batch.prompt_BS
+    )
 
   def text_kv(self, params, text_BSE, prompt_BS):
     """Keys and values of the text, which `velocity` takes in place of text_BSE; None with adapters.

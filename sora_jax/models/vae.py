@@ -40,6 +40,7 @@ class VAEConfig:
   The decoder mirrors the encoder, with decoder_base_dim (None: base_dim). The first operation turns
   patch_size x patch_size pixels into channels. The mean and standard deviation of latents default to 0 and 1.
   """
+
   base_dim: int = 96
   decoder_base_dim: int | None = None
   z_dim: int = 16
@@ -118,6 +119,7 @@ ENCODER = ("encoder", "quant", "linear")  # the weights that latents depend on
 
 class VAE(nn.Module):
   """The network, for `init` and for training; it does not clip. Elsewhere, use the functions below."""
+
   cfg: VAEConfig
   layout: Layout | None = None
 
@@ -128,7 +130,7 @@ class VAE(nn.Module):
     up = tuple((cfg.decoder_base_dim or cfg.base_dim) * m for m in up)
     times, spaces = cfg.temporal_downsample, cfg.spatial_downsample
     self.encoder = Encoder(down, times, spaces, cfg.num_res_blocks, 2 * cfg.z_dim, residual, self.layout)
-    pixels = 3 * cfg.patch_size ** 2
+    pixels = 3 * cfg.patch_size**2
     self.decoder = Decoder(up, times[::-1], spaces[::-1], cfg.num_res_blocks, pixels, residual, self.layout)
     self.quant = Conv(2 * cfg.z_dim, (1, 1, 1))
     self.post_quant = Conv(cfg.z_dim, (1, 1, 1))
@@ -166,8 +168,8 @@ def to_patches(video_BTHWC, patch):
 def from_patches(x_BTHWC, patch):
   """The inverse of `to_patches`."""
   B, T, H, W, C = x_BTHWC.shape
-  x = x_BTHWC.reshape(B, T, H, W, C // patch ** 2, patch, patch)
-  return x.transpose(0, 1, 2, 6, 3, 5, 4).reshape(B, T, H * patch, W * patch, C // patch ** 2)
+  x = x_BTHWC.reshape(B, T, H, W, C // patch**2, patch, patch)
+  return x.transpose(0, 1, 2, 6, 3, 5, 4).reshape(B, T, H * patch, W * patch, C // patch**2)
 
 
 def init(key, cfg):
@@ -187,10 +189,10 @@ def init(key, cfg):
     if path[-1].key != "kernel":
       return jnp.full(leaf.shape, 1.0 if path[-1].key == "scale" else 0.0, jnp.float32)
     # Variance 1 / fan in, as KERNEL.
-    return draw[stop - leaf.size:stop].reshape(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5
+    return draw[stop - leaf.size : stop].reshape(leaf.shape) * math.prod(leaf.shape[:-1]) ** -0.5
 
   params = tree.unflatten(weight(path, leaf, stop) for (path, leaf), stop in zip(leaves, stops, strict=True))
-  params["quant"]["bias"] = params["quant"]["bias"].at[cfg.z_dim:].set(-6.0)
+  params["quant"]["bias"] = params["quant"]["bias"].at[cfg.z_dim :].set(-6.0)
   return params
 
 
@@ -206,7 +208,7 @@ def fit_linear(params, cfg, video_BTHWC):
   blocks_NP = blocks.reshape(-1, 3 * math.prod(cfg.stride))
   mean_P = blocks_NP.mean(0)
   power, basis = np.linalg.eigh(np.cov((blocks_NP - mean_P).T))
-  power, basis = np.maximum(power[::-1][:cfg.z_dim], 1e-6), basis[:, ::-1][:, :cfg.z_dim]
+  power, basis = np.maximum(power[::-1][: cfg.z_dim], 1e-6), basis[:, ::-1][:, : cfg.z_dim]
   rotated, scale = basis @ equal_power(power), np.sqrt(power.mean())
   linear = {"mean": mean_P, "encode": rotated / scale, "decode": (rotated * scale).T}
   params = jax.tree.map(lambda x: x, params)  # new dicts, the same leaves
@@ -275,7 +277,9 @@ def decode_chunk(params, stream, latents_BTHWC, cfg, layout=None, *, first):
 
 def _run(params, stream, x, cfg, layout, first, method, **kwargs):
   variables = {"params": params} if first else {"params": params, "stream": stream}
-  out, updated = VAE(cfg, layout).apply(variables, x, first=first, method=method, mutable=["stream"], **kwargs)
+  out, updated = VAE(cfg, layout).apply(
+    variables, x, first=first, method=method, mutable=["stream"], **kwargs
+  )
   return out, updated["stream"]
 
 
@@ -342,11 +346,13 @@ def canvas(height, width, stride):
   to 2048 have 13 % more area on their canvases (videos of 480, 720 and 1080 rows: 6, 0 and 1 %). A canvas
   takes two compilations, one for first frames and one for later chunks, for each number of rows in a batch.
   """
+
   def side(pixels, multiple):
     step = 1 << max((pixels - 1).bit_length() - 3, 4)
     rounded = -(-pixels // step) * step
     best = min([rounded, *(common for common in COMMON if common >= pixels)])
     return -(-best // multiple) * multiple
+
   return side(height, stride[1]), side(width, stride[2])
 
 

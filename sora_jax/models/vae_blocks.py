@@ -31,9 +31,9 @@ from sora_jax.layout import Layout, param
 from sora_jax.models.causal_conv import SAME, causal_conv, in_front, plane_conv
 
 KERNEL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-ATTENTION_SCORES = 2 ** 24  # most scores in memory at once; above that, frame by frame in blocks of queries
+ATTENTION_SCORES = 2**24  # most scores in memory at once; above that, frame by frame in blocks of queries
 # If a layer's input has more values than this, the frames of a later chunk pass through the layer one by one.
-LARGE = 2 ** 20
+LARGE = 2**20
 MASKED = -1e30  # a masked score; finite, so that a frame with no pixel inside gives no NaN
 
 
@@ -46,7 +46,7 @@ def recall(module, x_BTHWC, n, first):
       joined = jnp.pad(x_BTHWC, in_front(missing))
     else:
       joined = jnp.concatenate([before, x_BTHWC], 1)
-    module.put_variable("stream", "tail", joined[:, joined.shape[1] - n:])
+    module.put_variable("stream", "tail", joined[:, joined.shape[1] - n :])
   return before
 
 
@@ -104,7 +104,7 @@ def duplicate_up(x_BTHWC, features, time, space, first):
   x = jnp.repeat(x_BTHWC, features * time * space * space // C, -1)
   x = x.reshape(B, T, H, W, features, time, space, space).transpose(0, 1, 5, 2, 6, 3, 7, 4)
   x = x.reshape(B, T * time, H * space, W * space, features)
-  return x[:, time - 1:] if first else x
+  return x[:, time - 1 :] if first else x
 
 
 class Norm(nn.Module):
@@ -125,6 +125,7 @@ class Conv(nn.Module):
   size: (3, 3, 3) is causal and stores frames for the next chunk; (3, 3) works frame by frame; all ones mixes
   channels.
   """
+
   features: int
   size: tuple[int, ...] = (3, 3, 3)
 
@@ -161,7 +162,7 @@ class TimeDown(nn.Module):
     before = recall(self, x_BTHWC, 1, first)
     x = x_BTHWC if first else jnp.concatenate([before, x_BTHWC], 1)
     half = (x.shape[1] - 1) // 2
-    y = sum(x[:, tap:tap + 2 * half:2] @ kernel[tap] for tap in range(3)) + bias
+    y = sum(x[:, tap : tap + 2 * half : 2] @ kernel[tap] for tap in range(3)) + bias
     return jnp.concatenate([x[:, :1], y], 1) if first else y
 
 
@@ -180,13 +181,14 @@ class TimeUp(nn.Module):
     before = recall(self, late, 2, first)
     x = jnp.pad(late, in_front(2)) if first else jnp.concatenate([before, late], 1)
     B, T, H, W, C = late.shape
-    y = sum(x[:, tap:tap + T] @ kernel[tap] for tap in range(3)) + bias
+    y = sum(x[:, tap : tap + T] @ kernel[tap] for tap in range(3)) + bias
     y = y.reshape(B, T, H, W, 2, C).transpose(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, H, W, C)
     return jnp.concatenate([x_BTHWC[:, :1], y], 1) if first else y
 
 
 class ResBlock(nn.Module):
   """Norm, silu and convolution, twice, plus a shortcut (1 x 1 x 1 convolution where the width changes)."""
+
   features: int
 
   @nn.compact
@@ -219,7 +221,7 @@ def attend_in_frames(query, key, value, mask=None):
   frames, pixels, C = query.shape
 
   def attend(query, key, value, mask):
-    scores = jnp.einsum("...qc,...kc->...qk", query, key, preferred_element_type=jnp.float32) * C ** -0.5
+    scores = jnp.einsum("...qc,...kc->...qk", query, key, preferred_element_type=jnp.float32) * C**-0.5
     if mask is not None:
       scores = jnp.where(mask[..., None, :], scores, MASKED)
     return jnp.einsum("...qk,...kc->...qc", jax.nn.softmax(scores).astype(value.dtype), value)
@@ -253,6 +255,7 @@ class Down(nn.Module):
 
   It halves the height and width if `space`, and the frames if `time`; at the last level neither.
   """
+
   features: int
   blocks: int
   space: bool
@@ -282,6 +285,7 @@ class Up(nn.Module):
 
   It doubles the frames if `time`, and the height and width if `space`; at the last level neither.
   """
+
   features: int
   blocks: int
   space: bool
@@ -312,6 +316,7 @@ class Up(nn.Module):
 
 class Encoder(nn.Module):
   """Patches of pixels -> 2 z channels. `widths`, `times` and `spaces` have an entry for each level."""
+
   widths: tuple[int, ...]
   times: tuple[bool, ...]
   spaces: tuple[bool, ...]
@@ -336,6 +341,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
   """z channels -> patches of pixels."""
+
   widths: tuple[int, ...]
   times: tuple[bool, ...]
   spaces: tuple[bool, ...]
@@ -368,13 +374,17 @@ class LinearCodec(nn.Module):
   is not trained: `vae.fit_linear` sets it to the principal components of a few clips, as other networks fix a
   whitening first layer.
   """
+
   stride: tuple[int, int, int]
   features: int
 
   def setup(self):
     values = 3 * math.prod(self.stride)
     shapes = {"mean": (values,), "encode": (values, self.features), "decode": (self.features, values)}
-    weights = {name: param(self, name, nn.initializers.zeros, shape, (None,) * len(shape)) for name, shape in shapes.items()}
+    weights = {
+      name: param(self, name, nn.initializers.zeros, shape, (None,) * len(shape))
+      for name, shape in shapes.items()
+    }
     self.weights = jax.lax.stop_gradient(weights)
 
   def encode(self, video_BTHWC, first):

@@ -28,7 +28,9 @@ class Tensors(Mapping):
         weight_map = json.loads(indices[0].read_text())["weight_map"]
         files = [path / name for name in sorted(set(weight_map.values()))]
       except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BadInput(f"weights: {indices[0]} is not an index of shards ({error!r}); download it again") from error
+        raise BadInput(
+          f"weights: {indices[0]} is not an index of shards ({error!r}); download it again"
+        ) from error
     if not files:
       pickled = [name for pattern in ("*.pth", "*.pt", "*.bin") for name in path.glob(pattern)]
       if pickled:

@@ -23,7 +23,12 @@ def _linear(ours, their, their_in, their_out, our_in=None, our_out=None):
   """A torch Linear, [out, in] and [out], as two rows of the table."""
   *path, name = ours
   return [
-    ((*path, name), f"{their}.weight", f"{their_out} {their_in}", f"{our_in or their_in} {our_out or their_out}"),
+    (
+      (*path, name),
+      f"{their}.weight",
+      f"{their_out} {their_in}",
+      f"{our_in or their_in} {our_out or their_out}",
+    ),
     ((*path, f"{name}_bias"), f"{their}.bias", their_out, our_out or their_out),
   ]
 

@@ -253,7 +253,9 @@ def _schedule(folder, notes):
   reasons = ["it is not known"]
   if name in SCHEDULERS:
     needed = SCHEDULERS[name][2]
-    reasons = [f"{key} is {config[key]!r}" for key, value in needed.items() if config.get(key, value) != value]
+    reasons = [
+      f"{key} is {config[key]!r}" for key, value in needed.items() if config.get(key, value) != value
+    ]
   if reasons:
     notes.append(f"scheduler {name} is not supported ({reasons[0]}): sampling will use unipc with shift 3")
     return {"sampler": "unipc", "shift": 3.0, "schedule": "diffusers"}

@@ -69,7 +69,11 @@ def _plain(blocks):
   )
 
 
-KINDS = {("kernel", 5): ("O I t h w", "t h w I O"), ("kernel", 4): ("O I h w", "h w I O"), ("bias", 1): ("O", "O")}
+KINDS = {
+  ("kernel", 5): ("O I t h w", "t h w I O"),
+  ("kernel", 4): ("O I h w", "h w I O"),
+  ("bias", 1): ("O", "O"),
+}
 
 
 def rows(cfg):

@@ -58,25 +58,49 @@ def pipeline(tmp_path_factory):
   cfg = vae.VAEConfig(base_dim=4, dim_mult=(1, 1, 2, 2), num_res_blocks=1)
   (folder / "vae").mkdir()
   write(folder / "vae" / "config.json", wan_vae.config_to_diffusers(cfg))
-  safetensors.numpy.save_file(dict(wan_vae.to_diffusers(jax.device_get(vae.init(jax.random.key(0), cfg)), cfg)),
-                              folder / "vae" / "diffusion_pytorch_model.safetensors")
+  safetensors.numpy.save_file(
+    dict(wan_vae.to_diffusers(jax.device_get(vae.init(jax.random.key(0), cfg)), cfg)),
+    folder / "vae" / "diffusion_pytorch_model.safetensors",
+  )
   for number, dtype in enumerate((ml_dtypes.bfloat16, np.float16)):
     shard = sorted((folder / "transformer").glob("*.safetensors"))[number]
     tensors = safetensors.numpy.load_file(shard)
     safetensors.numpy.save_file({key: value.astype(dtype) for key, value in tensors.items()}, shard)
   sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=iter(["a red ball moves left", "a blue cat sleeps"] * 9), model_prefix=str(folder / "spiece"), vocab_size=40,
-      hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    sentence_iterator=iter(["a red ball moves left", "a blue cat sleeps"] * 9),
+    model_prefix=str(folder / "spiece"),
+    vocab_size=40,
+    hard_vocab_limit=False,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    minloglevel=2,
+  )
   (folder / "tokenizer").mkdir()
   (folder / "spiece.model").rename(folder / "tokenizer" / "spiece.model")
   (folder / "spiece.vocab").unlink()
   write(folder / "tokenizer" / "tokenizer_config.json", {"extra_ids": 4})
   (folder / "scheduler").mkdir()
-  write(folder / "scheduler" / "scheduler_config.json", {
-      "_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0})
-  parts = {"transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None], "vae": ["diffusers", "AutoencoderKLWan"],
-           "text_encoder": ["transformers", "UMT5EncoderModel"]}
-  write(folder / "model_index.json", {"_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": False, **parts})
+  write(
+    folder / "scheduler" / "scheduler_config.json",
+    {
+      "_class_name": "UniPCMultistepScheduler",
+      "prediction_type": "flow_prediction",
+      "use_flow_sigmas": True,
+      "flow_shift": 3.0,
+    },
+  )
+  parts = {
+    "transformer": ["diffusers", "WanTransformer3DModel"],
+    "transformer_2": [None, None],
+    "vae": ["diffusers", "AutoencoderKLWan"],
+    "text_encoder": ["transformers", "UMT5EncoderModel"],
+  }
+  write(
+    folder / "model_index.json",
+    {"_class_name": "WanPipeline", "boundary_ratio": None, "expand_timesteps": False, **parts},
+  )
   (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
   return folder
 
@@ -104,18 +128,27 @@ def changed(pipeline, tmp_path, path, change):
 def test_there_and_back(pipeline, workdir, tmp_path):
   """Tensors come back with name, shape, dtype and bits, and so do small files. Nothing is done twice."""
   assert not import_weights(pipeline, workdir)
-  assert export(workdir, tmp_path / "back", "diffusers") == 0 and export(workdir, tmp_path / "back", "diffusers") is None
+  assert (
+    export(workdir, tmp_path / "back", "diffusers") == 0
+    and export(workdir, tmp_path / "back", "diffusers") is None
+  )
   kinds = set()
   for part in PARTS:
     there, back = files.Tensors(pipeline / part), files.Tensors(tmp_path / "back" / part)
     assert sorted(there) == sorted(back)
     for name in there:
       kinds.add(there.dtype(name))
-      assert there[name].dtype == back[name].dtype and there[name].tobytes() == back[name].tobytes() and there.shape(name) == back.shape(name)
+      assert (
+        there[name].dtype == back[name].dtype
+        and there[name].tobytes() == back[name].tobytes()
+        and there.shape(name) == back.shape(name)
+      )
   assert kinds == {"float32", "bfloat16", "float16"}
   for path in pipeline.rglob("*.json"):
     if ".index." not in path.name:
-      assert json.loads(path.read_text()) == json.loads((tmp_path / "back" / path.relative_to(pipeline)).read_text()), path
+      assert json.loads(path.read_text()) == json.loads(
+        (tmp_path / "back" / path.relative_to(pipeline)).read_text()
+      ), path
   card = (tmp_path / "back" / "README.md").read_text()
   assert "license: apache-2.0" in card and "from_pretrained" in card and card.count(".safetensors` | `") == 3
 
@@ -145,7 +178,9 @@ def test_sampled(workdir, tmp_path):
   assert result.video().shape == (1, 16, 32, 3)
   export(workdir, tmp_path / "numpy", "numpy", "float32")
   saved = np.load(tmp_path / "numpy" / "dit.npz")
-  np.testing.assert_array_equal(saved["blocks/self/query"], np.asarray(pipe.params["dit"]["blocks"]["self"]["query"]))
+  np.testing.assert_array_equal(
+    saved["blocks/self/query"], np.asarray(pipe.params["dit"]["blocks"]["self"]["query"])
+  )
   with pytest.raises(BadInput, match="guidance_low is for models of two experts"):
     pipe.parse({"id": "b", "prompt": "x", "guidance_low": 2.0})
 
@@ -162,11 +197,24 @@ def test_stablehlo(workdir, tmp_path):
   pipe = Pipeline.open(workdir)
   cfg = pipe.model.dit
   segment = np.repeat([[1, 2, 0]], (20, 30, 3), axis=1).astype(np.int32)
-  row = (rng.normal(size=(1, 53, cfg.values_in)), rng.integers(0, 5, (1, 53, 3)), segment, [[0.0, 0.7]], rng.integers(0, 2, (1, 53)),
-         rng.normal(size=(1, 9, cfg.text_width)), segment, np.repeat([[1, 2]], (4, 5), axis=1))
-  row = [np.asarray(x, kind) for x, kind in zip(row, (np.float32, np.float32, int, np.float32, int, np.float32, int, int), strict=True)]
+  row = (
+    rng.normal(size=(1, 53, cfg.values_in)),
+    rng.integers(0, 5, (1, 53, 3)),
+    segment,
+    [[0.0, 0.7]],
+    rng.integers(0, 2, (1, 53)),
+    rng.normal(size=(1, 9, cfg.text_width)),
+    segment,
+    np.repeat([[1, 2]], (4, 5), axis=1),
+  )
+  row = [
+    np.asarray(x, kind)
+    for x, kind in zip(row, (np.float32, np.float32, int, np.float32, int, np.float32, int, int), strict=True)
+  ]
   row = [x.astype(np.int32) if x.dtype == int else x for x in row]
-  velocity = jax.jit(load("dit").call)(safetensors.numpy.load_file(tmp_path / "hlo" / "dit.safetensors"), *row)
+  velocity = jax.jit(load("dit").call)(
+    safetensors.numpy.load_file(tmp_path / "hlo" / "dit.safetensors"), *row
+  )
   expected = jax.jit(dit.DiT(cfg).apply)({"params": pipe.params["dit"]}, *row)
   np.testing.assert_allclose(velocity[:, :50], expected[:, :50], atol=1e-5)
   latents = rng.normal(size=(1, 2, 2, 3, 16)).astype(np.float32)
@@ -190,23 +238,39 @@ def test_adapters(workdir, tmp_path, monkeypatch):
   """
   cfg = workdirs.make_model(workdirs.read_config(workdir), workdir / "text", None).dit
   adapters = lora.LoRAConfig(rank=3, alpha=6.0, targets=("attn1.to_q", "to_out.0", "ffn.net.0.proj"))
-  params = table.from_diffusers({name: np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
-                          for name, shape in table.their_shapes(peft.rows(cfg, adapters)).items()}, peft.rows(cfg, adapters))
+  params = table.from_diffusers(
+    {
+      name: np.random.default_rng(len(name)).normal(size=shape).astype(np.float32)
+      for name, shape in table.their_shapes(peft.rows(cfg, adapters)).items()
+    },
+    peft.rows(cfg, adapters),
+  )
   theirs = dict(peft.to_diffusers(params, cfg, adapters))
-  assert theirs["transformer.blocks.1.attn1.to_q.lora_A.weight"].shape == (3, 48) and len(theirs) == 4 * 2 * cfg.depth
+  assert (
+    theirs["transformer.blocks.1.attn1.to_q.lora_A.weight"].shape == (3, 48)
+    and len(theirs) == 4 * 2 * cfg.depth
+  )
   config, again = peft.from_diffusers(theirs, cfg)
-  assert (config.rank, config.alpha, set(config.targets)) == (3, 3.0, {"attn1.to_q", "attn1.to_out.0", "attn2.to_out.0", "ffn.net.0.proj"})
+  assert (config.rank, config.alpha, set(config.targets)) == (
+    3,
+    3.0,
+    {"attn1.to_q", "attn1.to_out.0", "attn2.to_out.0", "ffn.net.0.proj"},
+  )
   safetensors.numpy.save_file(theirs, tmp_path / peft.FILE)
   with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
     killed.setattr(importing.parts, "save_part", interrupt)
     import_lora(tmp_path, workdir, tmp_path / "w")
-  assert import_lora(tmp_path, workdir, tmp_path / "w") and import_lora(tmp_path, workdir, tmp_path / "w") is None
+  assert (
+    import_lora(tmp_path, workdir, tmp_path / "w") and import_lora(tmp_path, workdir, tmp_path / "w") is None
+  )
   assert export(tmp_path / "w", tmp_path / "merged", "diffusers", "float32") == 0
   merged, plain = Pipeline.open(tmp_path / "w").params["dit"], Pipeline.open(workdir).params["dit"]
   back = dict(wan_dit.to_diffusers(merged, cfg))
   name = "blocks.1.attn1.to_q"
   change = theirs[f"transformer.{name}.lora_B.weight"] @ theirs[f"transformer.{name}.lora_A.weight"]
-  np.testing.assert_allclose(back[f"{name}.weight"] - dict(wan_dit.to_diffusers(plain, cfg))[f"{name}.weight"], change, atol=1e-5)
+  np.testing.assert_allclose(
+    back[f"{name}.weight"] - dict(wan_dit.to_diffusers(plain, cfg))[f"{name}.weight"], change, atol=1e-5
+  )
   written = files.Tensors(tmp_path / "merged" / "transformer")
   assert all(np.allclose(written[name], value, atol=1e-6) for name, value in back.items())
   (tmp_path / "w" / "config.json").unlink()  # now it is a foreign model without a config
@@ -217,9 +281,12 @@ def test_adapters(workdir, tmp_path, monkeypatch):
     import_lora(tmp_path, workdir, tmp_path / "w3", "high")
   alphas = {key.replace("lora_A.weight", "alpha"): np.float32(6) for key in theirs if "lora_A" in key}
   assert peft.from_diffusers(theirs | alphas, cfg)[0].scale == 2.0
-  for wrong, says in (({}, "nothing is adapted"), ({"transformer.proj_out.lora_A.weight": np.zeros((3, 4))}, "proj_out"),
-                      (theirs | {"transformer.blocks.0.attn1.to_q.lora_A.weight": np.zeros((5, 48), np.float32)}, "ranks"),
-                      ({key: value for key, value in theirs.items() if "blocks.0." not in key}, "missing")):
+  for wrong, says in (
+    ({}, "nothing is adapted"),
+    ({"transformer.proj_out.lora_A.weight": np.zeros((3, 4))}, "proj_out"),
+    (theirs | {"transformer.blocks.0.attn1.to_q.lora_A.weight": np.zeros((5, 48), np.float32)}, "ranks"),
+    ({key: value for key, value in theirs.items() if "blocks.0." not in key}, "missing"),
+  ):
     with pytest.raises(BadInput, match=says):
       peft.from_diffusers(wrong, cfg)
 
@@ -256,7 +323,9 @@ def test_what_is_wrong_is_named(pipeline, workdir, tmp_path, monkeypatch):
   odd = tmp_path / "odd"
   shutil.copytree(pipeline, odd)
   tensors = safetensors.numpy.load_file(odd / "vae" / "diffusion_pytorch_model.safetensors")
-  safetensors.numpy.save_file(tensors | {"quant_conv.bias": np.zeros(32, np.int8)}, odd / "vae" / "diffusion_pytorch_model.safetensors")
+  safetensors.numpy.save_file(
+    tensors | {"quant_conv.bias": np.zeros(32, np.int8)}, odd / "vae" / "diffusion_pytorch_model.safetensors"
+  )
   lacking = tmp_path / "lacking"
   shutil.copytree(pipeline, lacking)
   (lacking / "text_encoder" / "config.json").unlink()
@@ -269,16 +338,26 @@ def test_what_is_wrong_is_named(pipeline, workdir, tmp_path, monkeypatch):
     return changed(pipeline, copy, path, lambda old: old | fields)
 
   wrong = {
-      "does not exist": tmp_path / "nowhere", "no readable config.json": pipeline / "scheduler", "cannot be read": cut,
-      "quant_conv.bias .* I8": odd, "text_encoder has no readable config.json": lacking, "is a pickle of PyTorch": tmp_path / "pickle",
-      "is a FluxPipeline; known are WanPipeline": change("model_index.json", _class_name="FluxPipeline"),
-      "is a UNet.*known are WanTransformer3DModel": change("transformer/config.json", _class_name="UNet2DModel"),
-      r"blocks.2.attn1.norm_k.weight.*\(shape \(48,\)\)": change("transformer/config.json", num_layers=3),
-      r"ffn.net.0.proj.weight has shape \(96, 48\) where \(97, 48\)": change("transformer/config.json", ffn_dim=97),
-      "is not that of a WanTransformer3DModel": change("transformer/config.json", attention_head_dim="24"),
-      "image_dim=1280": change("transformer/config.json", image_dim=1280),
-      "boundary_ratio 0.9": change("model_index.json", boundary_ratio=0.9),
-      "names transformer_2, and there is no such folder": change("model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"]),
+    "does not exist": tmp_path / "nowhere",
+    "no readable config.json": pipeline / "scheduler",
+    "cannot be read": cut,
+    "quant_conv.bias .* I8": odd,
+    "text_encoder has no readable config.json": lacking,
+    "is a pickle of PyTorch": tmp_path / "pickle",
+    "is a FluxPipeline; known are WanPipeline": change("model_index.json", _class_name="FluxPipeline"),
+    "is a UNet.*known are WanTransformer3DModel": change(
+      "transformer/config.json", _class_name="UNet2DModel"
+    ),
+    r"blocks.2.attn1.norm_k.weight.*\(shape \(48,\)\)": change("transformer/config.json", num_layers=3),
+    r"ffn.net.0.proj.weight has shape \(96, 48\) where \(97, 48\)": change(
+      "transformer/config.json", ffn_dim=97
+    ),
+    "is not that of a WanTransformer3DModel": change("transformer/config.json", attention_head_dim="24"),
+    "image_dim=1280": change("transformer/config.json", image_dim=1280),
+    "boundary_ratio 0.9": change("model_index.json", boundary_ratio=0.9),
+    "names transformer_2, and there is no such folder": change(
+      "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"]
+    ),
   }
   for says, source in wrong.items():
     with pytest.raises(BadInput, match=says) as error:
@@ -310,11 +389,17 @@ def test_what_is_wrong_is_named(pipeline, workdir, tmp_path, monkeypatch):
 
 
 def test_an_unknown_scheduler_is_noted(pipeline, tmp_path):
-  folder = changed(pipeline, tmp_path, "scheduler/scheduler_config.json", lambda old: old | {"use_karras_sigmas": True})
+  folder = changed(
+    pipeline, tmp_path, "scheduler/scheduler_config.json", lambda old: old | {"use_karras_sigmas": True}
+  )
   opened = wan_pipeline.open_pipeline(folder)
   assert "use_karras_sigmas is True" in opened.notes[0] and opened.sample["shift"] == 3.0
-  folder = changed(pipeline, tmp_path / "2", "scheduler/scheduler_config.json",
-                   lambda old: {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 8.0})
+  folder = changed(
+    pipeline,
+    tmp_path / "2",
+    "scheduler/scheduler_config.json",
+    lambda old: {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 8.0},
+  )
   assert wan_pipeline.open_pipeline(folder).sample["sampler"] == "euler"
 
 
@@ -328,25 +413,86 @@ class Shapes(dict):
     return "bfloat16"
 
 
-@pytest.mark.parametrize(("config", "expand", "billions"), [
-    (dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, in_channels=16, out_channels=16), False, 1.419),
-    (dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, in_channels=16, out_channels=16), False, 14.288),
-    (dict(num_attention_heads=24, attention_head_dim=128, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48), True, 5.000),
-    (dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40, in_channels=36, out_channels=16), False, 14.289),
-], ids=["2.1 T2V-1.3B", "2.1 T2V-14B", "2.2 TI2V-5B", "2.2 I2V-A14B"])
+@pytest.mark.parametrize(
+  ("config", "expand", "billions"),
+  [
+    (
+      dict(
+        num_attention_heads=12,
+        attention_head_dim=128,
+        ffn_dim=8960,
+        num_layers=30,
+        in_channels=16,
+        out_channels=16,
+      ),
+      False,
+      1.419,
+    ),
+    (
+      dict(
+        num_attention_heads=40,
+        attention_head_dim=128,
+        ffn_dim=13824,
+        num_layers=40,
+        in_channels=16,
+        out_channels=16,
+      ),
+      False,
+      14.288,
+    ),
+    (
+      dict(
+        num_attention_heads=24,
+        attention_head_dim=128,
+        ffn_dim=14336,
+        num_layers=30,
+        in_channels=48,
+        out_channels=48,
+      ),
+      True,
+      5.000,
+    ),
+    (
+      dict(
+        num_attention_heads=40,
+        attention_head_dim=128,
+        ffn_dim=13824,
+        num_layers=40,
+        in_channels=36,
+        out_channels=16,
+      ),
+      False,
+      14.289,
+    ),
+  ],
+  ids=["2.1 T2V-1.3B", "2.1 T2V-14B", "2.2 TI2V-5B", "2.2 I2V-A14B"],
+)
 def test_released_shapes(config, expand, billions):
   """For the configs of the releases, the tables cover every weight of our model.
 
   The model has the published number of parameters.
   """
-  cfg = wan_dit.config_from_diffusers(json.loads(json.dumps(config)) | {
-      "patch_size": [1, 2, 2], "text_dim": 4096, "freq_dim": 256, "cross_attn_norm": True, "eps": 1e-6, "qk_norm": "rms_norm_across_heads"}, expand)
+  cfg = wan_dit.config_from_diffusers(
+    json.loads(json.dumps(config))
+    | {
+      "patch_size": [1, 2, 2],
+      "text_dim": 4096,
+      "freq_dim": 256,
+      "cross_attn_norm": True,
+      "eps": 1e-6,
+      "qk_norm": "rms_norm_across_heads",
+    },
+    expand,
+  )
   rows = wan_dit.rows(cfg)
   table.check(Shapes(table.their_shapes(rows)), rows)
   from_rows = sum(int(np.prod(row.our_shape)) for row in rows)
   assert from_rows == dit.count_params(cfg) and round(from_rows / 1e9, 3) == billions
   with pytest.raises(BadInput, match="1 tensors missing"):
-    table.check(Shapes({name: shape for name, shape in table.their_shapes(rows).items() if name != "proj_out.bias"}), rows)
+    table.check(
+      Shapes({name: shape for name, shape in table.their_shapes(rows).items() if name != "proj_out.bias"}),
+      rows,
+    )
 
 
 def test_released_encoder():

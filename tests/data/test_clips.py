@@ -14,8 +14,11 @@ def images(count):
 
 
 @settings(max_examples=200, deadline=None)
-@given(count=st.integers(0, 200), fps=st.sampled_from([1, 8, 23.976, 25, 30000 / 1001]),
-       seconds=st.sampled_from([0, 0.1, 0.5, 0.68, 1, 2, 1000]))
+@given(
+  count=st.integers(0, 200),
+  fps=st.sampled_from([1, 8, 23.976, 25, 30000 / 1001]),
+  seconds=st.sampled_from([0, 0.1, 0.5, 0.68, 1, 2, 1000]),
+)
 def test_pieces_are_consecutive_and_lose_nothing_but_the_end(count, fps, seconds):
   """Joined, the pieces are the video without at most 4 frames at its end, which are counted."""
   cut = list(pieces(images(count), fps, seconds, 4))

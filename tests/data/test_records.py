@@ -14,15 +14,27 @@ from data import records
 from data.records import INDEX_DTYPE, DamagedRecord, Record, RecordIndex, RecordWriter, read
 from sora_jax.errors import BadInput
 
-HEADER = {"latent_channels": 4, "vae_stride": [4, 16, 16], "vae_fingerprint": "abc", "text_fingerprint": "def"}
+HEADER = {
+  "latent_channels": 4,
+  "vae_stride": [4, 16, 16],
+  "vae_fingerprint": "abc",
+  "text_fingerprint": "def",
+}
 
 
 def record(i, embedded=False, source="folder"):
   rng = np.random.default_rng(i)
   t, h, w, s = 1 + i % 3, 2 + i % 2, 3, 1 + i % 5
-  return Record(rng.normal(size=(t, h, w, 4)).astype(ml_dtypes.bfloat16), np.arange(s, dtype=np.int32),
-                f"eine Katze, naïve 猫 {i}", f"b/{(i * 7) % 13:02d}.mp4", i / 8, 8.0 + i % 3, source,
-                rng.normal(size=(s, 6)).astype(ml_dtypes.bfloat16) if embedded else None)
+  return Record(
+    rng.normal(size=(t, h, w, 4)).astype(ml_dtypes.bfloat16),
+    np.arange(s, dtype=np.int32),
+    f"eine Katze, naïve 猫 {i}",
+    f"b/{(i * 7) % 13:02d}.mp4",
+    i / 8,
+    8.0 + i % 3,
+    source,
+    rng.normal(size=(s, 6)).astype(ml_dtypes.bfloat16) if embedded else None,
+  )
 
 
 def equal(a, b):
@@ -31,8 +43,9 @@ def equal(a, b):
     if x is not None:
       assert x.dtype == y.dtype
       np.testing.assert_array_equal(x.astype(np.float32), y.astype(np.float32))
-  assert [getattr(a, n) for n in ("caption", "file", "start", "fps", "source", "uid")] == \
-         [getattr(b, n) for n in ("caption", "file", "start", "fps", "source", "uid")]
+  assert [getattr(a, n) for n in ("caption", "file", "start", "fps", "source", "uid")] == [
+    getattr(b, n) for n in ("caption", "file", "start", "fps", "source", "uid")
+  ]
   return True
 
 
@@ -180,7 +193,9 @@ def test_a_record_of_another_place_is_noticed(tmp_path):
   """Shards of another directory, of the same size: no record is damaged, but none is that of the index."""
   for name, first in (("a", 0), ("b", 6)):
     write(tmp_path / name, [record(i) for i in range(first, first + 4)])
-  (tmp_path / "b" / "shard-000-00000.array_record").write_bytes((tmp_path / "a" / "shard-000-00000.array_record").read_bytes())
+  (tmp_path / "b" / "shard-000-00000.array_record").write_bytes(
+    (tmp_path / "a" / "shard-000-00000.array_record").read_bytes()
+  )
   index = RecordIndex.open(tmp_path / "b")
   with pytest.raises(BadInput, match="the index does not match its records: for record 0"):
     read(index, 0)
@@ -200,6 +215,7 @@ def test_opening_names_what_is_wrong(tmp_path):
     def do(directory):
       content = bytearray((directory / name).read_bytes())
       (directory / name).write_bytes(change(content))
+
     return do
 
   def header(**changes):
@@ -228,7 +244,9 @@ def test_settings_and_writers_are_one_at_a_time(tmp_path):
 
 
 def test_a_full_disk_is_told_and_costs_only_the_open_shard(tmp_path):
-  big = Record(np.zeros((1, 64, 64, 64), ml_dtypes.bfloat16), np.ones(1, np.int32), "", "z", 0.0, 1.0, "folder")
+  big = Record(
+    np.zeros((1, 64, 64, 64), ml_dtypes.bfloat16), np.ones(1, np.int32), "", "z", 0.0, 1.0, "folder"
+  )
   with pytest.raises(OSError) as e, RecordWriter(tmp_path) as writer:
     add_missing(writer, [record(i) for i in range(4)], 4)
     os.symlink("/dev/full", tmp_path / "shard-000-00001.array_record.tmp")
@@ -241,6 +259,7 @@ def test_a_full_disk_is_told_and_costs_only_the_open_shard(tmp_path):
 def test_blobs_are_safetensors(tmp_path):
   """The safetensors library reads them."""
   import safetensors
+
   one = record(5, embedded=True)
   (tmp_path / "a.safetensors").write_bytes(records.to_blob(one))
   with safetensors.safe_open(tmp_path / "a.safetensors", "numpy") as f:
@@ -255,5 +274,3 @@ def test_not_a_record():
   for blob in (b"", b"\xff" * 100, records.to_blob(record(0))[:100]):
     with pytest.raises(ValueError):
       records.from_blob(blob)
-
-

@@ -9,8 +9,11 @@ from data.rows import _best_fit, _deal, _Rows, _subset, fill_rows
 from sora_jax.batch import RowShape
 
 
-@given(clips=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 12)), max_size=120), most=st.integers(1, 9),
-       spare=st.integers(0, 4))
+@given(
+  clips=st.lists(st.tuples(st.integers(1, 50), st.integers(1, 12)), max_size=120),
+  most=st.integers(1, 9),
+  spare=st.integers(0, 4),
+)
 @settings(max_examples=80, deadline=None)
 def test_each_clip_is_in_one_row_within_budgets(clips, most, spare):
   tokens, text = np.array(clips, int).reshape(-1, 2).T
@@ -24,7 +27,9 @@ def test_each_clip_is_in_one_row_within_budgets(clips, most, spare):
 @settings(max_examples=80, deadline=None)
 def test_subset_is_the_best(sizes, room):
   sizes = sorted(sizes, reverse=True)
-  best = max(sum(c) for k in range(len(sizes) + 1) for c in itertools.combinations(sizes, k) if sum(c) <= room)
+  best = max(
+    sum(c) for k in range(len(sizes) + 1) for c in itertools.combinations(sizes, k) if sum(c) <= room
+  )
   chosen = list(_subset(sizes, room))
   assert sum(sizes[i] for i in chosen) == best and len(set(chosen)) == len(chosen)
 

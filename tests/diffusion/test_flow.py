@@ -12,9 +12,18 @@ PATCH = (1, 2, 2)
 
 def make_clip(uid, thw, epoch=0, text=3):
   """A clip of random latents with 4 channels."""
-  tokens = patches.patchify(np.random.default_rng(uid % 2**32).normal(size=(*thw, 4)).astype(np.float32), PATCH)
-  return batches.Clip(tokens, patches.coords(patches.grid(thw, PATCH)), [np.arange(1, text + 1, dtype=np.int32)],
-                      uid=uid, size=thw, fps=8.0, epoch=epoch)
+  tokens = patches.patchify(
+    np.random.default_rng(uid % 2**32).normal(size=(*thw, 4)).astype(np.float32), PATCH
+  )
+  return batches.Clip(
+    tokens,
+    patches.coords(patches.grid(thw, PATCH)),
+    [np.arange(1, text + 1, dtype=np.int32)],
+    uid=uid,
+    size=thw,
+    fps=8.0,
+    epoch=epoch,
+  )
 
 
 SHAPE = batches.RowShape(length=32, clips=4, text=16)

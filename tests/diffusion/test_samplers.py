@@ -94,6 +94,7 @@ def test_a_loop_in_jit(name):
     def body(state, pair):
       x, carry = state
       return step(counted, x, carry, pair[0], pair[1], None), None
+
     (x, carry), _ = jax.lax.scan(body, (x, init(x, jnp.zeros((), jnp.int32))), (sigmas[:-1], sigmas[1:]))
     return x, carry["aux"] if name == "unipc" else carry
 

@@ -69,7 +69,15 @@ WORDS = (
 ).split(" ")
 GAPS = [" "] * 8 + ["  ", "\n", "\t", "\r\n", "\u00a0", "\u3000", "\u2003", "\u2028", "\x0b", "", "", ""]
 BLOCKS = (
-  *((0x20, 0x17F), (0x300, 0x370), (0x600, 0x6FF), (0x900, 0xDFF), (0x1100, 0x11FF), (0x1E00, 0x20CF), (0x2100, 0x2BFF)),
+  *(
+    (0x20, 0x17F),
+    (0x300, 0x370),
+    (0x600, 0x6FF),
+    (0x900, 0xDFF),
+    (0x1100, 0x11FF),
+    (0x1E00, 0x20CF),
+    (0x2100, 0x2BFF),
+  ),
   *((0x3000, 0x33FF), (0xAC00, 0xD7A3), (0xFB00, 0xFFFF), (0x1F300, 0x1FAFF), (0x1D400, 0x1D7FF)),
 )
 # fmt: off
@@ -316,6 +324,8 @@ def make_schedulers():
 
 
 if __name__ == "__main__":
-  makers = {name.removeprefix("make_"): maker for name, maker in list(globals().items()) if name.startswith("make_")}
+  makers = {
+    name.removeprefix("make_"): maker for name, maker in list(globals().items()) if name.startswith("make_")
+  }
   for wanted in sys.argv[1:] or makers:
     makers[wanted]()

@@ -97,7 +97,10 @@ def main(first, second):
     for name, (clone, size) in DITS.items():
       out[name] = {"size": size, "weights": weights(clones[clone]("model").WanModel(**size))}
     for name, (part, size) in VAES.items():
-      out[name] = {"size": size, "weights": weights(clones["1" if part == "vae" else "2"](part).WanVAE_(**size))}
+      out[name] = {
+        "size": size,
+        "weights": weights(clones["1" if part == "vae" else "2"](part).WanVAE_(**size)),
+      }
     for name, size in TEXTS.items():
       out[name] = {"size": size, "weights": weights(clones["1"]("t5").T5Encoder(**size))}
   lines = []

@@ -26,9 +26,15 @@ def model(tmp_path_factory):
   parts.save_part(workdir / "vae", vae.config_to_dict(cfg, "tiny"), vae.init(jax.random.key(0), cfg))
   (workdir / "text").mkdir()
   text.train_tokenizer(["a red ball moves left", "a blue square"], workdir / "text" / "tokenizer.model")
-  whole = t2v.Model(dit.SIZES["tiny"], dataclasses.replace(text.SIZES["tiny"], vocab=text.Tokenizer(workdir / "text/tokenizer.model").vocab))
+  whole = t2v.Model(
+    dit.SIZES["tiny"],
+    dataclasses.replace(text.SIZES["tiny"], vocab=text.Tokenizer(workdir / "text/tokenizer.model").vocab),
+  )
   parts.save_part(workdir / "model", {"step": 7}, layout.unbox(jax.jit(whole.init)(jax.random.key(0))))
-  files.write_json(workdir / "config.json", {"format_version": 1, "program": "launch.train", **json.loads(config.to_json_best_effort())})
+  files.write_json(
+    workdir / "config.json",
+    {"format_version": 1, "program": "launch.train", **json.loads(config.to_json_best_effort())},
+  )
   return workdir
 
 
@@ -36,26 +42,58 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
   """Of twelve requests two are good and are made; the others are named by line or id. None is made twice."""
   video.write_png(tmp_path / "ball.png", np.full((20, 30, 3), 200, np.uint8))
   good = {"id": "good", "prompt": "a red ball", "size": [16, 16], "frames": 1}
-  lines = [json.dumps(good), '{"id": "cut", "prompt": "a red', json.dumps(good | {"id": "blank", "prompt": "  "}),
-           json.dumps(good | {"id": "long", "prompt": "x" * 10_000}), json.dumps(good | {"id": "small", "size": [4, 16]}),
-           json.dumps(good | {"id": "missing", "task": "image_to_video", "image": "nowhere.png"}),
-           json.dumps(good | {"id": "odd", "colour": "red"}), json.dumps(good), json.dumps(good | {"id": "endless", "fps": float("nan")}),
-           json.dumps(good | {"id": "half", "prompt": "a \ud800 ball"}), "[1]",
-           json.dumps(good | {"id": "onwards", "task": "image_to_video", "image": "ball.png", "frames": 5})]
+  lines = [
+    json.dumps(good),
+    '{"id": "cut", "prompt": "a red',
+    json.dumps(good | {"id": "blank", "prompt": "  "}),
+    json.dumps(good | {"id": "long", "prompt": "x" * 10_000}),
+    json.dumps(good | {"id": "small", "size": [4, 16]}),
+    json.dumps(good | {"id": "missing", "task": "image_to_video", "image": "nowhere.png"}),
+    json.dumps(good | {"id": "odd", "colour": "red"}),
+    json.dumps(good),
+    json.dumps(good | {"id": "endless", "fps": float("nan")}),
+    json.dumps(good | {"id": "half", "prompt": "a \ud800 ball"}),
+    "[1]",
+    json.dumps(good | {"id": "onwards", "task": "image_to_video", "image": "ball.png", "frames": 5}),
+  ]
   (tmp_path / "r.jsonl").write_text("\n".join(lines) + "\n")
   arguments = ("sample", f"--workdir={model}", "--requests=r.jsonl", "--out=made")
   done = run_program(*arguments, cwd=tmp_path)
   assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-  assert "10 of 12 requests could not be done" in done.stderr and "line 2 of r.jsonl is not valid JSON" in done.stderr
+  assert (
+    "10 of 12 requests could not be done" in done.stderr
+    and "line 2 of r.jsonl is not valid JSON" in done.stderr
+  )
   manifest = sample.read_manifest(tmp_path / "made")
-  for name, says in {"blank": "prompt is empty", "long": "10000 characters", "small": "one stride", "missing": "nowhere.png", "odd": "colour",
-                     "endless": "fps is nan", "half": "no character", "good (again)": "two requests"}.items():
-    assert manifest[name]["status"] == "failed" and says in manifest[name]["error"] and f"request {name}: " in done.stdout
+  for name, says in {
+    "blank": "prompt is empty",
+    "long": "10000 characters",
+    "small": "one stride",
+    "missing": "nowhere.png",
+    "odd": "colour",
+    "endless": "fps is nan",
+    "half": "no character",
+    "good (again)": "two requests",
+  }.items():
+    assert (
+      manifest[name]["status"] == "failed"
+      and says in manifest[name]["error"]
+      and f"request {name}: " in done.stdout
+    )
   for line in (2, 11):
     assert manifest[f"{line:05d}"]["status"] == "failed" and f"line {line} of r.jsonl" in done.stdout
   assert "two requests have the id 'good'" in done.stdout
-  assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["good.png", "manifest.jsonl", "onwards.mp4"]
-  assert np.stack([frame.image_HWC for frame in video.read(tmp_path / "made" / "onwards.mp4")]).shape == (5, 16, 16, 3)
+  assert sorted(path.name for path in (tmp_path / "made").iterdir()) == [
+    "good.png",
+    "manifest.jsonl",
+    "onwards.mp4",
+  ]
+  assert np.stack([frame.image_HWC for frame in video.read(tmp_path / "made" / "onwards.mp4")]).shape == (
+    5,
+    16,
+    16,
+    3,
+  )
 
   before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "made").glob("*.??[g4]")}
   again = run_program(*arguments, cwd=tmp_path)
@@ -63,7 +101,9 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
   assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "made").glob("*.??[g4]")}
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
     (("sample",), "either --prompt=TEXT or --requests"),
     (("sample", "--prompt=a ball", "--frames=many"), "--frames=many"),
     (("sample", "--prompt=a ball", "--workdir=/nowhere"), "/nowhere"),
@@ -71,24 +111,79 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
     (("sample", "--prompt=a ball", "--size=4,4", "--workdir={model}"), "one stride"),
     (("sample", "--prompt=", "--workdir={model}"), "prompt is empty"),
     (("train", "--config={root}/configs/t2v.py:tiny", "--workdir=w"), "no --config.data.path"),
-    (("train", "--config={root}/configs/t2v.py:tiny", "--config.optim.learning_rat=1", "--workdir=w"), 'Did you mean "learning_rate"'),
+    (
+      ("train", "--config={root}/configs/t2v.py:tiny", "--config.optim.learning_rat=1", "--workdir=w"),
+      'Did you mean "learning_rate"',
+    ),
     (("train", "--config={root}/configs/t2v.py:tiny", "--config.steps=few", "--workdir=w"), "few"),
-    (("train", "--config={root}/configs/t2v.py:base", "--config.data.path=r", "--config.sample.every=9", "--workdir=w"), "prompts is empty"),
+    (
+      (
+        "train",
+        "--config={root}/configs/t2v.py:base",
+        "--config.data.path=r",
+        "--config.sample.every=9",
+        "--workdir=w",
+      ),
+      "prompts is empty",
+    ),
     (("train", "--config={root}/configs/t2v.py:huge", "--workdir=w"), "no variant 'huge'"),
-    (("train", "--config={root}/configs/t2v.py:tiny", "--config.data.path=/nowhere", "--workdir=w"), "/nowhere"),
+    (
+      ("train", "--config={root}/configs/t2v.py:tiny", "--config.data.path=/nowhere", "--workdir=w"),
+      "/nowhere",
+    ),
     (("train_vae", "--config={root}/configs/vae.py:tiny"), "no --workdir"),
-    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.data.crop=(4,4)", "--workdir=w"), "height a multiple of 8"),
-    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.model=big", "--workdir=w"), "'big'; it must be one of tiny"),
-    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.data.source=folder", "--config.data.path=.", "--workdir=w"), "no "),
-    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.ssim_weight=1", "--config.data.crop=(8,8)", "--workdir=w"), "11 x 11"),
-    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.decoder_only=True", "--workdir=w"), "config.init is empty"),
-    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.model=wan2.1", "--config.init={model}", "--workdir=w"),
-     "not of size 'wan2.1'"),
-    (("train_vae", "--config={root}/configs/vae.py:tiny", "--config.log_every=0", "--workdir=w"), "log_every is 0"),
+    (
+      ("train_vae", "--config={root}/configs/vae.py:tiny", "--config.data.crop=(4,4)", "--workdir=w"),
+      "height a multiple of 8",
+    ),
+    (
+      ("train_vae", "--config={root}/configs/vae.py:tiny", "--config.model=big", "--workdir=w"),
+      "'big'; it must be one of tiny",
+    ),
+    (
+      (
+        "train_vae",
+        "--config={root}/configs/vae.py:tiny",
+        "--config.data.source=folder",
+        "--config.data.path=.",
+        "--workdir=w",
+      ),
+      "no ",
+    ),
+    (
+      (
+        "train_vae",
+        "--config={root}/configs/vae.py:tiny",
+        "--config.ssim_weight=1",
+        "--config.data.crop=(8,8)",
+        "--workdir=w",
+      ),
+      "11 x 11",
+    ),
+    (
+      ("train_vae", "--config={root}/configs/vae.py:tiny", "--config.decoder_only=True", "--workdir=w"),
+      "config.init is empty",
+    ),
+    (
+      (
+        "train_vae",
+        "--config={root}/configs/vae.py:tiny",
+        "--config.model=wan2.1",
+        "--config.init={model}",
+        "--workdir=w",
+      ),
+      "not of size 'wan2.1'",
+    ),
+    (
+      ("train_vae", "--config={root}/configs/vae.py:tiny", "--config.log_every=0", "--workdir=w"),
+      "log_every is 0",
+    ),
     (("train_vae", "--config={root}/configs/vae.py:tiny", "--workdir={root}/setup.py"), "another path"),
     (("sample", "--requests=r.jsonl", "--steps=5"), "goes with --prompt"),
     (("export", "--out=here"), "--workdir=W"),
-], ids=lambda value: "-".join(value)[:60] if isinstance(value, tuple) else "")
+  ],
+  ids=lambda value: "-".join(value)[:60] if isinstance(value, tuple) else "",
+)
 def test_one_line(model, run_program, tmp_path, arguments, says):
   """Told before anything compiles, and nothing is written."""
   root = sample.__file__.rsplit("/launch/", 1)[0]
@@ -120,7 +215,11 @@ def test_one_trainer_at_a_time(run_program, tmp_path):
   with open(tmp_path / ".lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     done = run_program("train_vae", "--config=configs/vae.py:tiny", f"--workdir={tmp_path}")
-  assert done.returncode == 2 and "another program is training here" in done.stderr and [p.name for p in tmp_path.iterdir()] == [".lock"]
+  assert (
+    done.returncode == 2
+    and "another program is training here" in done.stderr
+    and [p.name for p in tmp_path.iterdir()] == [".lock"]
+  )
 
 
 def test_a_work_directory_of_another_config(run_program, tmp_path):

@@ -34,6 +34,7 @@ STRIDE = (4, 16, 16)
 
 class Averages:
   """Replaces the VAE and the tokenizer: a latent is a mean colour of some pixels, a token is a letter."""
+
   stride, channels, conditions = STRIDE, 3, False
 
   def __init__(self):
@@ -53,7 +54,9 @@ class Averages:
     return latents
 
   def texts(self, captions):
-    return [(np.array([*map(ord, caption[:encode_unit.MAX_TEXT - 1]), 1], np.int32), None) for caption in captions]
+    return [
+      (np.array([*map(ord, caption[: encode_unit.MAX_TEXT - 1]), 1], np.int32), None) for caption in captions
+    ]
 
   def is_long(self, caption):
     return len(caption) >= encode_unit.MAX_TEXT
@@ -69,14 +72,16 @@ def encode(source, out, stop=lambda: False, encoder=None):
     report = encode_unit.write_report(out / "report.json", source, "SPEC", items, writer)
     index = None
     if done:
-      (null, _), = encoder.texts([""])
+      ((null, _),) = encoder.texts([""])
       index = writer.finish({"latent_channels": 3, "vae_stride": STRIDE}, null)
   assert json.loads((out / "report.json").read_text()) == report
   return done, report, index
 
 
 def open_folder(path, max_seconds=0.68):
-  return folder.open_source(ConfigDict({"path": str(path), "max_seconds": max_seconds, "temporal_stride": STRIDE[0]}))
+  return folder.open_source(
+    ConfigDict({"path": str(path), "max_seconds": max_seconds, "temporal_stride": STRIDE[0]})
+  )
 
 
 @pytest.fixture(scope="module")
@@ -87,17 +92,34 @@ def library(tmp_path_factory):
     (root / path.name).symlink_to(path)
     (root / path.name).with_suffix(".txt").write_text(f"a real clip called {path.stem}")
   rng = np.random.default_rng(0)
-  wave = (127 + 100 * np.sin(np.arange(30)[:, None, None, None] / 3 + np.arange(70)[:, None, None] / 9
-                             + np.arange(100)[:, None] / 7 + np.arange(3))).astype(np.uint8)
+  wave = (
+    127
+    + 100
+    * np.sin(
+      np.arange(30)[:, None, None, None] / 3
+      + np.arange(70)[:, None, None] / 9
+      + np.arange(100)[:, None] / 7
+      + np.arange(3)
+    )
+  ).astype(np.uint8)
   (root / "sub").mkdir()
   video.write_png(root / "sub" / "picture.png", wave[0])
   video.write_png(root / "icon.png", wave[0, :8, :8])
-  captions = {"sub/picture.png": "a picture of waves", "icon.png": "too small", "turned.mp4": "a turned clip",
-              "varying.mp4": "sometimes fast", "cut.mp4": "cut in half", "garbage.mp4": "noise"}
+  captions = {
+    "sub/picture.png": "a picture of waves",
+    "icon.png": "too small",
+    "turned.mp4": "a turned clip",
+    "varying.mp4": "sometimes fast",
+    "cut.mp4": "cut in half",
+    "garbage.mp4": "noise",
+  }
   with open(root / "captions.jsonl", "w") as f:
     f.writelines(json.dumps({"file": k, "caption": v}) + "\n" for k, v in captions.items())
-  for name, rotation, times in (("turned", 90, range(0, 1200, 40)), ("uncaptioned", 0, range(0, 1200, 40)),
-                                ("varying", 0, [*range(0, 600, 30), *range(600, 1600, 100)])):
+  for name, rotation, times in (
+    ("turned", 90, range(0, 1200, 40)),
+    ("uncaptioned", 0, range(0, 1200, 40)),
+    ("varying", 0, [*range(0, 600, 30), *range(600, 1600, 100)]),
+  ):
     with av.open(str(root / f"{name}.mp4"), "w") as out:
       stream = out.add_stream("libx264", rate=25)
       stream.height, stream.width, stream.pix_fmt = *wave.shape[1:3], "yuv420p"
@@ -110,7 +132,7 @@ def library(tmp_path_factory):
         out.mux(stream.encode(frame))
       out.mux(stream.encode(None))
   whole = (root / "uncaptioned.mp4").read_bytes()
-  (root / "cut.mp4").write_bytes(whole[:len(whole) // 2])
+  (root / "cut.mp4").write_bytes(whole[: len(whole) // 2])
   (root / "garbage.mp4").write_bytes(rng.bytes(30000))
   return root
 
@@ -123,16 +145,29 @@ def test_a_folder_of_real_clips(library, tmp_path):
   assert report["passed_over"]["icon.png"] == "too small: 8 x 8 pixels; at least 16 x 16"
   assert report["passed_over"]["garbage.mp4"].startswith("not a video")
   taken = report["taken"]
-  assert set(taken) == {*(path.name for path in REAL.glob("*.mp4")), "sub/picture.png", "turned.mp4", "uncaptioned.mp4",
-                        "varying.mp4"}
-  sizes = {name: (entry["size"], entry.get("cropped", {}).get("from", entry["size"])) for name, entry in taken.items()}
+  assert set(taken) == {
+    *(path.name for path in REAL.glob("*.mp4")),
+    "sub/picture.png",
+    "turned.mp4",
+    "uncaptioned.mp4",
+    "varying.mp4",
+  }
+  sizes = {
+    name: (entry["size"], entry.get("cropped", {}).get("from", entry["size"]))
+    for name, entry in taken.items()
+  }
   assert sizes["bigbuckbunny.mp4"] == ([720, 1280], [720, 1280])
   assert sizes["bikes.mp4"] == ([272, 640], [272, 640])
   assert sizes["carphone_pristine.mp4"] == ([144, 176], [144, 176])
   assert sizes["uncaptioned.mp4"] == ([64, 96], [70, 100]), "cropped, and said so"
   assert sizes["turned.mp4"] == ([96, 64], [100, 70]), "upright"
   assert sizes["sub/picture.png"] == ([64, 96], [70, 100])
-  for name, frames in (("bigbuckbunny.mp4", 132), ("bikes.mp4", 250), ("carphone_pristine.mp4", 120), ("turned.mp4", 30)):
+  for name, frames in (
+    ("bigbuckbunny.mp4", 132),
+    ("bikes.mp4", 250),
+    ("carphone_pristine.mp4", 120),
+    ("turned.mp4", 30),
+  ):
     assert taken[name]["frames"] + taken[name].get("frames_left_out", 0) == frames
     assert taken[name].get("frames_left_out", 0) <= 4
   assert taken["bikes.mp4"]["pieces"] == 15
@@ -151,18 +186,23 @@ def test_a_folder_of_real_clips(library, tmp_path):
   # The pixels were upright and complete: the mean colours of the frames, decoded by PyAV alone, are those of
   # the latents.
   with av.open(str(REAL / "bikes.mp4")) as container:
-    means = [frame.reformat(format="rgb24").to_ndarray().mean((0, 1)) / 255 for frame in container.decode(video=0)]
+    means = [
+      frame.reformat(format="rgb24").to_ndarray().mean((0, 1)) / 255 for frame in container.decode(video=0)
+    ]
   for r in by_file["bikes.mp4"]:
     first = round(r.start * 25)
     np.testing.assert_allclose(r.latents_THWC[0].astype(float).mean((0, 1)), means[first], atol=0.02)
-    np.testing.assert_allclose(r.latents_THWC[1].astype(float).mean((0, 1)), np.mean(means[first + 1:first + 5], 0), atol=0.02)
+    np.testing.assert_allclose(
+      r.latents_THWC[1].astype(float).mean((0, 1)), np.mean(means[first + 1 : first + 5], 0), atol=0.02
+    )
 
 
 def same_records(a, b):
   """Equal contents, in equal order."""
   assert len(a) == len(b)
-  assert [records.to_blob(records.read(a, i)) for i in range(len(a))] == \
-         [records.to_blob(records.read(b, i)) for i in range(len(b))]
+  assert [records.to_blob(records.read(a, i)) for i in range(len(a))] == [
+    records.to_blob(records.read(b, i)) for i in range(len(b))
+  ]
 
 
 def test_stopped_anywhere_it_ends_the_same(library, tmp_path, monkeypatch):
@@ -173,11 +213,15 @@ def test_stopped_anywhere_it_ends_the_same(library, tmp_path, monkeypatch):
     shutil.copy(library / name, small / name)
   _, report, whole = encode(open_folder(small, 0.25), tmp_path / "whole")
   add, added, runs = encode_unit.Unit.add, [], 0
-  monkeypatch.setattr(encode_unit.Unit, "add", lambda unit, clip, *rest: (added.append(clip.start), add(unit, clip, *rest)))
+  monkeypatch.setattr(
+    encode_unit.Unit, "add", lambda unit, clip, *rest: (added.append(clip.start), add(unit, clip, *rest))
+  )
   while True:
     encoder = Averages()
     added.clear()
-    done, partial, index = encode(open_folder(small, 0.25), tmp_path / "stopped", stop=lambda: added, encoder=encoder)
+    done, partial, index = encode(
+      open_folder(small, 0.25), tmp_path / "stopped", stop=lambda: added, encoder=encoder
+    )
     if done:
       break
     runs += 1
@@ -189,6 +233,7 @@ def test_stopped_anywhere_it_ends_the_same(library, tmp_path, monkeypatch):
 
 class Generated:
   """Many small clips of three sizes."""
+
   name = "generated"
 
   def __init__(self, count):
@@ -200,7 +245,9 @@ class Generated:
   def read(self, item):
     i = int(item.file)
     shape = ((17, 32, 48, 3), (1, 32, 32, 3), (9, 48, 32, 3))[i % 3]
-    yield RawClip(np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8), 8.0, item.caption, item.file, 0.0)
+    yield RawClip(
+      np.random.default_rng(i).integers(0, 256, shape, dtype=np.uint8), 8.0, item.caption, item.file, 0.0
+    )
 
 
 def test_small_clips_are_encoded_together_and_kept_apart(tmp_path):
@@ -211,7 +258,9 @@ def test_small_clips_are_encoded_together_and_kept_apart(tmp_path):
   for i in range(100):
     record = records.read(index, i)
     (clip,) = Generated(100).read(Item(record.file, ""))
-    np.testing.assert_array_equal(record.latents_THWC, alone.latents([clip.video_THWC])[0].astype(record.latents_THWC.dtype))
+    np.testing.assert_array_equal(
+      record.latents_THWC, alone.latents([clip.video_THWC])[0].astype(record.latents_THWC.dtype)
+    )
     assert record.caption == f"caption {i % 7}"
 
 
@@ -220,7 +269,9 @@ def test_few_compilations_serve_many_sizes(tmp_path):
 
   The latents are those of the native size.
   """
-  cfg = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,), patch_size=4)
+  cfg = vae.VAEConfig(
+    base_dim=4, z_dim=4, dim_mult=(1, 1), num_res_blocks=1, temporal_downsample=(True,), patch_size=4
+  )
   params = vae.init(jax.random.key(0), cfg)
   parts.save_part(tmp_path / "vae", vae.config_to_dict(cfg), params)
   parts.copy_part(workdirs.shipped() / "text", tmp_path / "text")
@@ -239,7 +290,11 @@ def test_few_compilations_serve_many_sizes(tmp_path):
 
   pixels = clips[0].astype(np.float32) / 127.5 - 1
   grey = np.concatenate([pixels[:1], 0 * pixels[1:]])
-  for ours, wanted in ((latents[0], native(pixels)), (images[2], native(pixels)[:1]), (condition, native(grey))):
+  for ours, wanted in (
+    (latents[0], native(pixels)),
+    (images[2], native(pixels)[:1]),
+    (condition, native(grey)),
+  ):
     np.testing.assert_allclose(ours, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
@@ -262,7 +317,9 @@ def test_a_changed_file_is_not_mixed_with_old_records(tmp_path):
   assert len(index) == 1 and set(report["passed_over"]) == {"b.mp4"}
   video.write_mp4(path / "b.mp4", clip, 8)
   _, report, index = encode(open_folder(path), tmp_path / "out")
-  assert len(index) == 2 and not report["passed_over"], "what was passed over is tried again once it has changed"
+  assert len(index) == 2 and not report["passed_over"], (
+    "what was passed over is tried again once it has changed"
+  )
   (path / "a.txt").write_text("now it has a caption")
   with pytest.raises(BadInput, match="a.mp4: it or its caption has changed"):
     encode(open_folder(path), tmp_path / "out")
@@ -283,6 +340,7 @@ def test_a_damaged_end_is_in_both_lists(tmp_path):
 
 def test_what_is_dropped_is_named(tmp_path):
   """The entry of a file lists each dropped piece. A file that is all dropped is skipped, with the reason."""
+
   class Dull(Generated):
     def read(self, item):
       dropped = [Dropped(0.0, 2.0, "black"), Dropped(2.0, 0.5, "too short"), Dropped(5.0, 1.0, "black")]
@@ -294,11 +352,15 @@ def test_what_is_dropped_is_named(tmp_path):
   _, report, index = encode(Dull(2), tmp_path)
   assert len(index) == 1 and set(report["taken"]) == {"0001"}
   assert report["taken"]["0001"]["dropped"] == [
-      {"start": 0.0, "seconds": 2.0, "why": "black"}, {"start": 2.0, "seconds": 0.5, "why": "too short"},
-      {"start": 5.0, "seconds": 1.0, "why": "black"}]
+    {"start": 0.0, "seconds": 2.0, "why": "black"},
+    {"start": 2.0, "seconds": 0.5, "why": "too short"},
+    {"start": 5.0, "seconds": 1.0, "why": "black"},
+  ]
   assert report["passed_over"] == {"0000": "black: 3.00 s; too short: 0.50 s"}
   with records.RecordWriter(tmp_path) as writer:
-    assert all(encode_unit.is_done(item, writer, tmp_path) for item in Dull(2).items()), "it is not looked at again"
+    assert all(encode_unit.is_done(item, writer, tmp_path) for item in Dull(2).items()), (
+      "it is not looked at again"
+    )
 
 
 def test_long_captions_are_cut_and_noted(tmp_path):
@@ -313,8 +375,17 @@ def test_long_captions_are_cut_and_noted(tmp_path):
 
 # --- the program
 
-TINY = vae.VAEConfig(base_dim=8, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True), patch_size=4,
-                     is_residual=True, latents_mean=(0.5,) * 4, latents_std=(2.0,) * 4)
+TINY = vae.VAEConfig(
+  base_dim=8,
+  z_dim=4,
+  dim_mult=(1, 1, 1),
+  num_res_blocks=1,
+  temporal_downsample=(True, True),
+  patch_size=4,
+  is_residual=True,
+  latents_mean=(0.5,) * 4,
+  latents_std=(2.0,) * 4,
+)
 
 
 @pytest.fixture(scope="module")
@@ -331,8 +402,10 @@ def clips(tmp_path_factory):
   root = tmp_path_factory.mktemp("clips")
   for i in range(5):
     y, x = np.mgrid[:32, :32]
-    frames = [np.stack([(y * 5 + t * 9 + 40 * i) % 256, x * 8 % 256, (x + y) * 4 % 256], -1).astype(np.uint8)
-              for t in range(40 if i == 4 else 9)]
+    frames = [
+      np.stack([(y * 5 + t * 9 + 40 * i) % 256, x * 8 % 256, (x + y) * 4 % 256], -1).astype(np.uint8)
+      for t in range(40 if i == 4 else 9)
+    ]
     video.write_mp4(root / f"{i}.mp4", frames, 8)
     (root / f"{i}.txt").write_text(f"a moving pattern number {i}")
   video.write_png(root / "5.png", frames[0])
@@ -341,13 +414,23 @@ def clips(tmp_path_factory):
 
 def test_the_program(run_program, model, clips, tmp_path):
   """Exit code 0, and the records hold normalised latents of the clips; a second run does nothing."""
-  arguments = ("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={model}", "--max_seconds=2.2")
+  arguments = (
+    "encode",
+    f"--source={clips}",
+    f"--out={tmp_path / 'out'}",
+    f"--workdir={model}",
+    "--max_seconds=2.2",
+  )
   first = run_program(*arguments)
   assert first.returncode == 0, first.stderr
   assert "Next: python -m launch.train" in first.stdout and "encoding" in first.stdout
   index = records.RecordIndex.open(tmp_path / "out")
   assert len(index) == 5 + 3
-  assert index.header["vae_fingerprint"] == parts.fingerprint(tmp_path / "out" / "vae") == parts.fingerprint(model / "vae")
+  assert (
+    index.header["vae_fingerprint"]
+    == parts.fingerprint(tmp_path / "out" / "vae")
+    == parts.fingerprint(model / "vae")
+  )
   assert index.header["latent_channels"] == 4 and index.header["vae_stride"] == [4, 16, 16]
   tokenizer = text.Tokenizer(tmp_path / "out" / "text" / "tokenizer.model")
   assert index.null_text[0].tolist() == tokenizer.null
@@ -357,13 +440,17 @@ def test_the_program(run_program, model, clips, tmp_path):
     if record.file == "2.mp4":
       clip, _ = video.load(clips / "2.mp4")
       mean, _ = vae.encode(params, clip[None].astype(np.float32) / 127.5 - 1, cfg)
-      np.testing.assert_allclose(record.latents_THWC.astype(np.float32), (np.asarray(mean)[0] - 0.5) / 2, atol=2e-2)
+      np.testing.assert_allclose(
+        record.latents_THWC.astype(np.float32), (np.asarray(mean)[0] - 0.5) / 2, atol=2e-2
+      )
       assert record.text_ids_S.tolist() == tokenizer.encode("a moving pattern number 2")
       assert np.asarray(mean).std() > 0.05
   before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}
   second = run_program(*arguments)
   assert second.returncode == 0 and "nothing to do" in second.stdout
-  assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"}
+  assert before == {
+    path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != ".lock"
+  }
   other = run_program(*arguments[:-1], "--max_seconds=1")
   assert other.returncode == 2 and "max_seconds=2.2, now max_seconds=1" in other.stderr
 
@@ -372,7 +459,9 @@ def test_texts_of_a_frozen_encoder(tmp_path):
   """Batched, sorted and padded, each embedding is what its text gives alone, and of its true length."""
   cfg = text.TextConfig(vocab=40, width=16, depth=2, heads=2, head_size=8, mlp=32)
   model = text.TextEncoder(cfg)
-  params = layout.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int), jnp.ones((1, 8), int))["params"])
+  params = layout.unbox(
+    jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), int), jnp.ones((1, 8), int))["params"]
+  )
   parts.save_part(tmp_path, dataclasses.asdict(cfg), params)
   texts = [np.random.default_rng(i).integers(3, 40, 1 + 5 * i).astype(np.int32) for i in range(11)]
   embeddings = embedder.Embedder(tmp_path)(texts)
@@ -382,9 +471,23 @@ def test_texts_of_a_frozen_encoder(tmp_path):
 
 
 def start(model, source, out):
-  command = [sys.executable, "-u", "-m", "launch.encode", f"--source={source}", f"--out={out}", f"--workdir={model}"]
-  environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  command = [
+    sys.executable,
+    "-u",
+    "-m",
+    "launch.encode",
+    f"--source={source}",
+    f"--out={out}",
+    f"--workdir={model}",
+  ]
+  environment = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+  }
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
 
 
 def test_sigterm_saves_and_says_so(model, clips, tmp_path, run_program):
@@ -393,8 +496,14 @@ def test_sigterm_saves_and_says_so(model, clips, tmp_path, run_program):
   process.send_signal(signal.SIGTERM)
   rest, errors = process.communicate(timeout=300)
   assert process.returncode == 75 and "run the same command again" in rest, (rest, errors)
-  assert run_program("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={model}").returncode == 0
-  assert run_program("encode", f"--source={clips}", f"--out={tmp_path / 'whole'}", f"--workdir={model}").returncode == 0
+  assert (
+    run_program("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={model}").returncode
+    == 0
+  )
+  assert (
+    run_program("encode", f"--source={clips}", f"--out={tmp_path / 'whole'}", f"--workdir={model}").returncode
+    == 0
+  )
   same_records(records.RecordIndex.open(tmp_path / "out"), records.RecordIndex.open(tmp_path / "whole"))
 
 
@@ -406,23 +515,41 @@ def test_kill_9_at_any_moment(model, clips, tmp_path, run_program, after):
   time.sleep(after)
   process.kill()
   process.communicate()
-  assert run_program("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={model}").returncode == 0
+  assert (
+    run_program("encode", f"--source={clips}", f"--out={tmp_path / 'out'}", f"--workdir={model}").returncode
+    == 0
+  )
   index = records.RecordIndex.open(tmp_path / "out")
   assert len(index) == 6 and all(records.read(index, i) for i in range(6))
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--out=OUT",), "no --source"), (("--source=SRC",), "no --out"), (("--source=nothere", "--out=OUT"), "shapes:4000"),
-    (("--source=SRC", "--out=OUT", "--workdir=EMPTY"), "vae"), (("--source=SRC", "--out=OUT", "--max_second=3"), "max_second"),
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (("--out=OUT",), "no --source"),
+    (("--source=SRC",), "no --out"),
+    (("--source=nothere", "--out=OUT"), "shapes:4000"),
+    (("--source=SRC", "--out=OUT", "--workdir=EMPTY"), "vae"),
+    (("--source=SRC", "--out=OUT", "--max_second=3"), "max_second"),
     (("--source=BAD", "--out=OUT", "--workdir=W"), "none of its 1 files could be taken, such as a.mp4"),
-])
+  ],
+)
 def test_bad_input(run_program, model, clips, tmp_path, flags, message):
   """Exit code 2, one line that says what to do, no traceback."""
   (tmp_path / "empty").mkdir()
   (tmp_path / "bad").mkdir()
   (tmp_path / "bad" / "a.mp4").write_bytes(b"x" * 1000)
-  paths = {"OUT": tmp_path / "out", "SRC": clips, "EMPTY": tmp_path / "empty", "W": model, "BAD": tmp_path / "bad"}
-  arguments = [flag.partition("=")[0] + "=" + str(paths.get(flag.partition("=")[2], flag.partition("=")[2])) for flag in flags]
+  paths = {
+    "OUT": tmp_path / "out",
+    "SRC": clips,
+    "EMPTY": tmp_path / "empty",
+    "W": model,
+    "BAD": tmp_path / "bad",
+  }
+  arguments = [
+    flag.partition("=")[0] + "=" + str(paths.get(flag.partition("=")[2], flag.partition("=")[2]))
+    for flag in flags
+  ]
   result = run_program("encode", *arguments)
   assert result.returncode == 2, result.stderr
   assert message in result.stderr and "Traceback" not in result.stderr

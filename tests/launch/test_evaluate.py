@@ -10,8 +10,13 @@ from data.sources import shapes
 from sora_jax import metrics, parts, video
 from sora_jax.models import vae
 
-PROMPTS = {"a": "a red ball moves left", "b": "a blue square moves up", "c": "an orange triangle moves right",
-           "d": "a green ball", "e": "a purple ball left of a red square"}
+PROMPTS = {
+  "a": "a red ball moves left",
+  "b": "a blue square moves up",
+  "c": "an orange triangle moves right",
+  "d": "a green ball",
+  "e": "a purple ball left of a red square",
+}
 
 
 @pytest.fixture
@@ -27,9 +32,11 @@ def sampled(tmp_path):
     else:
       video.write_mp4(tmp_path / path, clip[::-1] if name == "b" else clip, shapes.FPS)
     lines.append({"id": name, "status": "ok", "path": path, "prompt": prompt})
-  lines += [{"id": "f", "status": "failed", "error": "no size", "prompt": "a red ball moves up"},
-            {"id": "g", "status": "ok", "path": "a.mp4", "prompt": "a cat on a sofa"},
-            {"id": "h", "status": "ok", "path": "gone.mp4", "prompt": "a red ball moves up"}]
+  lines += [
+    {"id": "f", "status": "failed", "error": "no size", "prompt": "a red ball moves up"},
+    {"id": "g", "status": "ok", "path": "a.mp4", "prompt": "a cat on a sofa"},
+    {"id": "h", "status": "ok", "path": "gone.mp4", "prompt": "a red ball moves up"},
+  ]
   (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
   return tmp_path
 
@@ -41,10 +48,15 @@ def test_a_folder_of_videos_is_judged(sampled, run_program):
   assert done.returncode == 0, done.stderr
   report = json.loads(out.read_text())
   assert report["scores"]["direction"] == {"right": 2, "of": 3, "share": 2 / 3, "chance": 0.25}
-  assert all(report["scores"][name]["share"] == 1 for name in ("colour", "shape", "relation", "two colours", "two shapes"))
+  assert all(
+    report["scores"][name]["share"] == 1
+    for name in ("colour", "shape", "relation", "two colours", "two shapes")
+  )
   assert report["videos"]["b"] == {"colour": True, "shape": True, "direction": False}
   assert set(report["passed_over"]) == {"f", "g", "h"}
-  assert "2/3" in done.stdout and "25.0 %" in done.stdout and "3 of 8 videos could not be judged" in done.stdout
+  assert (
+    "2/3" in done.stdout and "25.0 %" in done.stdout and "3 of 8 videos could not be judged" in done.stdout
+  )
 
   before = out.stat().st_mtime_ns
   again = run_program("evaluate", f"--videos={sampled}", f"--out={out}")
@@ -56,10 +68,16 @@ def test_a_folder_of_videos_is_judged(sampled, run_program):
   assert json.loads(out.read_text())["scores"]["direction"]["of"] == 4
 
 
-@pytest.mark.parametrize(("arguments", "says"), [
-    ((), "--workdir=W"), (("--videos=.",), ".json"), (("--videos=/nowhere", "--out=r.json"), "/nowhere"),
-    (("--workdir=/nowhere", "--out=r.json"), "/nowhere"), (("--videos=.", "--out=r.json", "--clips=0"), "clips"),
-])
+@pytest.mark.parametrize(
+  ("arguments", "says"),
+  [
+    ((), "--workdir=W"),
+    (("--videos=.",), ".json"),
+    (("--videos=/nowhere", "--out=r.json"), "/nowhere"),
+    (("--workdir=/nowhere", "--out=r.json"), "/nowhere"),
+    (("--videos=.", "--out=r.json", "--clips=0"), "clips"),
+  ],
+)
 def test_bad_input_is_one_line(tmp_path, run_program, arguments, says):
   done = run_program("evaluate", *arguments, cwd=tmp_path)
   assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -84,7 +102,11 @@ def test_a_vae_is_measured(tmp_path, run_program):
   clip = pixels[None, None] / np.float32(127.5) - 1
   again = np.asarray(vae.decode(params, vae.encode(params, clip, cfg)[0], cfg))
   wanted = metrics.psnr((clip + 1) / 2, (again + 1) / 2), metrics.ssim((clip[0] + 1) / 2, (again[0] + 1) / 2)
-  assert (report["vae"]["psnr"], report["vae"]["ssim"]) == pytest.approx(wanted, abs=0.02) and report["vae"]["clips"] == 2
+  assert (report["vae"]["psnr"], report["vae"]["ssim"]) == pytest.approx(wanted, abs=0.02) and report["vae"][
+    "clips"
+  ] == 2
   assert "broken.png is skipped" in done.stdout and "loss_by_sigma" not in report
   shown = report["reconstructions"]
-  assert shown and all((tmp_path / entry[name]).exists() for entry in shown for name in ("original", "reconstruction"))
+  assert shown and all(
+    (tmp_path / entry[name]).exists() for entry in shown for name in ("original", "reconstruction")
+  )

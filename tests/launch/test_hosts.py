@@ -1,6 +1,6 @@
 """Several processes do one job, on loopback. The result depends neither on their number nor on kills.
 
-  bash tests/run.sh faults -k hosts            # with 1, 2, 4 and 8 processes
+bash tests/run.sh faults -k hosts            # with 1, 2, 4 and 8 processes
 """
 
 import json
@@ -17,19 +17,35 @@ from data import records
 from launch.common import children
 from tests import conftest
 
-TRAIN = ("--config=configs/t2v.py:tiny", "--config.log_every=1", "--config.checkpoint_every=2", "--config.data.rows=8",
-         "--config.data.row_tokens=128")
+TRAIN = (
+  "--config=configs/t2v.py:tiny",
+  "--config.log_every=1",
+  "--config.checkpoint_every=2",
+  "--config.data.rows=8",
+  "--config.data.row_tokens=128",
+)
 
 
 def command(count, program, *arguments):
-  start = ["-m", "launch.hosts", f"--count={count}", f"launch.{program}"] if count > 1 else ["-m", f"launch.{program}"]
-  environment = {**os.environ, "XLA_FLAGS": conftest.DEVICES.format(1), "PYTHONPATH": str(conftest.ROOT), "PYTHONSAFEPATH": "1"}
+  start = (
+    ["-m", "launch.hosts", f"--count={count}", f"launch.{program}"]
+    if count > 1
+    else ["-m", f"launch.{program}"]
+  )
+  environment = {
+    **os.environ,
+    "XLA_FLAGS": conftest.DEVICES.format(1),
+    "PYTHONPATH": str(conftest.ROOT),
+    "PYTHONSAFEPATH": "1",
+  }
   return [sys.executable, *start, *map(str, arguments)], environment
 
 
 def run(count, program, *arguments, code=0, timeout=900):
   line, environment = command(count, program, *arguments)
-  done = subprocess.run(line, cwd=conftest.ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+  done = subprocess.run(
+    line, cwd=conftest.ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+  )
   assert done.returncode == code, done.stdout[-1500:] + done.stderr[-1500:]
   return done
 
@@ -37,7 +53,14 @@ def run(count, program, *arguments, code=0, timeout=900):
 def killed(count, program, *arguments, when, by=signal.SIGKILL):
   """Starts a job and signals all its processes when `when()` is true -> exit code of their parent."""
   line, environment = command(count, program, *arguments)
-  child = subprocess.Popen(line, cwd=conftest.ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+  child = subprocess.Popen(
+    line,
+    cwd=conftest.ROOT,
+    env=environment,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+    start_new_session=True,
+  )
   deadline = time.monotonic() + 300
   while not when():
     assert child.poll() is None and time.monotonic() < deadline, child.poll()
@@ -52,7 +75,10 @@ def killed(count, program, *arguments, when, by=signal.SIGKILL):
 def contents(directory):
   """All that the records of a directory hold, in the order of the index."""
   index = records.RecordIndex.open(directory)
-  return [(r.file, r.start, r.caption, r.latents_THWC.tobytes(), r.text_ids_S.tobytes()) for r in (records.read(index, i) for i in range(len(index)))]
+  return [
+    (r.file, r.start, r.caption, r.latents_THWC.tobytes(), r.text_ids_S.tobytes())
+    for r in (records.read(index, i) for i in range(len(index)))
+  ]
 
 
 def lines(workdir):
@@ -63,7 +89,7 @@ def test_two_encode_what_one_does(tmp_path):
   for count in (1, 2):
     run(count, "encode", "--source=shapes:6", f"--out={tmp_path / str(count)}")
   shards = {path.name[:9] for path in (tmp_path / "2").glob("*.array_record")}
-  assert shards == {"shard-000", "shard-001"}                       # both had their share
+  assert shards == {"shard-000", "shard-001"}  # both had their share
   assert contents(tmp_path / "1") == contents(tmp_path / "2") and len(contents(tmp_path / "1")) == 6
 
 
@@ -74,8 +100,13 @@ def test_two_train_what_one_does(tmp_path):
   Another number of processes continues in the middle.
   """
   run(2, "encode", "--source=shapes:40", f"--out={tmp_path / 'records'}")
-  run(1, "train", *TRAIN, "--config.steps=4", "--config.data.clips=shapes:40", f"--workdir={tmp_path / 'alone'}")
-  assert contents(tmp_path / "records") == contents(tmp_path / "alone" / "records") and len(contents(tmp_path / "records")) == 40
+  run(
+    1, "train", *TRAIN, "--config.steps=4", "--config.data.clips=shapes:40", f"--workdir={tmp_path / 'alone'}"
+  )
+  assert (
+    contents(tmp_path / "records") == contents(tmp_path / "alone" / "records")
+    and len(contents(tmp_path / "records")) == 40
+  )
   data = f"--config.data.path={tmp_path / 'records'}"
   run(2, "train", *TRAIN, "--config.steps=2", data, f"--workdir={tmp_path / 'both'}")
   run(1, "train", *TRAIN, "--config.steps=4", data, f"--workdir={tmp_path / 'both'}")
@@ -83,7 +114,7 @@ def test_two_train_what_one_does(tmp_path):
   assert [alone[s]["data_checksum"] for s in (1, 2, 3, 4)] == [both[s]["data_checksum"] for s in (1, 2, 3, 4)]
   assert len({line["data_checksum"] for line in alone.values()}) == 4
   losses = np.array([[run[s]["loss"] for s in (1, 2, 3, 4)] for run in (alone, both)])
-  np.testing.assert_allclose(losses[0, :2], losses[1, :2], rtol=1e-5)         # in two processes
+  np.testing.assert_allclose(losses[0, :2], losses[1, :2], rtol=1e-5)  # in two processes
   # The order of sums differs; the first large steps amplify it.
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)
 
@@ -107,7 +138,9 @@ class Child:
     self.returncode, self.asked = -15, True
 
 
-@pytest.mark.parametrize("codes, worst", [((0, 0), 0), ((0, 75), 75), ((75, 2), 2), ((0, None, 1), 1), ((None, -9), 1)])
+@pytest.mark.parametrize(
+  "codes, worst", [((0, 0), 0), ((0, 75), 75), ((75, 2), 2), ((0, None, 1), 1), ((None, -9), 1)]
+)
 def test_the_worst_exit_code_counts(codes, worst):
   processes = [Child(code) for code in codes]
   assert children.watch(processes, children.Lines()) == worst
@@ -131,7 +164,9 @@ def test_killed_with_four_goes_on_with_any_number(tmp_path):
   assert killed(4, *encode, f"--out={many}", when=lambda: list(many.glob("*.tmp"))) == -signal.SIGKILL
   for path in many.glob(".lock-*"):
     path.unlink()
-  assert killed(2, *encode, f"--out={many}", when=lambda: (many / ".lock-1").exists(), by=signal.SIGTERM) == 75
+  assert (
+    killed(2, *encode, f"--out={many}", when=lambda: (many / ".lock-1").exists(), by=signal.SIGTERM) == 75
+  )
   run(3, *encode, f"--out={many}")
   assert contents(one) == contents(many)
   assert "nothing to do" in run(2, *encode, f"--out={many}").stdout
@@ -147,4 +182,6 @@ def test_killed_with_four_goes_on_with_any_number(tmp_path):
   run(2, "train", *train, f"--config.steps={last}", flag)
   run(1, "train", *train, f"--config.steps={last}", f"--workdir={alone}")
   assert list(lines(alone)) == list(lines(workdir)) == list(range(1, last + 1))
-  assert [line["data_checksum"] for line in lines(alone).values()] == [line["data_checksum"] for line in lines(workdir).values()]
+  assert [line["data_checksum"] for line in lines(alone).values()] == [
+    line["data_checksum"] for line in lines(workdir).values()
+  ]

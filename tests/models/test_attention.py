@@ -72,8 +72,12 @@ def test_a_long_row_in_tiles():
   def loss(q, k, v, f):
     return (f(q, k, v) * weight).sum()
 
-  ours = jax.jit(jax.grad(lambda *a: loss(*a, lambda q, k, v: attention.attend(q, k, v, ids, ids)), (0, 1, 2)))
-  theirs = jax.jit(jax.grad(lambda *a: loss(*a, lambda q, k, v: plain(q, k, v, ids, ids, 8**-0.5)), (0, 1, 2)))
+  ours = jax.jit(
+    jax.grad(lambda *a: loss(*a, lambda q, k, v: attention.attend(q, k, v, ids, ids)), (0, 1, 2))
+  )
+  theirs = jax.jit(
+    jax.grad(lambda *a: loss(*a, lambda q, k, v: plain(q, k, v, ids, ids, 8**-0.5)), (0, 1, 2))
+  )
   for a, b in zip(ours(query, key, value), theirs(query, key, value), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 

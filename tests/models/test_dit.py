@@ -51,7 +51,9 @@ def row_of(numbers):
 
 
 def args(row):
-  return [row[name] for name in ("tokens", "coords", "segment", "sigma", "index", "text", "prompt", "prompt_text")]
+  return [
+    row[name] for name in ("tokens", "coords", "segment", "sigma", "index", "text", "prompt", "prompt_text")
+  ]
 
 
 def run(params, row, cfg=CFG, layout=None):
@@ -82,7 +84,9 @@ def params(new_params):
 def assert_close(trees, others):
   """Asserts that trees of gradients are equal to 1e-5 of the largest entry of each leaf."""
   for (path, a), b in zip(jax.tree.leaves_with_path(trees), jax.tree.leaves(others), strict=True):
-    np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+    np.testing.assert_allclose(
+      a, b, atol=1e-5 * max(1.0, np.abs(b).max()), err_msg=jax.tree_util.keystr(path)
+    )
 
 
 def test_a_clip_does_not_see_its_neighbours(params):

@@ -78,7 +78,10 @@ def test_a_prompt_does_not_see_its_neighbours(params):
   ids = jax.random.randint(jax.random.key(1), (2, 24), 3, CFG.vocab)
   prompt = jnp.asarray([[1] * 9 + [2] * 12 + [0] * 3, [3] * 24])
   out = encode(params, ids, prompt)
-  ids_alone, prompt_alone = jnp.pad(ids[:1, 9:21], [(0, 1), (0, 12)]), jnp.asarray([[1] * 12 + [0] * 12, [0] * 24])
+  ids_alone, prompt_alone = (
+    jnp.pad(ids[:1, 9:21], [(0, 1), (0, 12)]),
+    jnp.asarray([[1] * 12 + [0] * 12, [0] * 24]),
+  )
   alone = encode(params, ids_alone, prompt_alone)
   np.testing.assert_allclose(out[0, 9:21], alone[0, :12], atol=1e-5)
   assert not np.any(out[0, 21:]) and not np.any(alone[1])

@@ -15,10 +15,21 @@ from sora_jax.models import causal_conv, vae, vae_blocks
 from sora_jax.weights import files, wan_vae
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
-PLAIN = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
+PLAIN = vae.VAEConfig(
+  base_dim=4, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)
+)
 RESIDUAL = dataclasses.replace(PLAIN, is_residual=True, patch_size=2, decoder_base_dim=8)
-LINEAR = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1), num_res_blocks=1, temporal_downsample=(True, True),
-                       spatial_downsample=(False, True), is_residual=True, patch_size=2, linear=True)
+LINEAR = vae.VAEConfig(
+  base_dim=4,
+  z_dim=4,
+  dim_mult=(1, 1, 1),
+  num_res_blocks=1,
+  temporal_downsample=(True, True),
+  spatial_downsample=(False, True),
+  is_residual=True,
+  patch_size=2,
+  linear=True,
+)
 KINDS = pytest.mark.parametrize("cfg", [PLAIN, RESIDUAL, LINEAR], ids=["plain", "residual", "linear"])
 
 
@@ -136,7 +147,9 @@ def test_large_frames_go_one_by_one(monkeypatch):
   assert [loops(*args) for args in both] == [0, 0]
   monkeypatch.setattr(vae_blocks, "LARGE", 0)
   assert all(loops(*args) > 1 for args in both)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), [chunk(*args) for args in both], whole)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), [chunk(*args) for args in both], whole
+  )
 
 
 def test_streaming_has_constant_memory():
@@ -145,7 +158,7 @@ def test_streaming_has_constant_memory():
   stream, _, _ = vae.encode_chunk(params, None, clip[:, :1], PLAIN, first=True)
   shapes = []
   for start in (1, 5):
-    stream, _, _ = vae.encode_chunk(params, stream, clip[:, start:start + 4], PLAIN, first=False)
+    stream, _, _ = vae.encode_chunk(params, stream, clip[:, start : start + 4], PLAIN, first=False)
     shapes.append(jax.tree.map(jnp.shape, stream))
   assert shapes[0] == shapes[1] and jax.tree.leaves(shapes[0])
 
@@ -155,7 +168,9 @@ def test_both_forms_of_the_convolution_agree(frames, monkeypatch):
   """Values and gradients by taps (CPU) and by volume (elsewhere), with and without frames before."""
   rng = np.random.default_rng(0)
   x, before = (jnp.asarray(rng.normal(size=(2, t, 5, 6, 3)), jnp.float32) for t in (frames, 2))
-  kernel, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 3, 3, 3, 4), (2, frames, 5, 6, 4)))
+  kernel, weight = (
+    jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 3, 3, 3, 4), (2, frames, 5, 6, 4))
+  )
 
   def both(before):
     def loss(x, kernel):
@@ -202,14 +217,18 @@ def test_golden(name):
     np.testing.assert_allclose(vae.decode(params, latents, cfg), golden[f"again{i}"], atol=1e-5)
   back = dict(wan_vae.to_diffusers(params, cfg))
   assert back.keys() == set(tensors) and all(np.array_equal(back[key], tensors[key]) for key in back)
-  assert {key: value for key, value in wan_vae.config_to_diffusers(cfg).items() if theirs.get(key) != value} == {}
+  assert {
+    key: value for key, value in wan_vae.config_to_diffusers(cfg).items() if theirs.get(key) != value
+  } == {}
 
 
 def test_weights_that_do_not_fit_are_named():
   cfg = wan_vae.config_from_diffusers(files.read_config(GOLDEN / "vae"))
   tensors = dict(files.Tensors(GOLDEN / "vae"))
   with pytest.raises(ValueError, match="encoder.conv_in.bias"):
-    wan_vae.from_diffusers({name: value for name, value in tensors.items() if name != "encoder.conv_in.bias"}, cfg)
+    wan_vae.from_diffusers(
+      {name: value for name, value in tensors.items() if name != "encoder.conv_in.bias"}, cfg
+    )
   with pytest.raises(ValueError, match="encoder.conv_in.bias has shape"):
     wan_vae.from_diffusers(tensors | {"encoder.conv_in.bias": np.zeros(3)}, cfg)
   with pytest.raises(ValueError, match="attn_scales"):
@@ -239,7 +258,9 @@ def test_normalise_has_an_inverse():
   cfg = dataclasses.replace(PLAIN, latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(0.5, 1.0, 2.0, 4.0))
   latents = np.random.default_rng(0).normal(size=(1, 2, 2, 2, 4)).astype(np.float32)
   np.testing.assert_allclose(vae.denormalise(vae.normalise(latents, cfg), cfg), latents, atol=1e-6)
-  np.testing.assert_allclose(vae.normalise(np.full((1, 4), 5.0, np.float32), cfg)[0], [8, 3, 1, 0.25], atol=1e-6)
+  np.testing.assert_allclose(
+    vae.normalise(np.full((1, 4), 5.0, np.float32), cfg)[0], [8, 3, 1, 0.25], atol=1e-6
+  )
 
 
 def test_sharded_is_unsharded():

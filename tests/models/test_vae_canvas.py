@@ -11,10 +11,17 @@ import pytest
 from sora_jax.layout import unbox
 from sora_jax.models import vae, vae_blocks
 
-PLAIN = vae.VAEConfig(base_dim=4, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True))
-TWO = dataclasses.replace(PLAIN, dim_mult=(1, 1), temporal_downsample=(True,), spatial_downsample=(), is_residual=True)
-KINDS = {"wan2.1": PLAIN, "wan2.2": dataclasses.replace(TWO, patch_size=2),
-         "tiny": dataclasses.replace(TWO, spatial_downsample=(False,), patch_size=8, linear=True)}
+PLAIN = vae.VAEConfig(
+  base_dim=4, z_dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)
+)
+TWO = dataclasses.replace(
+  PLAIN, dim_mult=(1, 1), temporal_downsample=(True,), spatial_downsample=(), is_residual=True
+)
+KINDS = {
+  "wan2.1": PLAIN,
+  "wan2.2": dataclasses.replace(TWO, patch_size=2),
+  "tiny": dataclasses.replace(TWO, spatial_downsample=(False,), patch_size=8, linear=True),
+}
 SIZES = ((3, 4), (4, 1), (0, 0))  # in latents; the last is a row without a clip
 CANVAS = (4, 5)
 
@@ -42,7 +49,7 @@ def on_canvas(clips, cfg, outside):
   shape = (len(SIZES), clips[0].shape[1], CANVAS[0] * cfg.stride[1], CANVAS[1] * cfg.stride[2], 3)
   video_BTHWC = np.random.default_rng(2).uniform(-outside, outside, shape).astype(np.float32)
   for row, clip in zip(video_BTHWC, clips):
-    row[:, :clip.shape[2], :clip.shape[3]] = clip[0]
+    row[:, : clip.shape[2], : clip.shape[3]] = clip[0]
   return video_BTHWC
 
 
@@ -94,10 +101,10 @@ def test_large_frames_on_a_canvas(monkeypatch):
   monkeypatch.setattr(vae_blocks, "LARGE", 0)
   monkeypatch.setattr(vae_blocks, "ATTENTION_SCORES", 3 * CANVAS[0] * CANVAS[1])
   chunk = functools.partial(vae.encode_chunk.__wrapped__, cfg=cfg, first=False)
-  traced = jax.jit(chunk).trace(params, stream, video_BTHWC[:, 1:1 + t], valid=valid)
+  traced = jax.jit(chunk).trace(params, stream, video_BTHWC[:, 1 : 1 + t], valid=valid)
   assert str(traced.jaxpr).count("scan[") > 2
   compiled = traced.lower().compile()
-  assert_same(compiled(params, stream, video_BTHWC[:, 1:1 + t], valid=valid)[1], alone)
+  assert_same(compiled(params, stream, video_BTHWC[:, 1 : 1 + t], valid=valid)[1], alone)
 
 
 def test_attention_ignores_masked_keys():

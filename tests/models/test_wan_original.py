@@ -13,15 +13,25 @@ ORIGINAL = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "wan_origi
 
 
 def shapes(name):
-  return {key.format(i): tuple(shape) for key, (shape, times) in ORIGINAL[name]["weights"].items() for i in range(times)}
+  return {
+    key.format(i): tuple(shape)
+    for key, (shape, times) in ORIGINAL[name]["weights"].items()
+    for i in range(times)
+  }
 
 
-@pytest.mark.parametrize(("name", "part", "ours"), [
+@pytest.mark.parametrize(
+  ("name", "part", "ours"),
+  [
     ("wan2.1", "vae", wan_vae.rows(vae.SIZES["wan2.1"])),
     ("wan2.2", "vae", wan_vae.rows(vae.SIZES["wan2.2"])),
-    *((name, "dit", wan_dit.rows(dit.SIZES[name])) for name in ("wan-1.3b", "wan-14b", "wan-14b-i2v", "wan-5b")),
+    *(
+      (name, "dit", wan_dit.rows(dit.SIZES[name]))
+      for name in ("wan-1.3b", "wan-14b", "wan-14b-i2v", "wan-5b")
+    ),
     ("umt5-xxl", "text", umt5.rows(text.SIZES["umt5-xxl"])),
-])
+  ],
+)
 def test_every_weight(name, part, ours):
   """Renamed, names and shapes are exactly those of our table. Renaming back gives the original names."""
   original, cfg = shapes(name), vae.SIZES.get(name)

@@ -308,7 +308,14 @@ def test_adapters_go_both_ways(base, run_program, tmp_path):
 
   Those that diffusers saves give the same video here.
   """
-  train(run_program, base, tmp_path / "tuned", "--config.lora.rank=4", "--config.lora.alpha=8", "--config.optim.learning_rate=1e-1")
+  train(
+    run_program,
+    base,
+    tmp_path / "tuned",
+    "--config.lora.rank=4",
+    "--config.lora.alpha=8",
+    "--config.optim.learning_rate=1e-1",
+  )
   exporting.plan(tmp_path / "tuned", tmp_path / "merged", "diffusers").run()
   exporting.plan(tmp_path / "tuned", tmp_path / "alone", "lora").run()
   ours, noise_THWC = our_video(tmp_path / "tuned", FIELDS)

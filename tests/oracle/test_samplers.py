@@ -53,4 +53,6 @@ def test_noise_levels(shift):
   """Our `shifted` is their shift. (Our sigmas begin at 1, theirs at 1 - 1/1000 or 1.)"""
   scheduler = theirs("euler", shift)
   scheduler.set_timesteps(sigmas=np.linspace(1, 0.1, 10))
-  np.testing.assert_allclose(flow.shifted(np.linspace(1, 0.1, 10), shift), scheduler.sigmas.numpy()[:-1], atol=1e-6)
+  np.testing.assert_allclose(
+    flow.shifted(np.linspace(1, 0.1, 10), shift), scheduler.sigmas.numpy()[:-1], atol=1e-6
+  )

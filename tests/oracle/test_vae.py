@@ -23,14 +23,28 @@ KINDS = {
 }  # fmt: skip
 
 
-PLAIN = st.fixed_dictionaries({
-    "base_dim": st.sampled_from((4, 6, 8)), "z_dim": st.integers(2, 5), "num_res_blocks": st.integers(1, 2), "is_residual": st.just(False),
-    "dim_mult": st.sampled_from(([1, 2], [2, 1], [1, 1, 3], [1, 2, 2], [2, 3, 1])), "patch_size": st.none()})
+PLAIN = st.fixed_dictionaries(
+  {
+    "base_dim": st.sampled_from((4, 6, 8)),
+    "z_dim": st.integers(2, 5),
+    "num_res_blocks": st.integers(1, 2),
+    "is_residual": st.just(False),
+    "dim_mult": st.sampled_from(([1, 2], [2, 1], [1, 1, 3], [1, 2, 2], [2, 3, 1])),
+    "patch_size": st.none(),
+  }
+)
 # Widths are divisible by the groups of the averages and copies in the shortcuts.
-RESIDUAL = st.fixed_dictionaries({
-    "base_dim": st.sampled_from((4, 8)), "decoder_base_dim": st.sampled_from((4, 8)), "z_dim": st.integers(2, 5),
-    "num_res_blocks": st.integers(1, 2), "is_residual": st.just(True),
-    "dim_mult": st.sampled_from(([1, 1], [2, 1], [1, 1, 1], [1, 2, 2], [2, 4, 4])), "patch_size": st.sampled_from((1, 2, 3))})
+RESIDUAL = st.fixed_dictionaries(
+  {
+    "base_dim": st.sampled_from((4, 8)),
+    "decoder_base_dim": st.sampled_from((4, 8)),
+    "z_dim": st.integers(2, 5),
+    "num_res_blocks": st.integers(1, 2),
+    "is_residual": st.just(True),
+    "dim_mult": st.sampled_from(([1, 1], [2, 1], [1, 1, 1], [1, 2, 2], [2, 4, 4])),
+    "patch_size": st.sampled_from((1, 2, 3)),
+  }
+)
 
 
 def peer(fields):
@@ -81,21 +95,32 @@ def test_on_a_canvas_as_diffusers_at_the_native_size(kind, close):
   valid = np.array([[2, 3], [3, 1]], np.int32)
   latents_BTHWC = np.concatenate(list(vae.encode_stream(params, [video_BTHWC], cfg, valid=valid)), 1)
   for video_THWC, latents, (h, w) in zip(video_BTHWC, latents_BTHWC, valid, strict=True):
-    wanted, _, _ = calls(theirs, video_THWC[None, :, :h * stride[1], :w * stride[2]])
+    wanted, _, _ = calls(theirs, video_THWC[None, :, : h * stride[1], : w * stride[2]])
     close("VAE encoder, on a canvas", latents[None, :, :h, :w], wanted)
 
 
 @pytest.mark.parametrize("sizes", [PLAIN, RESIDUAL], ids=["plain", "residual"])
 @hypothesis.settings(max_examples=5, deadline=None, derandomize=True, database=None)
-@hypothesis.given(data=st.data(), times=st.lists(st.booleans(), min_size=2, max_size=2), frames=st.sampled_from((5, 17, 1)),
-                  grid=st.tuples(st.integers(1, 3), st.integers(1, 3)))
+@hypothesis.given(
+  data=st.data(),
+  times=st.lists(st.booleans(), min_size=2, max_size=2),
+  frames=st.sampled_from((5, 17, 1)),
+  grid=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
 def test_any_shape_of_vae(sizes, data, times, frames, grid, close):
   """Any widths, levels, blocks, temporal strides 1, 2 and 4, patches; clips are not square."""
   fields = data.draw(sizes)
   levels, channels = len(fields["dim_mult"]), 3 * (fields["patch_size"] or 1) ** 2
-  theirs, cfg, params = peer(fields | {
-      "temperal_downsample": times[:levels - 1], "latents_mean": [0.0] * fields["z_dim"], "latents_std": [1.0] * fields["z_dim"],
-      "in_channels": channels, "out_channels": channels})
+  theirs, cfg, params = peer(
+    fields
+    | {
+      "temperal_downsample": times[: levels - 1],
+      "latents_mean": [0.0] * fields["z_dim"],
+      "latents_std": [1.0] * fields["z_dim"],
+      "in_channels": channels,
+      "out_channels": channels,
+    }
+  )
   shape = (1, frames, grid[0] * cfg.stride[1], grid[1] * cfg.stride[2], 3)
   clip = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
   latents, logvar, again = calls(theirs, clip)

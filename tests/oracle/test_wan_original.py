@@ -22,7 +22,11 @@ VAES = {"plain tiny": False, "wan2.1": False, "residual tiny": True, "wan2.2": T
 
 def shapes(name):
   """All weights of an original model: name -> shape."""
-  return {key.format(i): tuple(shape) for key, (shape, times) in ORIGINAL[name]["weights"].items() for i in range(times)}
+  return {
+    key.format(i): tuple(shape)
+    for key, (shape, times) in ORIGINAL[name]["weights"].items()
+    for i in range(times)
+  }
 
 
 def renamed(name, part, cfg=None):
@@ -53,9 +57,16 @@ def test_dit(name):
 @pytest.mark.parametrize("name", VAES)
 def test_vae(name):
   size, residual = dict(ORIGINAL[name]["size"]), VAES[name]
-  cfg = vae.VAEConfig(base_dim=size["dim"], decoder_base_dim=size.get("dec_dim"), z_dim=size["z_dim"], dim_mult=size["dim_mult"],
-                      num_res_blocks=size["num_res_blocks"], temporal_downsample=size["temperal_downsample"], is_residual=residual,
-                      patch_size=2 if residual else 1)
+  cfg = vae.VAEConfig(
+    base_dim=size["dim"],
+    decoder_base_dim=size.get("dec_dim"),
+    z_dim=size["z_dim"],
+    dim_mult=size["dim_mult"],
+    num_res_blocks=size["num_res_blocks"],
+    temporal_downsample=size["temperal_downsample"],
+    is_residual=residual,
+    patch_size=2 if residual else 1,
+  )
   with torch.device("meta"):
     config = wan_vae.config_to_diffusers(cfg)
     model = AutoencoderKLWan(**{key: value for key, value in config.items() if not key.startswith("_")})
@@ -68,9 +79,16 @@ def test_vae(name):
 @pytest.mark.parametrize("name", ["text tiny", "umt5-xxl"])
 def test_text_encoder(name):
   size = ORIGINAL[name]["size"]
-  config = UMT5Config(vocab_size=size["vocab"], d_model=size["dim"], d_kv=size["dim_attn"] // size["num_heads"], d_ff=size["dim_ffn"],
-                      num_layers=size["num_layers"], num_heads=size["num_heads"], relative_attention_num_buckets=size["num_buckets"],
-                      feed_forward_proj="gated-gelu")
+  config = UMT5Config(
+    vocab_size=size["vocab"],
+    d_model=size["dim"],
+    d_kv=size["dim_attn"] // size["num_heads"],
+    d_ff=size["dim_ffn"],
+    num_layers=size["num_layers"],
+    num_heads=size["num_heads"],
+    relative_attention_num_buckets=size["num_buckets"],
+    feed_forward_proj="gated-gelu",
+  )
   with torch.device("meta"):
     expected = shapes_of(UMT5EncoderModel(config))
   del expected["encoder.embed_tokens.weight"]  # the same memory as shared.weight

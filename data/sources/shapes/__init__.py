@@ -69,6 +69,7 @@ class Scene:
 
   kind: a key of KINDS. objects: one or two (colour, shape). words: those that fill the template of the kind.
   """
+
   kind: str
   objects: tuple
   words: tuple = ()
@@ -300,11 +301,13 @@ def _paint(video, colour, shape, centre_T2, diameter_T):
   grid = np.arange(n) + 0.5
   y = (grid + corner_T2[:, :1] - centre_T2[:, :1]).astype(np.float32)[:, :, None]
   x = (grid + corner_T2[:, 1:] - centre_T2[:, 1:]).astype(np.float32)[:, None]
-  cover = np.clip(0.5 - distance(shape, y, x, diameter_T.astype(np.float32)[:, None, None]) / SOFT, 0, 1)[..., None]
+  cover = np.clip(0.5 - distance(shape, y, x, diameter_T.astype(np.float32)[:, None, None]) / SOFT, 0, 1)[
+    ..., None
+  ]
   for t, (top, left) in enumerate(corner_T2):
     y0, y1, x0, x1 = max(top, 0), min(top + n, h), max(left, 0), min(left + n, w)
     if y0 < y1 and x0 < x1:
-      window, part = video[t, y0:y1, x0:x1], cover[t, y0 - top:y1 - top, x0 - left:x1 - left]
+      window, part = video[t, y0:y1, x0:x1], cover[t, y0 - top : y1 - top, x0 - left : x1 - left]
       window[:] = window + part * (colour - window) + 0.5
 
 
@@ -314,6 +317,7 @@ def _paint(video, colour, shape, centre_T2, diameter_T):
 @dataclasses.dataclass(frozen=True)
 class RenderArgs:
   """The arguments of `render`; the `location` of an item."""
+
   scene: Scene
   size: tuple[int, int]
   frames: int
@@ -327,12 +331,15 @@ def draw_item(seed: int, split: str, index: int) -> Item:
   scene = draw_scene(rng, split)
   size = SIZES[rng.integers(len(SIZES))]
   frames = LENGTHS[np.searchsorted(np.cumsum(KINDS[scene.kind][3]), rng.random(), side="right")]
-  return Item(f"shapes/{split}/{seed}/{index:08d}", caption(scene), location=RenderArgs(scene, size, frames, (*key, 1)))
+  return Item(
+    f"shapes/{split}/{seed}/{index:08d}", caption(scene), location=RenderArgs(scene, size, frames, (*key, 1))
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
   """`count` clips of (seed, split). A smaller count gives the first clips of a larger one."""
+
   count: int
   seed: int = 0
   split: str = "train"
@@ -364,7 +371,9 @@ def held_out_requests(n: int = 64, seed: int = 0) -> list[dict]:
   cycle, too.
   """
   rng = np.random.default_rng((seed, 64))
-  moves = [Scene("moves", ((colour, shape),), (way,)) for shape in SHAPES for way in DIRECTIONS for colour in COLOURS]
+  moves = [
+    Scene("moves", ((colour, shape),), (way,)) for shape in SHAPES for way in DIRECTIONS for colour in COLOURS
+  ]
   moves = [scene for scene in moves if held_out(scene)]
   counts = collections.Counter()  # requests so far of each combination, and of each of its words
   other_kinds = ["relation", "order", "bounces", "behind", "pan", "zoom"]
@@ -384,6 +393,14 @@ def held_out_requests(n: int = 64, seed: int = 0) -> list[dict]:
       scene = min(moves, key=requested_so_far)
       counts.update((scene, *scene.objects[0], *scene.words))
     frames = {"relation": 1, "order": 17}.get(scene.kind, LENGTHS[1 + i % 2])
-    requests.append({"id": f"world-{i:03d}", "prompt": caption(scene), "size": list(SIZES[i % len(SIZES)]),
-                     "frames": frames, "fps": FPS, "seed": i})
+    requests.append(
+      {
+        "id": f"world-{i:03d}",
+        "prompt": caption(scene),
+        "size": list(SIZES[i % len(SIZES)]),
+        "frames": frames,
+        "fps": FPS,
+        "seed": i,
+      }
+    )
   return requests

@@ -45,6 +45,7 @@ class Detection:
 
   mask_THW: its largest piece. area_T: all its pixels. centre_T2: y, x, or NaN if it is not visible.
   """
+
   colour: str
   mask_THW: np.ndarray
   area_T: np.ndarray
@@ -54,6 +55,7 @@ class Detection:
 @dataclasses.dataclass(frozen=True)
 class Detections:
   """The objects, the most visible first, and the pixels, float32 in [0, 1]."""
+
   objects: tuple
   video_THWC: np.ndarray
 
@@ -67,13 +69,19 @@ def detect(video_THWC) -> Detections:
   """Finds the objects in uint8 [T, H, W, 3] frames."""
   video = np.asarray(video_THWC, np.float32) / 255
   chroma = video - video.mean(-1, keepdims=True)
-  border = np.concatenate([chroma[:, :2].reshape(-1, 3), chroma[:, -2:].reshape(-1, 3),
-                           chroma[:, :, :2].reshape(-1, 3), chroma[:, :, -2:].reshape(-1, 3)])
+  border = np.concatenate(
+    [
+      chroma[:, :2].reshape(-1, 3),
+      chroma[:, -2:].reshape(-1, 3),
+      chroma[:, :, :2].reshape(-1, 3),
+      chroma[:, :, -2:].reshape(-1, 3),
+    ]
+  )
   chroma = chroma - np.median(border, axis=0)
   reference = np.array(list(COLOURS.values()), np.float32) / 255
   reference = reference - reference.mean(-1, keepdims=True) - np.median(border, axis=0)
   size = np.linalg.norm(reference, axis=-1)
-  strong = (chroma ** 2).sum(-1) > (STRONG * size.min()) ** 2
+  strong = (chroma**2).sum(-1) > (STRONG * size.min()) ** 2
   projection = chroma[strong] @ (reference / size[:, None]).T  # [strong pixels, colours]
   label = np.full(strong.shape, -1)
   label[strong] = projection.argmax(-1)
@@ -243,7 +251,7 @@ def _turns_back(line, least):
 def order(centre_T2, short) -> tuple:
   """The directions of the two halves of a track."""
   middle = len(centre_T2) // 2
-  return direction(centre_T2[:middle + 1], short), direction(centre_T2[middle:], short)
+  return direction(centre_T2[: middle + 1], short), direction(centre_T2[middle:], short)
 
 
 def relation(first: Detection, second: Detection) -> str | None:
@@ -315,8 +323,8 @@ def _grow(mask_THW, by):
   """The mask with all pixels within `by` rows and columns of it."""
   t, h, w = mask_THW.shape
   padded = np.pad(mask_THW, ((0, 0), (by, by), (by, by)))
-  tall = np.logical_or.reduce([padded[:, y:y + h] for y in range(2 * by + 1)])
-  return np.logical_or.reduce([tall[:, :, x:x + w] for x in range(2 * by + 1)])
+  tall = np.logical_or.reduce([padded[:, y : y + h] for y in range(2 * by + 1)])
+  return np.logical_or.reduce([tall[:, :, x : x + w] for x in range(2 * by + 1)])
 
 
 # --- comparison with the caption
@@ -341,12 +349,12 @@ def judge(video_THWC, caption: str) -> dict[str, bool]:
     return dict.fromkeys(questions, False)
   main = detections.objects[0]
   answers = {
-      "colour": lambda: main.colour == colour,
-      "shape": lambda: shape_of(main, detections) == shape,
-      "direction": lambda: direction(main.centre_T2, detections.short) == scene.words[0],
-      "bounce": lambda: bounce(main.centre_T2, detections.short) == scene.words[0],
-      "order": lambda: order(main.centre_T2, detections.short) == scene.words,
-      "camera": lambda: camera(detections) == scene.words[0],
+    "colour": lambda: main.colour == colour,
+    "shape": lambda: shape_of(main, detections) == shape,
+    "direction": lambda: direction(main.centre_T2, detections.short) == scene.words[0],
+    "bounce": lambda: bounce(main.centre_T2, detections.short) == scene.words[0],
+    "order": lambda: order(main.centre_T2, detections.short) == scene.words,
+    "camera": lambda: camera(detections) == scene.words[0],
   }
   return {name: bool(answers[name]()) for name in questions}
 

@@ -20,7 +20,9 @@ def config(path, max_seconds=0.0, fps=0.0):
 def clip(path, frames=9, fps=8, height=32, width=48, seed=0):
   """A video, or an image, whose frames are of one grey each."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  images = np.broadcast_to((20 + 4 * np.arange(frames))[:, None, None, None], (frames, height, width, 3)).astype(np.uint8)
+  images = np.broadcast_to(
+    (20 + 4 * np.arange(frames))[:, None, None, None], (frames, height, width, 3)
+  ).astype(np.uint8)
   if path.suffix == ".png":
     video.write_png(path, images[0])
   else:
@@ -37,21 +39,45 @@ def test_a_tree_with_captions_of_both_kinds(tmp_path):
   (tmp_path / "alone.txt").write_text("no clip of this name")
   (tmp_path / "notes.pdf").write_text("")
   (tmp_path / "._one.mp4").write_bytes(b"what macOS leaves")
-  (tmp_path / "captions.jsonl").write_text("\n".join([
-      json.dumps({"file": "b/two.mp4", "caption": "two, naïve 猫"}), "{broken", json.dumps({"file": "one.mp4", "caption": "another"}),
-      json.dumps({"file": "gone.mp4", "caption": "x"}), json.dumps(["file"]), json.dumps({"file": 3, "caption": "x"}), ""]))
-  (tmp_path / "b" / "captions.jsonl").write_text(json.dumps({"file": "c/three.png", "caption": "three"}) + "\n")
+  (tmp_path / "captions.jsonl").write_text(
+    "\n".join(
+      [
+        json.dumps({"file": "b/two.mp4", "caption": "two, naïve 猫"}),
+        "{broken",
+        json.dumps({"file": "one.mp4", "caption": "another"}),
+        json.dumps({"file": "gone.mp4", "caption": "x"}),
+        json.dumps(["file"]),
+        json.dumps({"file": 3, "caption": "x"}),
+        "",
+      ]
+    )
+  )
+  (tmp_path / "b" / "captions.jsonl").write_text(
+    json.dumps({"file": "c/three.png", "caption": "three"}) + "\n"
+  )
   source = folder.open_source(config(tmp_path))
   items = source.items()
   assert {item.file: item.caption for item in items} == {
-      "a.MP4": "with a byte order mark", "b/c/three.png": "three", "b/two.mp4": "two, naïve 猫", "latin.mp4": "",
-      "one.mp4": "a grey square", "silent.mp4": ""}
+    "a.MP4": "with a byte order mark",
+    "b/c/three.png": "three",
+    "b/two.mp4": "two, naïve 猫",
+    "latin.mp4": "",
+    "one.mp4": "a grey square",
+    "silent.mp4": "",
+  }
   assert [item.file for item in items] == sorted(item.file for item in items)
   assert dict(source.ignored).keys() == {"notes.pdf"}
   notes = [f"{file}: {note}" for file, note in source.notes]
-  for part in ("silent.mp4: no caption", "latin.mp4: latin.txt: its caption is not UTF-8", "alone.txt: a caption without a clip",
-               "captions.jsonl: line 2 is not", "captions.jsonl: line 4 names gone.mp4, which does not exist", "captions.jsonl: line 5 is not",
-               "captions.jsonl: line 6 is not", "one.mp4: has two captions"):
+  for part in (
+    "silent.mp4: no caption",
+    "latin.mp4: latin.txt: its caption is not UTF-8",
+    "alone.txt: a caption without a clip",
+    "captions.jsonl: line 2 is not",
+    "captions.jsonl: line 4 names gone.mp4, which does not exist",
+    "captions.jsonl: line 5 is not",
+    "captions.jsonl: line 6 is not",
+    "one.mp4: has two captions",
+  ):
     assert sum(part in note for note in notes) == 1, (part, notes)
   assert len(notes) == 8
   for item in items:
@@ -60,8 +86,11 @@ def test_a_tree_with_captions_of_both_kinds(tmp_path):
 
 def test_no_clips(tmp_path):
   (tmp_path / "readme.txt").write_text("nothing here")
-  for path, part in ((tmp_path, "no clips in it (of 1 files); it takes mp4"), (tmp_path / "missing", "no such folder"),
-                     (tmp_path / "readme.txt", "is a file")):
+  for path, part in (
+    (tmp_path, "no clips in it (of 1 files); it takes mp4"),
+    (tmp_path / "missing", "no such folder"),
+    (tmp_path / "readme.txt", "is a file"),
+  ):
     with pytest.raises(BadInput) as e:
       folder.open_source(config(path))
     assert part in str(e.value) and "\n" not in str(e.value)
@@ -72,7 +101,10 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
   clip(tmp_path / "elsewhere" / "b.mp4")
   (tmp_path / "here" / "linked").symlink_to(tmp_path / "elsewhere")
   (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "here")
-  assert [item.file for item in folder.open_source(config(tmp_path / "here")).items()] == ["a.mp4", "linked/b.mp4"]
+  assert [item.file for item in folder.open_source(config(tmp_path / "here")).items()] == [
+    "a.mp4",
+    "linked/b.mp4",
+  ]
 
 
 def test_a_link_that_leads_nowhere(tmp_path):
@@ -140,18 +172,23 @@ def test_captions_that_are_none(tmp_path):
   for name in "abc":
     clip(tmp_path / f"{name}.mp4", frames=1)
   (tmp_path / "a.txt").write_bytes(b"x" * (LONGEST_CAPTION + 1))
-  (tmp_path / "captions.jsonl").write_bytes(b'{"file": "b.mp4", "caption": "caf\xe9"}\n'
-                                            b'{"file": "c.mp4", "caption": "' + b"y" * (LONGEST_CAPTION + 1) + b'"}')
+  (tmp_path / "captions.jsonl").write_bytes(
+    b'{"file": "b.mp4", "caption": "caf\xe9"}\n'
+    b'{"file": "c.mp4", "caption": "' + b"y" * (LONGEST_CAPTION + 1) + b'"}'
+  )
   source = folder.open_source(config(tmp_path))
   assert [item.caption for item in source.items()] == ["", "", ""]
   notes = dict(source.notes)
   assert "a.txt: its caption has more than 1048576 bytes" in notes["a.mp4"] and "more than" in notes["c.mp4"]
-  assert "no caption" in notes["b.mp4"] and "line 1 is not" in notes["captions.jsonl"] and len(source.notes) == 4
+  assert (
+    "no caption" in notes["b.mp4"] and "line 1 is not" in notes["captions.jsonl"] and len(source.notes) == 4
+  )
 
 
 def test_a_variable_rate_keeps_its_length(tmp_path):
   """The rate is the average over all times, so 2.6 s of video stay 2.6 s."""
   import av
+
   times = [33 * i for i in range(20)] + [660 + 100 * i for i in range(20)]
   with av.open(str(tmp_path / "a.mp4"), "w") as out:
     stream = out.add_stream("libx264", rate=30)
@@ -166,5 +203,5 @@ def test_a_variable_rate_keeps_its_length(tmp_path):
   (piece,) = source.read(source.items()[0])
   frames = len(piece.video_THWC) + piece.left_out
   assert frames / piece.fps == pytest.approx(2.6, abs=0.1)
-  shown = (piece.video_THWC.mean((1, 2, 3)) - 20) * 15 / 1000      # the time that each frame shows
+  shown = (piece.video_THWC.mean((1, 2, 3)) - 20) * 15 / 1000  # the time that each frame shows
   np.testing.assert_allclose(shown, np.arange(len(shown)) / piece.fps, atol=0.1)

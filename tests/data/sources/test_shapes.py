@@ -10,8 +10,10 @@ import pytest
 
 from data.sources import shapes
 
-MOVES = [shapes.Scene("moves", ((colour, shape),), (way,))
-         for colour, shape, way in itertools.product(shapes.COLOURS, shapes.SHAPES, shapes.DIRECTIONS)]
+MOVES = [
+  shapes.Scene("moves", ((colour, shape),), (way,))
+  for colour, shape, way in itertools.product(shapes.COLOURS, shapes.SHAPES, shapes.DIRECTIONS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,19 @@ def test_a_caption_says_its_scene_exactly(items):
   assert all(shapes.parse(item.caption) == item.location.scene for item in drawn)
   assert {item.location.scene.kind for item in drawn} == set(shapes.KINDS)
   assert shapes.parse(" First a red ball moves left,  then it moves up. ") == shapes.Scene(
-      "order", (("red", "ball"),), ("left", "up"))
-  assert shapes.parse("an orange ball left of a blue square").objects == (("orange", "ball"), ("blue", "square"))
-  for text in ("", "a red ball moves", "a pink ball moves left", "a red ball moves left and up", "a red ball lies"):
+    "order", (("red", "ball"),), ("left", "up")
+  )
+  assert shapes.parse("an orange ball left of a blue square").objects == (
+    ("orange", "ball"),
+    ("blue", "square"),
+  )
+  for text in (
+    "",
+    "a red ball moves",
+    "a pink ball moves left",
+    "a red ball moves left and up",
+    "a red ball lies",
+  ):
     assert shapes.parse(text) is None, text
 
 
@@ -62,15 +74,22 @@ def test_held_out_combinations_are_never_trained(items):
   """No held-out triple of colour, shape and direction is in a training caption of any kind; every pair is."""
   held = {(*scene.objects[0], scene.words[0]) for scene in MOVES if shapes.held_out(scene)}
   assert len(held) == len(MOVES) // 3
-  trained = {(*item.location.scene.objects[0], word) for item in items["train"] for word in item.location.scene.words
-             if item.location.scene.kind in ("moves", "order", "pan")}
+  trained = {
+    (*item.location.scene.objects[0], word)
+    for item in items["train"]
+    for word in item.location.scene.words
+    if item.location.scene.kind in ("moves", "order", "pan")
+  }
   assert not held & trained and len(held | trained) == len(MOVES)
   for pair in itertools.combinations(range(3), 2):
     assert len({tuple(triple[i] for i in pair) for triple in trained}) == len(
-        {tuple(triple[i] for i in pair) for triple in held | trained})
+      {tuple(triple[i] for i in pair) for triple in held | trained}
+    )
   captions = {split: {item.caption for item in of_split} for split, of_split in items.items()}
   assert not captions["train"] & captions["held_out"]
-  assert all(shapes.held_out(item.location.scene) == (split == "held_out") for split in items for item in items[split])
+  assert all(
+    shapes.held_out(item.location.scene) == (split == "held_out") for split in items for item in items[split]
+  )
 
 
 def test_held_out_requests_are_held_out_and_balanced():
@@ -79,7 +98,11 @@ def test_held_out_requests_are_held_out_and_balanced():
   assert all(shapes.held_out(scene) for scene in scenes)
   moves = [scene for scene in scenes if scene.kind == "moves"]
   assert len(moves) == 56 and len({scene.kind for scene in scenes}) == 7
-  for words, most in ((lambda s: s.words[0], 14), (lambda s: s.objects[0][0], 10), (lambda s: s.objects[0][1], 19)):
+  for words, most in (
+    (lambda s: s.words[0], 14),
+    (lambda s: s.objects[0][0], 10),
+    (lambda s: s.objects[0][1], 19),
+  ):
     assert max(collections.Counter(map(words, moves)).values()) <= most
   assert len({request["id"] for request in requests}) == 64
   for request in requests:
@@ -91,7 +114,11 @@ def test_sizes_lengths_and_kinds_are_mixed(items):
   """At most six sizes, all multiples of 16; a fifth of the clips are images; half are plain motion."""
   drawn = [item.location for item in items["train"]]
   sizes = collections.Counter(args.size for args in drawn)
-  assert set(sizes) == set(shapes.SIZES) and len(sizes) <= 6 and min(sizes.values()) > len(drawn) / len(sizes) * 0.8
+  assert (
+    set(sizes) == set(shapes.SIZES)
+    and len(sizes) <= 6
+    and min(sizes.values()) > len(drawn) / len(sizes) * 0.8
+  )
   assert not any(n % 16 for size in sizes for n in size)
   lengths = collections.Counter(args.frames for args in drawn)
   assert 0.15 < lengths[1] / len(drawn) < 0.25 and {n % 4 for n in lengths} == {1}
@@ -124,7 +151,12 @@ def test_edges_are_soft():
 
 def test_a_camera_moves_the_floor_and_an_object_does_not():
   """Away from the object, the background changes in a pan and a zoom, and in no other scene."""
-  for kind, words in (("moves", ("left",)), ("pan", ("left",)), ("zoom", ("in on",)), ("bounces", ("up and down",))):
+  for kind, words in (
+    ("moves", ("left",)),
+    ("pan", ("left",)),
+    ("zoom", ("in on",)),
+    ("bounces", ("up and down",)),
+  ):
     clip = shapes.render(shapes.Scene(kind, (("red", "ball"),), words), (64, 96), 9, 1).astype(int)
     grey = np.ptp(clip, axis=-1).max(0) < 60
     changed = np.abs(clip[-1] - clip[0]).max(-1)[grey] > 3

@@ -16,7 +16,7 @@ SEED = 11
 def mp4(clip, path):
   """What a viewer of our file sees."""
   if len(clip) == 1:
-    return clip      # an image is written as png, which loses nothing
+    return clip  # an image is written as png, which loses nothing
   video.write_mp4(path, clip, shapes.FPS)
   return video.load(path)[0]
 
@@ -27,8 +27,8 @@ def blurred(clip, sigma=1.2, noise=5):
   tap /= tap.sum()
   x = np.pad(clip.astype(np.float32), ((0, 0), (3, 3), (3, 3), (0, 0)), "edge")
   height, width = clip.shape[1:3]
-  x = sum(weight * x[:, i:i + height] for i, weight in enumerate(tap))
-  x = sum(weight * x[:, :, i:i + width] for i, weight in enumerate(tap))
+  x = sum(weight * x[:, i : i + height] for i, weight in enumerate(tap))
+  x = sum(weight * x[:, :, i : i + width] for i, weight in enumerate(tap))
   grain = noise * np.random.default_rng(0).standard_normal(x.shape, np.float32)
   return np.clip(x + grain, 0, 255).astype(np.uint8)
 
@@ -45,7 +45,12 @@ def world():
       scene = shapes.draw_scene(rng, "train")
       if scene.kind == kind:
         frames = 17 if kind == "order" else (9, 17)[count % 2]
-        drawn.append((shapes.render(scene, shapes.SIZES[count % len(shapes.SIZES)], frames, (SEED, count)), shapes.caption(scene)))
+        drawn.append(
+          (
+            shapes.render(scene, shapes.SIZES[count % len(shapes.SIZES)], frames, (SEED, count)),
+            shapes.caption(scene),
+          )
+        )
         count += 1
   return drawn
 
@@ -53,7 +58,11 @@ def world():
 @pytest.mark.parametrize("seen_as", ["drawn", "mp4", "blurred"])
 def test_true_renderings_pass(world, seen_as, tmp_path):
   """Every judge, at least 99 % (so of fewer than 100 scenes, at most one fails)."""
-  through = {"drawn": lambda clip: clip, "mp4": lambda clip: mp4(clip, tmp_path / "a.mp4"), "blurred": blurred}[seen_as]
+  through = {
+    "drawn": lambda clip: clip,
+    "mp4": lambda clip: mp4(clip, tmp_path / "a.mp4"),
+    "blurred": blurred,
+  }[seen_as]
   table = judge.summary([judge.judge(through(clip), caption) for clip, caption in world])
   assert set(table) == set(judge.CHANCES)
   for name, score in table.items():
@@ -70,8 +79,10 @@ def test_wrong_videos_fail(world):
   for of_kind in by_kind.values():
     for (clip, own), (_, other) in itertools.pairwise(of_kind[:30]):
       answers = judge.judge(clip, shapes.caption(other))
-      differ = {"colour": [c for c, _ in own.objects] != [c for c, _ in other.objects],
-                "shape": [s for _, s in own.objects] != [s for _, s in other.objects]}
+      differ = {
+        "colour": [c for c, _ in own.objects] != [c for c, _ in other.objects],
+        "shape": [s for _, s in own.objects] != [s for _, s in other.objects],
+      }
       for name, right in answers.items():
         if name in ("colour", "shape"):
           if differ[name]:
@@ -94,12 +105,18 @@ def test_two_objects_are_distinguished(world):
       assert answers["two colours"] and not answers[scene.kind], caption
 
 
-@pytest.mark.parametrize(("change", "fails"), [
-    (lambda clip: clip[::-1], "direction"), (lambda clip: clip[:1].repeat(len(clip), 0), "direction"),
-    (lambda clip: np.concatenate([clip, clip[::-1]]), "direction"), (lambda clip: clip[..., [2, 1, 0]], "colour"),
-    (lambda clip: np.full_like(clip, 128), "colour"), (lambda clip: np.full_like(clip, 128), "shape"),
+@pytest.mark.parametrize(
+  ("change", "fails"),
+  [
+    (lambda clip: clip[::-1], "direction"),
+    (lambda clip: clip[:1].repeat(len(clip), 0), "direction"),
+    (lambda clip: np.concatenate([clip, clip[::-1]]), "direction"),
+    (lambda clip: clip[..., [2, 1, 0]], "colour"),
+    (lambda clip: np.full_like(clip, 128), "colour"),
+    (lambda clip: np.full_like(clip, 128), "shape"),
     (lambda clip: np.random.default_rng(0).integers(0, 256, clip.shape, np.uint8), "direction"),
-])
+  ],
+)
 def test_a_spoilt_video_fails(change, fails):
   """Played backwards, frozen, there and back, red for blue, grey, noise."""
   clip = shapes.render(shapes.parse("a red ball moves left"), (64, 64), 9, 0)
@@ -118,8 +135,12 @@ def test_a_moving_object_is_no_camera():
 def test_no_judge_answers_from_the_caption_alone():
   """A model that always shows the same video scores about the stated chance."""
   clip = shapes.render(shapes.parse("a red ball moves left"), (64, 64), 9, 0)
-  captions = [shapes.caption(shapes.Scene("moves", ((colour, shape),), (way,)))
-              for colour in shapes.COLOURS for shape in shapes.SHAPES for way in shapes.DIRECTIONS]
+  captions = [
+    shapes.caption(shapes.Scene("moves", ((colour, shape),), (way,)))
+    for colour in shapes.COLOURS
+    for shape in shapes.SHAPES
+    for way in shapes.DIRECTIONS
+  ]
   for score in judge.summary([judge.judge(clip, caption) for caption in captions]).values():
     assert score["share"] == pytest.approx(score["chance"])
 
@@ -131,8 +152,15 @@ def test_a_caption_of_another_world_is_refused():
 
 def test_whole_subjects_are_in_view():
   """Moving objects are wholly in view; objects that are cut at a side and empty frames are not."""
-  scenes = [shapes.Scene("moves", ((colour, shape),), (way,)) for colour in shapes.COLOURS for shape in shapes.SHAPES for way in shapes.DIRECTIONS]
-  clips = [shapes.render(scene, shapes.SIZES[i % len(shapes.SIZES)], 9, (SEED, i)) for i, scene in enumerate(scenes)]
+  scenes = [
+    shapes.Scene("moves", ((colour, shape),), (way,))
+    for colour in shapes.COLOURS
+    for shape in shapes.SHAPES
+    for way in shapes.DIRECTIONS
+  ]
+  clips = [
+    shapes.render(scene, shapes.SIZES[i % len(shapes.SIZES)], 9, (SEED, i)) for i, scene in enumerate(scenes)
+  ]
   assert sum(map(judge.in_view, clips)) >= 0.99 * len(clips)
   assert not judge.in_view(np.full_like(clips[0], 200))
   for clip in clips[:20]:

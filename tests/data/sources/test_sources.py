@@ -7,8 +7,14 @@ from sora_jax.errors import BadInput
 
 
 def test_a_path_says_its_kind(tmp_path):
-  assert sources.kind_of(tmp_path) == "folder" and sources.kind_of("shapes:40") is None and sources.kind_of("no/such") == "folder"
-  assert sources.kind_of(tmp_path / "a.csv") == "manifest" and sources.kind_of("shards-{000..009}.tar") == "tar"
+  assert (
+    sources.kind_of(tmp_path) == "folder"
+    and sources.kind_of("shapes:40") is None
+    and sources.kind_of("no/such") == "folder"
+  )
+  assert (
+    sources.kind_of(tmp_path / "a.csv") == "manifest" and sources.kind_of("shards-{000..009}.tar") == "tar"
+  )
   (tmp_path / "a.tar").touch()
   assert sources.kind_of(tmp_path) == "tar"
   (tmp_path / "deep").mkdir()

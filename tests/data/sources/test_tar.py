@@ -42,18 +42,38 @@ def open_source(path, **rules):
 
 def test_samples_of_several_shards(tmp_path, mp4, monkeypatch):
   movie, picture = mp4
-  members = [("a/one.mp4", movie), ("a/one.txt", b"  a grey\nsquare "), ("two.seg.PNG", picture),
-             ("two.json", json.dumps({"caption": "two 猫", "id": 3}).encode()), ("three.mp4", movie),
-             ("three.json", b'{"text": "by another name"}'), ("four.mp4", movie), ("four.txt", b"text"), ("four.json", b'{"caption": "json"}')]
+  members = [
+    ("a/one.mp4", movie),
+    ("a/one.txt", b"  a grey\nsquare "),
+    ("two.seg.PNG", picture),
+    ("two.json", json.dumps({"caption": "two 猫", "id": 3}).encode()),
+    ("three.mp4", movie),
+    ("three.json", b'{"text": "by another name"}'),
+    ("four.mp4", movie),
+    ("four.txt", b"text"),
+    ("four.json", b'{"caption": "json"}'),
+  ]
   for i, part in enumerate((members[:5], members[5:])):
     shard(tmp_path / "set" / f"shard-{i:05d}.tar", part, (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)[i])
-  shard(tmp_path / "set" / "shard-00002.tar", [("three.mp4", movie), ("three.txt", b"a key counts in its shard"),
-                                               ("n" * 150 + "/long.mp4", movie), ("caf\udce9.mp4", movie)])
+  shard(
+    tmp_path / "set" / "shard-00002.tar",
+    [
+      ("three.mp4", movie),
+      ("three.txt", b"a key counts in its shard"),
+      ("n" * 150 + "/long.mp4", movie),
+      ("caf\udce9.mp4", movie),
+    ],
+  )
   source = open_source(tmp_path / "set")
   assert {item.file: item.caption for item in source.items()} == {
-      "shard-00000.tar/a/one.mp4": "a grey square", "shard-00000.tar/two.seg.PNG": "two 猫", "shard-00000.tar/three.mp4": "",
-      "shard-00001.tar/four.mp4": "text", "shard-00002.tar/three.mp4": "a key counts in its shard",
-      f"shard-00002.tar/{'n' * 150}/long.mp4": "", "shard-00002.tar/caf\\xe9.mp4": ""}
+    "shard-00000.tar/a/one.mp4": "a grey square",
+    "shard-00000.tar/two.seg.PNG": "two 猫",
+    "shard-00000.tar/three.mp4": "",
+    "shard-00001.tar/four.mp4": "text",
+    "shard-00002.tar/three.mp4": "a key counts in its shard",
+    f"shard-00002.tar/{'n' * 150}/long.mp4": "",
+    "shard-00002.tar/caf\\xe9.mp4": "",
+  }
   assert [item.file for item in source.items()] == sorted(item.file for item in source.items())
   assert source.name == "set" and source.ignored == ()
   assert sum("no caption" in note for _, note in source.notes) == 3
@@ -62,7 +82,11 @@ def test_samples_of_several_shards(tmp_path, mp4, monkeypatch):
   (tmp_path / "temporary").mkdir()
   for item in source.items():
     (clip,) = source.read(item)
-    np.testing.assert_allclose(clip.video_THWC.mean((1, 2, 3)), 20 + 4 * (np.arange(9) if item.file.endswith("mp4") else np.array([5])), atol=2.5)
+    np.testing.assert_allclose(
+      clip.video_THWC.mean((1, 2, 3)),
+      20 + 4 * (np.arange(9) if item.file.endswith("mp4") else np.array([5])),
+      atol=2.5,
+    )
     assert (clip.file, clip.caption) == (item.file, item.caption)
   pieces = source.read(source.items()[0])
   next(pieces)
@@ -72,23 +96,57 @@ def test_samples_of_several_shards(tmp_path, mp4, monkeypatch):
   for spec in ("shard-*.tar", "shard-{00000..00002}.tar"):
     assert open_source(tmp_path / "set" / spec).items() == source.items()
   assert open_source(tmp_path / "set" / "shard-00001.tar").name == "shard-00001"
-  assert [item.file for item in open_source(tmp_path / "set" / "shard-0000{1..1}.tar").items()] == ["shard-00001.tar/four.mp4"]
+  assert [item.file for item in open_source(tmp_path / "set" / "shard-0000{1..1}.tar").items()] == [
+    "shard-00001.tar/four.mp4"
+  ]
 
 
 def test_samples_that_cannot_be_used(tmp_path, mp4):
   movie, picture = mp4
-  path = shard(tmp_path / "x.tar", [
-      ("good.mp4", movie), ("good.txt", b"good"), ("two.mp4", movie), ("two.left.png", picture), ("two.txt", b"two clips"),
-      ("latin.mp4", movie), ("latin.txt", "carré".encode("latin-1")), ("huge.mp4", movie), ("huge.txt", b"x" * (LONGEST_CAPTION + 1)),
-      ("broken.mp4", movie), ("broken.json", b"{"), ("other.mp4", movie), ("other.json", b'["caption"]'), ("deep.mp4", movie),
-      ("deep.json", b"[" * 100000), ("features.npy", b"123"), ("label.cls", b"7"), ("._good.mp4", b"of macOS"), ("noise.mp4", b"noise" * 99)])
+  path = shard(
+    tmp_path / "x.tar",
+    [
+      ("good.mp4", movie),
+      ("good.txt", b"good"),
+      ("two.mp4", movie),
+      ("two.left.png", picture),
+      ("two.txt", b"two clips"),
+      ("latin.mp4", movie),
+      ("latin.txt", "carré".encode("latin-1")),
+      ("huge.mp4", movie),
+      ("huge.txt", b"x" * (LONGEST_CAPTION + 1)),
+      ("broken.mp4", movie),
+      ("broken.json", b"{"),
+      ("other.mp4", movie),
+      ("other.json", b'["caption"]'),
+      ("deep.mp4", movie),
+      ("deep.json", b"[" * 100000),
+      ("features.npy", b"123"),
+      ("label.cls", b"7"),
+      ("._good.mp4", b"of macOS"),
+      ("noise.mp4", b"noise" * 99),
+    ],
+  )
   source = open_source(path)
   items = {item.file.removeprefix("x.tar/"): item for item in source.items()}
   assert {name: item.caption for name, item in items.items()} == {
-      "good.mp4": "good", "latin.mp4": "", "huge.mp4": "", "broken.mp4": "", "other.mp4": "", "deep.mp4": "", "noise.mp4": ""}
-  assert source.ignored == (("x.tar/two.mp4", "2 clips share the key 'two', such as 'two.left.png': none is used"),)
+    "good.mp4": "good",
+    "latin.mp4": "",
+    "huge.mp4": "",
+    "broken.mp4": "",
+    "other.mp4": "",
+    "deep.mp4": "",
+    "noise.mp4": "",
+  }
+  assert source.ignored == (
+    ("x.tar/two.mp4", "2 clips share the key 'two', such as 'two.left.png': none is used"),
+  )
   notes = {file.removeprefix("x.tar/"): note for file, note in source.notes}
-  assert "not UTF-8" in notes["latin.mp4"] and "more than" in notes["huge.mp4"] and "broken.json is not JSON" in notes["broken.mp4"]
+  assert (
+    "not UTF-8" in notes["latin.mp4"]
+    and "more than" in notes["huge.mp4"]
+    and "broken.json is not JSON" in notes["broken.mp4"]
+  )
   assert "no caption" in notes["other.mp4"] and "deep.json is not JSON" in notes["deep.mp4"]
   assert notes["x.tar"] == "3 members are neither clips nor captions, such as 'features.npy'"
   with pytest.raises(video.BadClip, match="not a video"):
@@ -98,13 +156,22 @@ def test_samples_that_cannot_be_used(tmp_path, mp4):
 def test_shards_that_are_cut_or_damaged(tmp_path, mp4):
   """Members before the damage are used, and the shard is named; the other shards are used as a whole."""
   movie, _ = mp4
-  members = [(f"{k}.{suffix}", content) for k in range(3) for suffix, content in (("txt", b"a caption"), ("mp4", movie))]
+  members = [
+    (f"{k}.{suffix}", content)
+    for k in range(3)
+    for suffix, content in (("txt", b"a caption"), ("mp4", movie))
+  ]
   whole = shard(tmp_path / "good.tar", members).read_bytes()
   block = 512 + 512 + 512 + -(-len(movie) // 512) * 512  # of a sample
-  cases = {"body.tar": (whole[:block * 2 + 1024 + 700], 2, "is truncated: of '2.mp4'"), "header.tar": (whole[:block * 2 + 100], 2, "damaged"),
-           "between.tar": (whole[:block * 2], 2, "no end mark"), "flipped.tar": (whole[:block] + b"!" + whole[block + 1:], 1, "is damaged at byte"),
-           "none.tar": (b"no tar at all" * 100, 0, "is not a tar file"), "empty.tar": (b"", 0, "is not a tar file"),
-           "gz.tar": (b"\x1f\x8b" + whole[2:], 0, "is not a tar file, or a compressed one")}
+  cases = {
+    "body.tar": (whole[: block * 2 + 1024 + 700], 2, "is truncated: of '2.mp4'"),
+    "header.tar": (whole[: block * 2 + 100], 2, "damaged"),
+    "between.tar": (whole[: block * 2], 2, "no end mark"),
+    "flipped.tar": (whole[:block] + b"!" + whole[block + 1 :], 1, "is damaged at byte"),
+    "none.tar": (b"no tar at all" * 100, 0, "is not a tar file"),
+    "empty.tar": (b"", 0, "is not a tar file"),
+    "gz.tar": (b"\x1f\x8b" + whole[2:], 0, "is not a tar file, or a compressed one"),
+  }
   for name, (content, _, _) in cases.items():
     (tmp_path / name).write_bytes(content)
   source = open_source(tmp_path / "*.tar")
@@ -123,12 +190,19 @@ def test_shards_that_are_not_there(tmp_path, mp4):
   shard(tmp_path / "s-8.tar", [("a.mp4", mp4[0])])
   source = open_source(tmp_path / "s-{8..10}.tar")
   assert [item.file for item in source.items()] == ["s-8.tar/a.mp4"]
-  assert dict(source.ignored) == {f"s-{k}.tar": "cannot be opened: No such file or directory" for k in (9, 10)}
+  assert dict(source.ignored) == {
+    f"s-{k}.tar": "cannot be opened: No such file or directory" for k in (9, 10)
+  }
   shard(tmp_path / "captions.tar", [("a.txt", b"alone")])
   shard(tmp_path / "nothing.tar", [])
   (tmp_path / "empty").mkdir()
-  for path, part in (("gone.tar", "such as gone.tar: cannot be opened"), ("no-*.tar", "no tar file there"), ("empty", "no tar file there"),
-                     ("captions.tar", "such as captions.tar/a: a caption without a clip"), ("nothing.tar", "no clips in it (1 tar files)")):
+  for path, part in (
+    ("gone.tar", "such as gone.tar: cannot be opened"),
+    ("no-*.tar", "no tar file there"),
+    ("empty", "no tar file there"),
+    ("captions.tar", "such as captions.tar/a: a caption without a clip"),
+    ("nothing.tar", "no clips in it (1 tar files)"),
+  ):
     with pytest.raises(BadInput) as e:
       open_source(tmp_path / path)
     assert part in str(e.value) and "\n" not in str(e.value)

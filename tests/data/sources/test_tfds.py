@@ -24,6 +24,7 @@ ORDER = ("c.mp4", "a.mp4", "b.png", "d.mp4")
 
 class RawClips(ShardBasedBuilder):
   """A user's dataset: `shards` is a list of lists of examples; "test" is the first of them."""
+
   VERSION = Version("1.0.0")
   url_infos = None  # see data/tfds_builder.py
 
@@ -53,7 +54,12 @@ def config(path, **more):
 
 def frames(seed, count=9, height=32):
   """Squares of noise."""
-  return np.random.default_rng(seed).integers(0, 256, (count, height // 8, 6, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+  return (
+    np.random.default_rng(seed)
+    .integers(0, 256, (count, height // 8, 6, 3), np.uint8)
+    .repeat(8, 1)
+    .repeat(8, 2)
+  )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +76,14 @@ def files(tmp_path_factory):
 
 
 def examples(files):
-  return [{"video": (files / name).read_bytes(), "caption": (files / name).with_suffix(".txt").read_text(), "file": name} for name in ORDER]
+  return [
+    {
+      "video": (files / name).read_bytes(),
+      "caption": (files / name).with_suffix(".txt").read_text(),
+      "file": name,
+    }
+    for name in ORDER
+  ]
 
 
 def dataset(path, examples):
@@ -87,18 +100,31 @@ def equal(one, other):
 
 def test_clips_are_those_of_the_files(files, tmp_path):
   directory = dataset(tmp_path, examples(files))
-  source, wanted = tfds.open_source(config(directory, max_seconds=1.2)), folder.open_source(config(files, max_seconds=1.2))
+  source, wanted = (
+    tfds.open_source(config(directory, max_seconds=1.2)),
+    folder.open_source(config(files, max_seconds=1.2)),
+  )
   assert (source.name, source.ignored, source.notes) == ("raw_clips", (), ())
-  assert [(item.file, item.caption) for item in source.items()] == [(item.file, item.caption) for item in wanted.items()]
-  assert all(equal(source.read(one), wanted.read(other)) for one, other in zip(source.items(), wanted.items()))
+  assert [(item.file, item.caption) for item in source.items()] == [
+    (item.file, item.caption) for item in wanted.items()
+  ]
+  assert all(
+    equal(source.read(one), wanted.read(other)) for one, other in zip(source.items(), wanted.items())
+  )
   assert tfds.open_source(config(directory.parent, max_seconds=1.2)).items() == source.items()
 
 
 def test_splits_slices_and_pickling(files, tmp_path):
   directory = dataset(tmp_path, examples(files))
-  listed = {split: [item.file for item in tfds.open_source(config(directory, split=split)).items()]
-            for split in ("test", "train[1:3]", "train[75%:]")}
-  assert listed == {"test": ["a.mp4", "b.png", "c.mp4"], "train[1:3]": ["a.mp4", "b.png"], "train[75%:]": ["d.mp4"]}
+  listed = {
+    split: [item.file for item in tfds.open_source(config(directory, split=split)).items()]
+    for split in ("test", "train[1:3]", "train[75%:]")
+  }
+  assert listed == {
+    "test": ["a.mp4", "b.png", "c.mp4"],
+    "train[1:3]": ["a.mp4", "b.png"],
+    "train[75%:]": ["d.mp4"],
+  }
   source = tfds.open_source(config(directory, split="train[1:]"))
   again = pickle.loads(pickle.dumps(source))
   assert again.items() == source.items()
@@ -107,9 +133,13 @@ def test_splits_slices_and_pickling(files, tmp_path):
 
 def test_the_version_changes_with_the_clip(files, tmp_path):
   rows = examples(files)
-  before = {item.file: item.version for item in tfds.open_source(config(dataset(tmp_path / "1", rows))).items()}
+  before = {
+    item.file: item.version for item in tfds.open_source(config(dataset(tmp_path / "1", rows))).items()
+  }
   rows[1]["video"] = rows[0]["video"]
-  after = {item.file: item.version for item in tfds.open_source(config(dataset(tmp_path / "2", rows))).items()}
+  after = {
+    item.file: item.version for item in tfds.open_source(config(dataset(tmp_path / "2", rows))).items()
+  }
   assert [name for name in ORDER if before[name] != after[name]] == ["a.mp4"]
 
 
@@ -138,19 +168,35 @@ def test_damaged_examples_are_named(files, tmp_path):
 def test_names_and_captions(files, tmp_path):
   clip = (files / "b.png").read_bytes()
   rows = [("a", b"one"), ("a", b"two\n lines"), ("", b""), ("b", "gris carré".encode("latin-1"))]
-  source = tfds.open_source(config(build(
-      tmp_path, [[{"png": clip, "text": text, "filename": name} for name, text in rows]], png=BYTES, text=Text(), filename=Text())))
+  source = tfds.open_source(
+    config(
+      build(
+        tmp_path,
+        [[{"png": clip, "text": text, "filename": name} for name, text in rows]],
+        png=BYTES,
+        text=Text(),
+        filename=Text(),
+      )
+    )
+  )
   assert [(item.file, item.caption) for item in source.items()] == [
-      ("a", "one"), ("b", ""), ("train/00000001", "two lines"), ("train/00000002", "")]
+    ("a", "one"),
+    ("b", ""),
+    ("train/00000001", "two lines"),
+    ("train/00000002", ""),
+  ]
   assert [f"{file}: {note}" for file, note in source.notes] == [
-      "b: its caption is not UTF-8: an empty one is used",
-      "train/00000001: another example is also named a: this one is named by its position",
-      "train/00000002: no caption: an empty one is used"]
+    "b: its caption is not UTF-8: an empty one is used",
+    "train/00000001: another example is also named a: this one is named by its position",
+    "train/00000002: no caption: an empty one is used",
+  ]
 
 
 def test_numbers_as_names(files, tmp_path):
   clip = (files / "b.png").read_bytes()
-  source = tfds.open_source(config(build(tmp_path, [[{"image": clip, "id": 40 + i} for i in range(2)]], image=BYTES, id=np.int64)))
+  source = tfds.open_source(
+    config(build(tmp_path, [[{"image": clip, "id": 40 + i} for i in range(2)]], image=BYTES, id=np.int64))
+  )
   assert [item.file for item in source.items()] == ["40", "41"]
 
 
@@ -167,11 +213,14 @@ def test_sequences_of_images(tmp_path):
   for path, fps, every, rate in ((bare, 5, 1, 5), (rated, 0, 1, 16), (rated, 8, 2, 8)):
     source = tfds.open_source(config(path, fps=fps))
     (piece,) = source.read(source.items()[0])
-    np.testing.assert_array_equal(piece.video_THWC, images[::every][:len(piece.video_THWC)])
+    np.testing.assert_array_equal(piece.video_THWC, images[::every][: len(piece.video_THWC)])
     assert piece.fps == rate and len(piece.video_THWC) + piece.left_out == len(images[::every])
 
 
-@pytest.mark.parametrize(("row", "kind"), [([b"", b""], "not a video"), (["png", b"noise"], "truncated"), (["png", "large"], "its size changes")])
+@pytest.mark.parametrize(
+  ("row", "kind"),
+  [([b"", b""], "not a video"), (["png", b"noise"], "truncated"), (["png", "large"], "its size changes")],
+)
 def test_bad_sequences_of_images(tmp_path, row, kind):
   pictures = {"png": frames(0)[0], "large": frames(0, height=64)[0]}
   for name, image in pictures.items():
@@ -198,7 +247,9 @@ def test_what_is_no_dataset(files, tmp_path):
   other.mkdir()
   (other / tfds.INFO).write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
   assert "holds 2 datasets, 1.0.0, 1.1.0; give one of them" in message(directory.parent)
-  assert "is in the format tfrecord" in message(other) and f"convert_format --dataset_version_dir={other}" in message(other)
+  assert "is in the format tfrecord" in message(
+    other
+  ) and f"convert_format --dataset_version_dir={other}" in message(other)
   (directory / tfds.INFO).write_text("{broken")
   assert "cannot be read" in message(directory)
   (directory / tfds.INFO).unlink()

@@ -44,6 +44,8 @@ def test_every_kind_is_there(index):
     assert min((wide > 1.2).mean(), (wide < 0.84).mean(), (np.abs(wide - 1) < 0.1).mean()) > 0.05
   clips = index[index["source"] == reference.CLIPS]
   seconds, pixels = (clips["t"] - 1) * 4 / clips["fps"], clips["h"].astype(int) * clips["w"] * 64
-  means = [pixels[(seconds >= low) & (seconds < high)].mean() for low, high in ((0, 2), (2, 5), (5, 10), (10, 20))]
+  means = [
+    pixels[(seconds >= low) & (seconds < high)].mean() for low, high in ((0, 2), (2, 5), (5, 10), (10, 20))
+  ]
   assert means == sorted(means, reverse=True) and means[0] > 2 * means[-1]
   assert ((pixels > 800_000) & (seconds < 3)).mean() > 0.005 and (seconds > 15).mean() > 0.05

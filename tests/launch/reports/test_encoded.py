@@ -17,6 +17,7 @@ from tests.launch.reports.test_page import Reader
 @dataclasses.dataclass
 class Index:
   """What a report asks of a RecordIndex."""
+
   rows: np.ndarray
   header: dict
 
@@ -34,33 +35,77 @@ def index():
 
 def make_report(files):
   """The report of so many files: a third is skipped, the others are taken, with all fields of an entry."""
-  taken = {f"{i:06d} <b>.mp4": {
-      "pieces": 1, "frames": 17, "seconds": 2.0, "fps": 24.0, "size": [64, 320], "notes": ["no caption & no sound"] * (i % 3),
-      "cropped": {"from": [70, 321], "to": [64, 320]}, "scaled": {"from": [1080, 1920], "to": [540, 960]},
-      "dropped": [{"start": 1.5, "seconds": 0.25, "why": "black"}, {"start": 3.0, "seconds": 0.5, "why": "too short: 2 frames; at least 5"}],
-  } for i in range(files) if i % 3}
-  passed_over = {f"{i:06d} <b>.mp4": ("corrupt: at 2.000 s", "from 1.250 s on: corrupt: cut off", "no clip")[i // 3 % 3]
-                 for i in range(0, files, 3)}
-  return {"format_version": 1, "source": "CLIPS", "files": files, "records": 60, "sizes": "height, width in pixels", "taken": taken,
-          "passed_over": passed_over, "notes": {"captions.jsonl": ["line 7 is not UTF-8"]}}
+  taken = {
+    f"{i:06d} <b>.mp4": {
+      "pieces": 1,
+      "frames": 17,
+      "seconds": 2.0,
+      "fps": 24.0,
+      "size": [64, 320],
+      "notes": ["no caption & no sound"] * (i % 3),
+      "cropped": {"from": [70, 321], "to": [64, 320]},
+      "scaled": {"from": [1080, 1920], "to": [540, 960]},
+      "dropped": [
+        {"start": 1.5, "seconds": 0.25, "why": "black"},
+        {"start": 3.0, "seconds": 0.5, "why": "too short: 2 frames; at least 5"},
+      ],
+    }
+    for i in range(files)
+    if i % 3
+  }
+  passed_over = {
+    f"{i:06d} <b>.mp4": ("corrupt: at 2.000 s", "from 1.250 s on: corrupt: cut off", "no clip")[i // 3 % 3]
+    for i in range(0, files, 3)
+  }
+  return {
+    "format_version": 1,
+    "source": "CLIPS",
+    "files": files,
+    "records": 60,
+    "sizes": "height, width in pixels",
+    "taken": taken,
+    "passed_over": passed_over,
+    "notes": {"captions.jsonl": ["line 7 is not UTF-8"]},
+  }
 
 
 def test_everything_is_counted(index):
   """Of 90 files 30 are passed over, for two reasons; each of the 60 others lost two stretches."""
   numbers = report.numbers(make_report(90), index)
-  assert (numbers["clips"], numbers["images"], numbers["files_taken"], numbers["files_cropped"], numbers["files_scaled"]) == (60, 20, 60, 60, 60)
+  assert (
+    numbers["clips"],
+    numbers["images"],
+    numbers["files_taken"],
+    numbers["files_cropped"],
+    numbers["files_scaled"],
+  ) == (60, 20, 60, 60, 60)
   assert numbers["passed_over"] == {"corrupt": 20, "no clip": 10}
-  assert numbers["dropped"] == {"black": {"stretches": 60, "seconds": 15.0}, "too short": {"stretches": 60, "seconds": 30.0}}
+  assert numbers["dropped"] == {
+    "black": {"stretches": 60, "seconds": 15.0},
+    "too short": {"stretches": 60, "seconds": 30.0},
+  }
   assert numbers["seconds"] == pytest.approx(20 * (17 + 81) / 24, abs=1e-3)
-  assert all(sum(chart["clips"]) == (40 if name == "fps" else 60) for name, chart in numbers["histograms"].items())
+  assert all(
+    sum(chart["clips"]) == (40 if name == "fps" else 60) for name, chart in numbers["histograms"].items()
+  )
 
 
 def test_the_page_is_whole(index):
   """Tags close, words are escaped, nothing is fetched, and each part says its piece."""
   html_page = report.report_page(make_report(90), index)
   said = " ".join(Reader(html_page).words)
-  for words in ("000001 <b>.mp4", "no caption & no sound", "line 7 is not UTF-8", "from 1.250 s on: corrupt: cut off", "1080 × 1920", "540 × 960",
-                "64 × 320", "1.50 s", "60", "Width : height"):
+  for words in (
+    "000001 <b>.mp4",
+    "no caption & no sound",
+    "line 7 is not UTF-8",
+    "from 1.250 s on: corrupt: cut off",
+    "1080 × 1920",
+    "540 × 960",
+    "64 × 320",
+    "1.50 s",
+    "60",
+    "Width : height",
+  ):
     assert words in said, words
   assert not re.search(r"https?://| src=", html_page)
 
@@ -68,7 +113,11 @@ def test_the_page_is_whole(index):
 def test_a_clean_job_has_no_empty_tables(index):
   clean = make_report(3) | {"taken": {"a.mp4": {"pieces": 1}}, "passed_over": {}, "notes": {}}
   html_page = report.report_page(clean, index)
-  assert "Everything was taken." in html_page and "<h2>Files" not in html_page and not Reader(html_page).all("table")
+  assert (
+    "Everything was taken." in html_page
+    and "<h2>Files" not in html_page
+    and not Reader(html_page).all("table")
+  )
 
 
 def test_many_files_are_counted_not_listed(index):
@@ -88,6 +137,8 @@ def test_it_stands_beside_the_records(index, tmp_path):
   stopped = encode_unit.write_report(tmp_path / "report.json", source, "CLIPS", items, writer)
   assert "numbers" not in stopped and [path.name for path in tmp_path.iterdir()] == ["report.json"]
   done = encode_unit.write_report(tmp_path / "report.json", source, "CLIPS", items, writer, index)
-  assert done["numbers"] == report.numbers(stopped, index) and done["numbers"]["passed_over"] == {"no clip": 1}
+  assert done["numbers"] == report.numbers(stopped, index) and done["numbers"]["passed_over"] == {
+    "no clip": 1
+  }
   assert json.loads((tmp_path / "report.json").read_text()) == done
   assert (tmp_path / "report.html").read_text() == report.report_page(stopped, index)

@@ -11,7 +11,7 @@ import pytest
 from launch.reports import charts, page
 from sora_jax import video
 
-VOID = {"meta", "input", "img"}      # never closed
+VOID = {"meta", "input", "img"}  # never closed
 
 
 class Reader(html.parser.HTMLParser):
@@ -44,10 +44,11 @@ class Reader(html.parser.HTMLParser):
 @pytest.fixture
 def clip(tmp_path):
   """clip(name) -> path of a tiny mp4, whose grey square moves."""
+
   def make(name):
     frames_THWC = np.full((5, 32, 48, 3), 40, np.uint8)
     for t in range(5):
-      frames_THWC[t, 8:24, 4 + 4 * t:20 + 4 * t] = 200
+      frames_THWC[t, 8:24, 4 + 4 * t : 20 + 4 * t] = 200
     video.write_mp4(tmp_path / name, frames_THWC, 8)
     return tmp_path / name
 
@@ -58,27 +59,56 @@ def clip(tmp_path):
 def story(clip, tmp_path):
   video.write_png(tmp_path / "still.png", np.zeros((16, 16, 3), np.uint8))
   return {
-      "title": "Trained <here>", "lede": "In minutes.", "status": "still running",
-      "started": 1.8e9, "machine": "2 cores", "command": "bash launch/quickstart.sh",
-      "facts": [{"name": "fill", "value": "99.1 %"}],
-      "models": [{"key": "shipped", "name": "ships", "detail": "98 min"}, {"key": "fresh", "name": "new"}],
-      "phases": [{"name": "VAE", "seconds": 180.4, "detail": "400 steps"}, {"name": "DiT", "seconds": 302}],
-      "prompts": [
-          {"prompt": 'a "red" ball', "videos": {"shipped": clip("a.mp4"), "fresh": clip("b.mp4")},
-           "verdicts": {"shipped": {"colour": True}, "fresh": {"colour": False}}},
-          {"prompt": "a still", "videos": {"shipped": tmp_path / "still.png", "fresh": None}},
-      ],
-      "scores": [
-          {"name": "colour", "unit": "%", "values": {"shipped": 0.984, "fresh": 0.5}, "chance": 0.125,
-           "goals": {"shipped": 0.98, "fresh": 0.85}},
-          {"name": "PSNR", "unit": "dB", "values": {"fresh": 29.3}},
-      ],
-      "reconstructions": [{"caption": "held out", "original": clip("o.mp4"), "reconstruction": clip("r.mp4"),
-                           "psnr": 29.31, "ssim": 0.912}],
-      "curves": [{"title": "loss", "series": [{"key": "fresh", "name": "new", "x": list(range(300)),
-                                               "y": [1 / (1 + i) for i in range(300)]}], "goal": 0.1, "log": True}],
-      "bars": [{"title": "sigma", "labels": [0.1, 0.9], "series": [{"key": "fresh", "name": "new", "y": [0.5, 0.2]}]}],
-      "next": [{"say": "again", "command": "python -m launch.sample --prompt='a & b'"}],
+    "title": "Trained <here>",
+    "lede": "In minutes.",
+    "status": "still running",
+    "started": 1.8e9,
+    "machine": "2 cores",
+    "command": "bash launch/quickstart.sh",
+    "facts": [{"name": "fill", "value": "99.1 %"}],
+    "models": [{"key": "shipped", "name": "ships", "detail": "98 min"}, {"key": "fresh", "name": "new"}],
+    "phases": [{"name": "VAE", "seconds": 180.4, "detail": "400 steps"}, {"name": "DiT", "seconds": 302}],
+    "prompts": [
+      {
+        "prompt": 'a "red" ball',
+        "videos": {"shipped": clip("a.mp4"), "fresh": clip("b.mp4")},
+        "verdicts": {"shipped": {"colour": True}, "fresh": {"colour": False}},
+      },
+      {"prompt": "a still", "videos": {"shipped": tmp_path / "still.png", "fresh": None}},
+    ],
+    "scores": [
+      {
+        "name": "colour",
+        "unit": "%",
+        "values": {"shipped": 0.984, "fresh": 0.5},
+        "chance": 0.125,
+        "goals": {"shipped": 0.98, "fresh": 0.85},
+      },
+      {"name": "PSNR", "unit": "dB", "values": {"fresh": 29.3}},
+    ],
+    "reconstructions": [
+      {
+        "caption": "held out",
+        "original": clip("o.mp4"),
+        "reconstruction": clip("r.mp4"),
+        "psnr": 29.31,
+        "ssim": 0.912,
+      }
+    ],
+    "curves": [
+      {
+        "title": "loss",
+        "series": [
+          {"key": "fresh", "name": "new", "x": list(range(300)), "y": [1 / (1 + i) for i in range(300)]}
+        ],
+        "goal": 0.1,
+        "log": True,
+      }
+    ],
+    "bars": [
+      {"title": "sigma", "labels": [0.1, 0.9], "series": [{"key": "fresh", "name": "new", "y": [0.5, 0.2]}]}
+    ],
+    "next": [{"say": "again", "command": "python -m launch.sample --prompt='a & b'"}],
   }
 
 
@@ -96,7 +126,16 @@ def test_everything_is_in_the_one_file(story, tmp_path):
   assert not [source for source in sources if source and not source.startswith("data:")]
   assert not re.search(r"https?://", text)
   said = " ".join(read.words)
-  for words in ("Trained <here>", 'a "red" ball', "a & b", "3 min 00 s", "98.4 %", "12.5 %", "29.3 dB", "not made"):
+  for words in (
+    "Trained <here>",
+    'a "red" ball',
+    "a & b",
+    "3 min 00 s",
+    "98.4 %",
+    "12.5 %",
+    "29.3 dB",
+    "not made",
+  ):
     assert words in said, words
   assert not list((tmp_path / "deep").glob("*.part"))
 
@@ -111,19 +150,25 @@ def test_without_a_shipped_model(story, tmp_path, clip):
   """Only the models of the story are shown; a missing or an empty file is a sentence, not a broken player."""
   (tmp_path / "empty.mp4").touch()
   story["models"] = story["models"][1:]
-  story["prompts"] = [{"prompt": "p", "videos": {"fresh": tmp_path / "empty.mp4"}},
-                      {"prompt": "q", "videos": {"fresh": tmp_path / "gone.mp4"}}, {"prompt": "r", "videos": {}}]
+  story["prompts"] = [
+    {"prompt": "p", "videos": {"fresh": tmp_path / "empty.mp4"}},
+    {"prompt": "q", "videos": {"fresh": tmp_path / "gone.mp4"}},
+    {"prompt": "r", "videos": {}},
+  ]
   read = Reader(page.write_page(tmp_path / "index.html", story).read_text())
   assert sum("not made" in word for word in read.words) == 3
-  assert len(read.all("video")) == 2       # the reconstructions
+  assert len(read.all("video")) == 2  # the reconstructions
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
     (lambda story: story.update(promts=[]), "promts"),
     (lambda story: story["scores"][0].update(chanse=1), "chanse"),
     (lambda story: story["phases"][0].pop("seconds"), "seconds"),
     (lambda story: story["models"][0].update(key="a b"), "a b"),
-])
+  ],
+)
 def test_a_misspelt_story_is_an_error(story, tmp_path, change, said):
   """... and the page that was there stays."""
   out = page.write_page(tmp_path / "index.html", story)
@@ -137,16 +182,24 @@ def test_a_misspelt_story_is_an_error(story, tmp_path, change, said):
 def test_a_chart_stays_in_its_frame():
   """All marks of odd curves lie in the view box, whatever the values; nothing is drawn from nothing."""
   odd = [
-      ([0], [3.0]), ([0, 1, 2], [5.0, 5.0, 5.0]), ([0, 1, 2], [None, float("nan"), 2.0]), ([10, 20], [-1e9, 1e9]),
-      (list(range(1000)), [math.exp(-i / 50) + (50 if i == 500 else 0) for i in range(1000)]), ([1, 2], [0.0, 0.0]),
+    ([0], [3.0]),
+    ([0, 1, 2], [5.0, 5.0, 5.0]),
+    ([0, 1, 2], [None, float("nan"), 2.0]),
+    ([10, 20], [-1e9, 1e9]),
+    (list(range(1000)), [math.exp(-i / 50) + (50 if i == 500 else 0) for i in range(1000)]),
+    ([1, 2], [0.0, 0.0]),
   ]
   for log in (False, True):
     for x, y in odd:
-      svg = charts.line_chart({"title": "t", "series": [{"key": "a", "name": "a", "x": x, "y": y}], "log": log}, 400)
+      svg = charts.line_chart(
+        {"title": "t", "series": [{"key": "a", "name": "a", "x": x, "y": y}], "log": log}, 400
+      )
       for cy in re.findall(r'cy="([-\d.]+)"', svg):
         assert -10 <= float(cy) <= charts.HEIGHT, (log, x[:3], y[:3])
       assert "nan" not in svg and "inf" not in svg
-  nothing = charts.line_chart({"title": "t", "series": [{"key": "a", "name": "a", "x": [1], "y": [None]}]}, 400)
+  nothing = charts.line_chart(
+    {"title": "t", "series": [{"key": "a", "name": "a", "x": [1], "y": [None]}]}, 400
+  )
   assert "<svg" not in nothing and "Nothing" in nothing
 
 

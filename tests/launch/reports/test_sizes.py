@@ -13,17 +13,26 @@ def make_rows(*clips):
   """(frames, height, width, fps, text tokens) of each -> rows of an index."""
   rows = np.zeros(len(clips), INDEX_DTYPE)
   for row, (frames, height, width, fps, text) in zip(rows, clips):
-    row["t"], row["h"], row["w"], row["fps"], row["text_tokens"] = (frames + 3) // 4, height // 8, width // 8, fps, text
+    row["t"], row["h"], row["w"], row["fps"], row["text_tokens"] = (
+      (frames + 3) // 4,
+      height // 8,
+      width // 8,
+      fps,
+      text,
+    )
   return rows
 
 
-@pytest.mark.parametrize(("clip", "classes"), [
+@pytest.mark.parametrize(
+  ("clip", "classes"),
+  [
     ((1, 1072, 1920, 24, 5), ("1080", "image", "16:9", None, "to 8")),
     ((17, 64, 64, 8, 9), ("64", "2 to 3", "1:1", "8", "9 to 16")),
     ((121, 832, 480, 23.976, 512), ("480", "5 to 10", "9:16", "24", "257 to 512")),
     ((5, 256, 200, 29.97, 600), ("240", "under 1", "3:4", "30", "over 512")),
     ((1441, 2160, 4096, 24, 0), ("2160", "60 and over", "2:1", "24", "to 8")),
-])
+  ],
+)
 def test_the_class_that_a_person_would_name(clip, classes):
   rows = make_rows(clip)
   assert tuple(sizes.pixels(rows, STRIDE)[0]) == (clip[0], *(n // 8 * 8 for n in clip[1:3]))
@@ -36,8 +45,15 @@ def test_the_class_that_a_person_would_name(clip, classes):
 def test_each_clip_is_counted_once(monkeypatch):
   """In each histogram, however the index is read; images have no rate."""
   rng = np.random.default_rng(0)
-  rows = make_rows(*zip(rng.choice([1, 5, 81], 500), rng.integers(8, 3000, 500), rng.integers(8, 3000, 500), rng.uniform(1, 240, 500),
-                        rng.integers(0, 2000, 500)))
+  rows = make_rows(
+    *zip(
+      rng.choice([1, 5, 81], 500),
+      rng.integers(8, 3000, 500),
+      rng.integers(8, 3000, 500),
+      rng.uniform(1, 240, 500),
+      rng.integers(0, 2000, 500),
+    )
+  )
   whole = sizes.histograms(rows, STRIDE)
   for name, chart in whole.items():
     assert sum(chart["clips"]) == (int((rows["t"] > 1).sum()) if name == "fps" else 500)
