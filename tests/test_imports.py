@@ -16,8 +16,7 @@ BASIS = tuple(f"sora_jax.{name}" for name in ("batch", "patches", "masks", "layo
 STEP = (*BASIS, *(f"sora_jax.{name}" for name in ("models", "diffusion", "tasks", "optim", "metrics")))
 
 # What a module of the package may import of ours, by the longest prefix that names it. A module may always
-# import its
-# own package, `sora_jax` itself (its version) and `sora_jax.errors`.
+# import its own package, `sora_jax` itself (its version) and `sora_jax.errors`.
 ALLOWED = {
   "sora_jax": (),
   **{
