@@ -135,8 +135,7 @@ class SoraRecords(tfds.core.ShardBasedBuilder):
       license="unknown",
       metadata=metadata,
       description="Latents and captions of video clips at their native sizes, ready to train a video "
-      "diffusion transformer "
-      "on.",
+      "diffusion transformer on.",
     )
 
   def _shard_iterators_per_split(self, dl_manager):

@@ -37,8 +37,7 @@ def main():
   pipe = Pipeline.open(FLAGS.workdir or workdirs.shipped(), FLAGS.weights, say)
   say(
     f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with "
-    f"{FLAGS.workdir or 'the model that ships'} "
-    f"(step {pipe.step}) into {FLAGS.out}"
+    f"{FLAGS.workdir or 'the model that ships'} (step {pipe.step}) into {FLAGS.out}"
   )
   if FLAGS.prompt is not None:
     pipe.canvas(pipe.parse(requests[0]))  # a bad flag is an error before anything is written

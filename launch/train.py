@@ -159,10 +159,8 @@ def train_on(run):
   name = {"init": f"what {config.init} holds"}.get(config.model.size, config.model.size)
   say(
     f"training {name} ({parameters / 1e6:.2f} M parameters) on {len(run.index)} clips, steps {step + 1} to "
-    f"{config.steps} of "
-    f"{config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} "
-    f"{jax.devices()[0].platform} devices; "
-    f"{workdir}"
+    f"{config.steps} of {config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} "
+    f"{jax.devices()[0].platform} devices; {workdir}"
   )
   compiled = train.jit_step(model, run.tx, ema_decay=config.ema_decay, sigma=run.sigma)
   key, slots = jax.random.key(config.seed), config.data.rows * config.data.row_tokens

@@ -118,8 +118,7 @@ def make_mesh(data=None, fsdp=1, context=1, tensor=1, devices=None):
   if inner < 1 or len(devices) % inner or (data is not None and data * inner != len(devices)):
     raise ValueError(
       f"a mesh of data={data} fsdp={fsdp} context={context} tensor={tensor} does not fit {len(devices)} "
-      "devices: "
-      "their product must be the number of devices"
+      "devices: their product must be the number of devices"
     )
   shape = (len(devices) // inner, fsdp, context, tensor)
   return Mesh(np.asarray(devices).reshape(shape), AXES)

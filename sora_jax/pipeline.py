@@ -128,8 +128,7 @@ class Pipeline:
     if vae_cfg.z_dim != model.dit.channels:
       raise BadInput(
         f"{workdir}: its VAE has {vae_cfg.z_dim} latent channels, its transformer takes "
-        f"{model.dit.channels}; "
-        "they are not for each other"
+        f"{model.dit.channels}; they are not for each other"
       )
     settings = config.sample
     return cls(

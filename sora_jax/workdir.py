@@ -262,8 +262,7 @@ def base_weights(config, model, dtype=None, only=(), say=lambda line: None):
   if not (init / "config.json").exists() or identity(init) != config.model.base:
     raise BadInput(
       f"the weights of {config.init} are missing, or others than were built upon; put them back, or where "
-      "they are "
-      "elsewhere now, name that place as `init` in config.json of this work directory"
+      "they are elsewhere now, name that place as `init` in config.json of this work directory"
     )
   if model is None:
     return load_weights(init, "ema", mapped=True, say=say)[0]

@@ -90,9 +90,8 @@ def check_finite(metrics, bad, max_bad_steps, step):
   )
   if bad >= max_bad_steps:
     raise Failure(
-      f"stopped at step {step}: {bad} updates were not finite (max_bad_steps={max_bad_steps}); "
-      "the last checkpoint is intact; lower the learning rate, "
-      "or raise --config.max_bad_steps to skip such steps"
+      f"stopped at step {step}: {bad} updates were not finite (max_bad_steps={max_bad_steps}); the last "
+      "checkpoint is intact; lower the learning rate, or raise --config.max_bad_steps to skip such steps"
     )
   return bad
 

@@ -36,8 +36,7 @@ def plan_rows(config, index, model):
   if model.text is None and null_embedding is None:
     raise BadInput(
       "the records hold no text embeddings, and config.model.text names no encoder to train; name one, or "
-      "encode with a "
-      "--workdir that has a frozen text encoder"
+      "encode with a --workdir that has a frozen text encoder"
     )
   return plan.Plan(
     index.rows,
@@ -64,13 +63,11 @@ def check_index(index, model, directory):
   if channels != wanted:
     raise BadInput(
       f"the records have {channels} latent channels, the model takes {wanted}; encode with the VAE that it "
-      "is for, or "
-      "change --config.model.size"
+      "is for, or change --config.model.size"
     )
   beside = parts.fingerprint(os.path.join(directory, "vae"))
   if index.header.get("vae_fingerprint") not in (None, beside):
     raise BadInput(
       f"the records were made with another VAE ({index.header['vae_fingerprint']}) than {directory}/vae "
-      f"({beside}); "
-      "encode again"
+      f"({beside}); encode again"
     )

@@ -133,8 +133,7 @@ def check_vae(model):
   if not (model / "vae" / "config.json").exists():
     raise BadInput(
       f"{model}: has no vae/config.json; train one (python -m launch.train_vae --workdir={model}), or leave "
-      "out --workdir "
-      "for the one that ships"
+      "out --workdir for the one that ships"
     )
 
 

@@ -238,10 +238,9 @@ def loading():
       count += int((batch.size_BG3[..., 0] > 0).sum())
     seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
   say(
-    f"{LOADED} records, {size / 1e6:.0f} MB: {count} clips in {cpu:.2f} s of one core "
-    f"({seconds:.2f} s by the clock): {count / cpu:.0f} clips and "
-    f"{count / LOADED * size / 1e6 / cpu:.0f} MB a second; goal {LOADING_GOAL} clips: "
-    f"{'ok' if count / cpu >= LOADING_GOAL else 'MISSED'}"
+    f"{LOADED} records, {size / 1e6:.0f} MB: {count} clips in {cpu:.2f} s of one core ({seconds:.2f} s by "
+    f"the clock): {count / cpu:.0f} clips and {count / LOADED * size / 1e6 / cpu:.0f} MB a second; goal "
+    f"{LOADING_GOAL} clips: {'ok' if count / cpu >= LOADING_GOAL else 'MISSED'}"
   )
   return {
     "clips": count,
