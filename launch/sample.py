@@ -15,7 +15,7 @@ from launch.common.progress import say
 from launch.jobs import sample
 from sora_jax import tasks, workdir as workdirs
 from sora_jax.errors import BadInput
-from sora_jax.pipeline import Pipeline
+from sora_jax.pipeline import Pipeline, read_image
 
 FLAGS = flags.FLAGS
 # flags that describe one request
@@ -40,7 +40,9 @@ def main():
     f"{FLAGS.workdir or 'the model that ships'} (step {pipe.step}) into {FLAGS.out}"
   )
   if FLAGS.prompt is not None:
-    pipe.canvas(pipe.parse(requests[0]))  # a bad flag is an error before anything is written
+    request = pipe.parse(requests[0])  # a bad flag is an error before anything is written
+    if request.image:
+      read_image(request.image)
   for number, error in broken:
     say(f"line {number} of {FLAGS.requests} is {error}")
     sample.note_failure(FLAGS.out, f"{number:05d}", error, {})

@@ -272,7 +272,7 @@ def begin(run, target):
     return train.init_state(model, run.tx, jax.random.key(config.seed)), None, 0
   if config.model.expert:
     key = workdirs.trained_key(config)
-    weights, step = workdirs.load_weights(config.init, "ema", {key: target.params["dit"]}, say, only=True)
+    weights, step = workdirs.load_weights(config.init, "ema", {key: target.params["dit"]}, say, partial=True)
     weights = {"dit": weights[key]}
   else:
     weights, step = workdirs.load_weights(config.init, "ema", target.params, say)

@@ -326,12 +326,8 @@ class Pipeline:
     """An image file -> pixels [H, W, 3] in [-1, 1]: scaled to cover `size`, its middle kept, edges repeated
     up to `padded`.
     """
-    try:
-      frame = next(video.read(path)).image_HWC
-    except (video.BadClip, StopIteration) as error:
-      raise BadInput(f"image {path!r} cannot be read: {error}") from None
     edges = [(0, padded[0] - size[0]), (0, padded[1] - size[1]), (0, 0)]
-    return codec.to_float(np.pad(cover(frame, size), edges, mode="edge"))
+    return codec.to_float(np.pad(cover(read_image(path), size), edges, mode="edge"))
 
   def noise(self, request):
     """The noise that a request begins with, [T, H, W, C], for another implementation to begin with."""
@@ -392,6 +388,14 @@ class Pipeline:
 def _prompts(request):
   """The texts that a request is denoised with."""
   return request.prompt, request.negative_prompt
+
+
+def read_image(path):
+  """An image file -> uint8 [H, W, 3]; BadInput where it cannot be read."""
+  try:
+    return next(video.read(path)).image_HWC
+  except (video.BadClip, StopIteration) as error:
+    raise BadInput(f"image {path!r} cannot be read: {error}") from None
 
 
 def cover(image_HWC, size):

@@ -190,13 +190,13 @@ def targets(model, dtype=None):
   return layouts.targets(jax.eval_shape(model.init, jax.random.key(0)), model.layout, dtype)
 
 
-def load_weights(workdir, which="ema", target=None, say=lambda line: None, *, mapped=False, only=False):
+def load_weights(workdir, which="ema", target=None, say=lambda line: None, *, mapped=False, partial=False):
   """Weights of a work directory, keyed as they were trained ("dit", "text") -> (tree, step).
 
   From its newest whole checkpoint, `which` being "ema" or "params"; or, where there is none, from W/model.
   target: a tree of ShapeDtypeStructs with shardings. None: arrays on the first device, or with `mapped` those
-  of W/model as they are stored, memory-mapped. only: of W/model what `target` names at the top. say: takes
-  lines for the user.
+  of W/model as they are stored, memory-mapped. partial: of W/model only what `target` names at the top. say:
+  takes lines for the user.
   """
   workdir = epath.Path(workdir)
   if (workdir / "checkpoints").exists():
@@ -208,7 +208,7 @@ def load_weights(workdir, which="ema", target=None, say=lambda line: None, *, ma
         return checkpoints.restore(step, {which: target})[which], step
   if (workdir / "model").exists():
     config, tree = parts.load_part(workdir / "model", None)
-    if only:
+    if partial:
       tree = {name: tree.get(name, {}) for name in target}
     if target is not None:
       _check_shapes(workdir, tree, target)
@@ -268,7 +268,7 @@ def base_weights(config, model, dtype=None, only=(), say=lambda line: None):
     return load_weights(init, "ema", mapped=True, say=say)[0]
   target = targets(model, dtype)
   target = {key: target[key] for key in only or target}
-  return load_weights(init, "ema", target, only=bool(only), say=say)[0]
+  return load_weights(init, "ema", target, partial=bool(only), say=say)[0]
 
 
 # --- parts
