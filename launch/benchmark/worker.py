@@ -53,15 +53,15 @@ def prompts(shape):
   return [rng.integers(2, shape["vocab"], n) for n in shape["lengths"]]
 
 
-def save_tokenizer(folder):
-  """Writes a small sentencepiece model in the layout of the public ones."""
+def save_tokenizer(folder, sentences=(PROMPT, NEGATIVE) * 9, vocab_size=64, extra_ids=4):
+  """Writes a small sentencepiece model of these sentences in the layout of the public ones."""
   import sentencepiece
 
   os.makedirs(folder)
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter([PROMPT, NEGATIVE] * 9),
+    sentence_iterator=iter(sentences),
     model_prefix=os.path.join(folder, "spiece"),
-    vocab_size=64,
+    vocab_size=vocab_size,
     hard_vocab_limit=False,
     pad_id=0,
     eos_id=1,
@@ -74,7 +74,7 @@ def save_tokenizer(folder):
     "eos_token": "</s>",
     "pad_token": "<pad>",
     "unk_token": "<unk>",
-    "extra_ids": 4,
+    "extra_ids": extra_ids,
   }
   with open(os.path.join(folder, "tokenizer_config.json"), "w") as f:
     json.dump(special, f)

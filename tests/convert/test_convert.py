@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-import sentencepiece
 from jax.export import deserialize
 
+from launch.benchmark import worker
 from launch.common import claims
 from sora_jax import files as our_files, parts, workdir as workdirs
 from sora_jax.convert import exporting, importing
@@ -66,21 +66,9 @@ def pipeline(tmp_path_factory):
     shard = sorted((folder / "transformer").glob("*.safetensors"))[number]
     tensors = safetensors.numpy.load_file(shard)
     safetensors.numpy.save_file({key: value.astype(dtype) for key, value in tensors.items()}, shard)
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(["a red ball moves left", "a blue cat sleeps"] * 9),
-    model_prefix=str(folder / "spiece"),
-    vocab_size=40,
-    hard_vocab_limit=False,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    minloglevel=2,
+  worker.save_tokenizer(
+    folder / "tokenizer", ("a red ball moves left", "a blue cat sleeps") * 9, vocab_size=40
   )
-  (folder / "tokenizer").mkdir()
-  (folder / "spiece.model").rename(folder / "tokenizer" / "spiece.model")
-  (folder / "spiece.vocab").unlink()
-  write(folder / "tokenizer" / "tokenizer_config.json", {"extra_ids": 4})
   (folder / "scheduler").mkdir()
   write(
     folder / "scheduler" / "scheduler_config.json",
@@ -414,67 +402,27 @@ class Shapes(dict):
 
 
 @pytest.mark.parametrize(
-  ("config", "expand", "billions"),
+  ("heads", "ffn_dim", "layers", "channels_in", "channels_out", "expand", "billions"),
   [
-    (
-      dict(
-        num_attention_heads=12,
-        attention_head_dim=128,
-        ffn_dim=8960,
-        num_layers=30,
-        in_channels=16,
-        out_channels=16,
-      ),
-      False,
-      1.419,
-    ),
-    (
-      dict(
-        num_attention_heads=40,
-        attention_head_dim=128,
-        ffn_dim=13824,
-        num_layers=40,
-        in_channels=16,
-        out_channels=16,
-      ),
-      False,
-      14.288,
-    ),
-    (
-      dict(
-        num_attention_heads=24,
-        attention_head_dim=128,
-        ffn_dim=14336,
-        num_layers=30,
-        in_channels=48,
-        out_channels=48,
-      ),
-      True,
-      5.000,
-    ),
-    (
-      dict(
-        num_attention_heads=40,
-        attention_head_dim=128,
-        ffn_dim=13824,
-        num_layers=40,
-        in_channels=36,
-        out_channels=16,
-      ),
-      False,
-      14.289,
-    ),
+    pytest.param(12, 8960, 30, 16, 16, False, 1.419, id="2.1 T2V-1.3B"),
+    pytest.param(40, 13824, 40, 16, 16, False, 14.288, id="2.1 T2V-14B"),
+    pytest.param(24, 14336, 30, 48, 48, True, 5.000, id="2.2 TI2V-5B"),
+    pytest.param(40, 13824, 40, 36, 16, False, 14.289, id="2.2 I2V-A14B"),
   ],
-  ids=["2.1 T2V-1.3B", "2.1 T2V-14B", "2.2 TI2V-5B", "2.2 I2V-A14B"],
 )
-def test_released_shapes(config, expand, billions):
+def test_released_shapes(heads, ffn_dim, layers, channels_in, channels_out, expand, billions):
   """For the configs of the releases, the tables cover every weight of our model.
 
   The model has the published number of parameters.
   """
   cfg = wan_dit.config_from_diffusers(
-    json.loads(json.dumps(config))
-    | {
+    {
+      "num_attention_heads": heads,
+      "attention_head_dim": 128,
+      "ffn_dim": ffn_dim,
+      "num_layers": layers,
+      "in_channels": channels_in,
+      "out_channels": channels_out,
       "patch_size": [1, 2, 2],
       "text_dim": 4096,
       "freq_dim": 256,

@@ -12,7 +12,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from diffusers import (
   AutoencoderKLWan,
@@ -26,6 +25,7 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
+from launch.benchmark import worker
 from sora_jax import patches
 from sora_jax.convert import exporting, importing
 from sora_jax.models import dit
@@ -64,28 +64,7 @@ def save_pipeline(folder, family):
   torch.manual_seed(0)
   of_image, of_tokens = family.endswith("I2V-A14B"), family.endswith("5B")
   folder.mkdir()
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(CAPTIONS),
-    model_prefix=str(folder / "spiece"),
-    vocab_size=120,
-    hard_vocab_limit=False,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    minloglevel=2,
-  )
-  (folder / "tokenizer").mkdir()
-  shutil.move(folder / "spiece.model", folder / "tokenizer" / "spiece.model")
-  (folder / "spiece.vocab").unlink()
-  special = {
-    "tokenizer_class": "T5Tokenizer",
-    "eos_token": "</s>",
-    "pad_token": "<pad>",
-    "unk_token": "<unk>",
-    "extra_ids": 10,
-  }
-  (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(special))
+  worker.save_tokenizer(folder / "tokenizer", CAPTIONS, vocab_size=120, extra_ids=10)
   channels = 48 if of_tokens else 16
 
   def make_dit():
