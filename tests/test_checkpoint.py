@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from sora_jax import checkpoint, layout
+from sora_jax import checkpoint, layout as layouts
 
 
 def state(seed):
@@ -38,10 +38,10 @@ def reopened(tmp_path):
 def test_round_trip_with_the_optimiser(tmp_path):
   saved(tmp_path)
   checkpoints, step, lines = reopened(tmp_path)
-  found = checkpoints.restore(step, targets(state(0)))
+  restored = checkpoints.restore(step, targets(state(0)))
   assert step == 2 and checkpoints.meta(2)["cursor"] == {"window": 2} and not lines
-  chex_equal(found, state(2))
-  assert type(found["opt"]["opt"]) is type(state(2)["opt"]["opt"])
+  chex_equal(restored, state(2))
+  assert type(restored["opt"]["opt"]) is type(state(2)["opt"]["opt"])
 
 
 def chex_equal(a, b):
@@ -52,16 +52,16 @@ def chex_equal(a, b):
 def test_restores_onto_another_mesh(tmp_path):
   """Saved on one device, restored onto eight."""
   saved(tmp_path)
-  where = layout.Layout(layout.make_mesh(fsdp=4, tensor=2))
+  layout = layouts.Layout(layouts.make_mesh(fsdp=4, tensor=2))
   checkpoints, step, _ = reopened(tmp_path)
   target = {
     "params": {
-      "dit": {"w": jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=where.sharding("embed", "mlp"))}
+      "dit": {"w": jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=layout.sharding("embed", "mlp"))}
     }
   }
-  found = checkpoints.restore(step, target)["params"]["dit"]["w"]
-  assert found.addressable_shards[0].data.shape == (2, 8)
-  np.testing.assert_array_equal(found, state(2)["params"]["dit"]["w"])
+  restored = checkpoints.restore(step, target)["params"]["dit"]["w"]
+  assert restored.addressable_shards[0].data.shape == (2, 8)
+  np.testing.assert_array_equal(restored, state(2)["params"]["dit"]["w"])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "missing", "no manifest"])

@@ -84,16 +84,16 @@ def imports(source):
   for function in ast.walk(tree):
     if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
       top -= {id(node) for node in ast.walk(function)}
-  found = []
+  imported = []
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
-      found += [(node.lineno, alias.name, id(node) in top) for alias in node.names]
+      imported += [(node.lineno, alias.name, id(node) in top) for alias in node.names]
     elif isinstance(node, ast.ImportFrom):
       assert not node.level, f"line {node.lineno}: imports are absolute here"
       # `from sora_jax import batch` imports sora_jax.batch; that `sora_jax.batch.pack` is no module does no
       # harm
-      found += [(node.lineno, f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
-  return found
+      imported += [(node.lineno, f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
+  return imported
 
 
 def within(name, prefix):
@@ -151,18 +151,18 @@ def violations(module, source):
 
 def modules():
   """All our library files -> [(dotted name, path)]."""
-  found = []
+  listed = []
   for top in OURS[:-1]:
     for path in sorted((ROOT / top).rglob("*.py")):
       parts = path.relative_to(ROOT).with_suffix("").parts
-      found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
-  return found
+      listed.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), path))
+  return listed
 
 
 def test_imports_run_one_way():
-  found = modules()
-  assert len(found) > 10, "the walk finds the library"
-  wrong = [line for module, path in found for line in violations(module, path.read_text())]
+  listed = modules()
+  assert len(listed) > 10, "the walk finds the library"
+  wrong = [line for module, path in listed for line in violations(module, path.read_text())]
   assert not wrong, "\n" + "\n".join(wrong)
 
 
@@ -183,11 +183,11 @@ def circles(sources):
       return path[path.index(module) :] + [module]
     if module in done:
       return []
-    found = next(
+    circle = next(
       (circle for circle in (walk(target, [*path, module]) for target in sorted(edges[module])) if circle), []
     )
     done.add(module)
-    return found
+    return circle
 
   return next((circle for circle in (walk(module, []) for module in sorted(edges)) if circle), [])
 

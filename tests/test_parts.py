@@ -12,9 +12,9 @@ from sora_jax.errors import BadInput
 def test_a_part_round_trips(tmp_path):
   params = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.float32([1 / 3])}
   parts.save_part(tmp_path / "vae", {"size": "tiny"}, params)
-  config, found = parts.load_part(tmp_path / "vae")
+  config, loaded = parts.load_part(tmp_path / "vae")
   assert config == {"format_version": 1, "size": "tiny"}
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+  for x, y in zip(jax.tree.leaves(loaded), jax.tree.leaves(params), strict=True):
     np.testing.assert_array_equal(x, y)
   before = parts.checksum(tmp_path / "vae")
   parts.save_part(tmp_path / "vae", {"size": "tiny"}, params, ml_dtypes.bfloat16)

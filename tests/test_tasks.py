@@ -77,11 +77,11 @@ def test_seconds_and_images():
   [(17, (64, 64), (5, 4, 4)), (16, (50, 90), (5, 4, 6)), (1, (33, 32), (1, 4, 2)), (18, (64, 64), (6, 4, 4))],
 )
 def test_a_canvas_covers_what_was_asked(frames, size, thw):
-  made = canvas(parse(frames=frames, size=list(size)))
+  result = canvas(parse(frames=frames, size=list(size)))
   assert (
-    made.latents_THWC.shape == (*thw, 3)
-    and (made.frames, made.size) == (frames, size)
-    and not made.given_THW.any()
+    result.latents_THWC.shape == (*thw, 3)
+    and (result.frames, result.size) == (frames, size)
+    and not result.given_THW.any()
   )
 
 
@@ -91,5 +91,5 @@ def test_below_one_stride():
 
 
 def test_image_to_video_gives_the_first_frame():
-  made = canvas(parse(task="image_to_video", image="x.png", size=[60, 64]))
-  assert made.given_THW[0].all() and not made.given_THW[1:].any() and (made.latents_THWC[0] == 7).all()
+  result = canvas(parse(task="image_to_video", image="x.png", size=[60, 64]))
+  assert result.given_THW[0].all() and not result.given_THW[1:].any() and (result.latents_THWC[0] == 7).all()

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from sora_jax import batch as batches, checkpoint, layout, optim, patches, train
+from sora_jax import batch as batches, checkpoint, layout as layouts, optim, patches, train
 from sora_jax.diffusion import flow
 from sora_jax.models import dit, t2v, text
 
@@ -22,8 +22,8 @@ SIGMA = flow.SigmaConfig()
 KEY = jax.random.key(5)
 
 
-def model(where=None):
-  return t2v.Model(TINY, TEXT, where)
+def model(layout=None):
+  return t2v.Model(TINY, TEXT, layout)
 
 
 def clip(uid, thw):
@@ -49,34 +49,34 @@ def rows():
 
 def weights(of):
   """Random weights of a model, the last layer included, which starts at zero and would hide everything."""
-  rng, params = np.random.default_rng(0), layout.unbox(jax.jit(of.init)(jax.random.key(0)))
+  rng, params = np.random.default_rng(0), layouts.unbox(jax.jit(of.init)(jax.random.key(0)))
   return jax.tree.map(
     lambda leaf: leaf + 0.1 * rng.normal(size=leaf.shape).astype(np.float32), jax.device_get(params)
   )
 
 
-def places(where):
-  return layout.shardings(train.boxed_weights(model(where)), where)
+def places(layout):
+  return layouts.shardings(train.boxed_weights(model(layout)), layout)
 
 
 @functools.cache
-def inputs(where=None):
+def inputs(layout=None):
   """Weights and eight rows; on a layout, placed by it."""
   params, batch = weights(model()), batches.pack(rows(), SHAPE)
-  if where is None:
+  if layout is None:
     return params, batch
-  return jax.device_put(params, places(where)), train.place_batch(batch, where)
+  return jax.device_put(params, places(layout)), train.place_batch(batch, layout)
 
 
 @functools.cache
-def loss_and_grad(where=None):
+def loss_and_grad(layout=None):
   """Compiled (params, batch, key) -> (loss, gradient). On a layout the gradient lies as the weights do."""
 
   def function(params, batch, key):
-    return jax.value_and_grad(train.loss_fn)(params, model(where), batch, key, SIGMA)
+    return jax.value_and_grad(train.loss_fn)(params, model(layout), batch, key, SIGMA)
 
-  out = None if where is None else (None, places(where))
-  return jax.jit(function, out_shardings=out).lower(*inputs(where), KEY).compile()
+  out = None if layout is None else (None, places(layout))
+  return jax.jit(function, out_shardings=out).lower(*inputs(layout), KEY).compile()
 
 
 def test_packed_equals_alone():
@@ -101,7 +101,7 @@ def test_packed_equals_alone():
 def layout_of(**axes):
   """A layout on as many of the 8 devices as these axes have."""
   devices = jax.devices()[: math.prod(axes.values())]
-  return layout.Layout(layout.make_mesh(**{"data": 1, **axes}, devices=devices))
+  return layouts.Layout(layouts.make_mesh(**{"data": 1, **axes}, devices=devices))
 
 
 def assert_same(tree, reference):
@@ -131,16 +131,16 @@ def test_sharded_equals_unsharded(axes, query, hidden):
   query: what a device holds of that weight, and of its gradient. hidden: what it computes of the mlp's
   activations; the whole of them, as in the program for one device, is nowhere in the compiled program.
   """
-  where = layout_of(**axes)
-  params, batch = inputs(where)
-  loss, grads = loss_and_grad(where)(params, batch, KEY)
+  layout = layout_of(**axes)
+  params, batch = inputs(layout)
+  loss, grads = loss_and_grad(layout)(params, batch, KEY)
   wanted, reference = loss_and_grad()(*inputs(), KEY)
   np.testing.assert_allclose(loss, wanted, rtol=1e-6)
   assert_same(grads, reference)
   for tree in (params, grads):
     assert tree["dit"]["blocks"]["self"]["query"].addressable_shards[0].data.shape == query
   part, whole = "f32[{},{},{}]".format(*hidden), "f32[8,48,64]"
-  assert part in loss_and_grad(where).as_text() and whole not in loss_and_grad(where).as_text()
+  assert part in loss_and_grad(layout).as_text() and whole not in loss_and_grad(layout).as_text()
   assert whole in loss_and_grad().as_text()
 
 
@@ -162,22 +162,22 @@ def test_a_wrong_gradient_is_not_the_same():
 
 
 @functools.cache
-def setting(where=None, tx=None):
+def setting(layout=None, tx=None):
   """(layout, tx, compiled step), by default with Muon on one device; few compilations serve all tests."""
-  where = where or layout_of(data=1)
+  layout = layout or layout_of(data=1)
   muon = optim.OptimConfig(steps=60, warmup=5, learning_rate=5e-3, name="muon")
   tx = tx or optim.optimizer(muon, train.boxed_weights(model()))
-  step, key = train.jit_step(model(where), tx, ema_decay=0.9, sigma=SIGMA), jax.random.key(1)
+  step, key = train.jit_step(model(layout), tx, ema_decay=0.9, sigma=SIGMA), jax.random.key(1)
 
   def run(state, batch):
     return step(jax.tree.map(jnp.copy, state), batch, key)  # it donates the State
 
-  return where, tx, run
+  return layout, tx, run
 
 
-def start(where, tx):
-  return train.init_state(model(where), tx, jax.random.key(0)), train.place_batch(
-    batches.pack(rows(), SHAPE), where
+def start(layout, tx):
+  return train.init_state(model(layout), tx, jax.random.key(0)), train.place_batch(
+    batches.pack(rows(), SHAPE), layout
   )
 
 
@@ -185,8 +185,8 @@ def test_a_bad_update_changes_nothing_but_the_count():
   """A batch with a NaN leaves weights, EMA and optimiser to the bit; the step goes on; a good one after it
   trains.
   """
-  where, tx, run = setting()
-  state, good = start(where, tx)
+  layout, tx, run = setting()
+  state, good = start(layout, tx)
   broken = dataclasses.replace(good, tokens_BLP=good.tokens_BLP.at[:, 3].set(np.nan))
   after, metrics = run(state, broken)
   assert int(metrics["bad"]) == 1 and int(after.bad) == 1 and int(after.step) == 1
@@ -209,19 +209,19 @@ def test_two_steps_save_restore_two_steps(tmp_path):
   other.
   """
   names, tx = ("params", "ema", "opt", "step", "bad"), optax.sgd(0.1, momentum=0.9)
-  where, _, run = setting(tx=tx)
-  state, batch = start(where, tx)
+  layout, _, run = setting(tx=tx)
+  state, batch = start(layout, tx)
   for step in range(1, 5):
     state, _ = run(state, batch)
     if step == 2:
       saved = checkpoint.Checkpoints(tmp_path)
       saved.save(2, {"state": {name: getattr(state, name) for name in names}}, {"step": 2})
       saved.close()
-  where, _, run = setting(layout_of(fsdp=2, context=2, tensor=2), tx)
-  target = train.abstract_state(model(where), tx)
+  layout, _, run = setting(layout_of(fsdp=2, context=2, tensor=2), tx)
+  target = train.abstract_state(model(layout), tx)
   wanted = {"state": {name: getattr(target, name) for name in names}}
   restored = checkpoint.Checkpoints(tmp_path).restore(2, wanted)["state"]
-  batch = start(where, tx)[1]
+  batch = start(layout, tx)[1]
 
   def two_more(restored):
     again = train.State(**restored)
@@ -242,8 +242,8 @@ def test_overfits_a_handful_of_clips():
   """Sixty updates on one batch at a high rate bring the loss well down: the sign of the velocity and the text
   are wired right.
   """
-  where, tx, run = setting()
-  (state, batch), losses = start(where, tx), []
+  layout, tx, run = setting()
+  (state, batch), losses = start(layout, tx), []
   for _ in range(60):
     state, metrics = run(state, batch)
     losses.append(float(metrics["loss"]))
@@ -281,9 +281,9 @@ def test_a_process_loads_the_rows_that_its_devices_hold(rows, part):
 
 
 def test_a_checksum_is_of_the_batch_however_it_is_cut():
-  where = [layout.Layout(layout.make_mesh(**axes)) for axes in ({}, {"fsdp": 2, "context": 2})]
+  two = [layouts.Layout(layouts.make_mesh(**axes)) for axes in ({}, {"fsdp": 2, "context": 2})]
   whole, cut = (
-    int(jax.jit(train.checksum)(train.place_batch(batches.pack(rows(), SHAPE), place))) for place in where
+    int(jax.jit(train.checksum)(train.place_batch(batches.pack(rows(), SHAPE), layout))) for layout in two
   )
   assert whole == cut
   other = batches.pack(rows(), SHAPE)

@@ -118,11 +118,11 @@ def test_the_critic_waits_for_its_step():
 def test_the_critic_learns_to_tell():
   """The hinge loss of the discriminator falls while the autoencoder still blurs."""
   state, step = setting(dataclasses.replace(JUDGED, adversarial_start=0, adversarial_weight=1e-6))
-  found = []
+  losses = []
   for _ in range(25):
     state, metrics = step(state, batch(images=False))
-    found.append(float(metrics["critic_loss"]))
-  assert found[-1] < found[0] - 0.05
+    losses.append(float(metrics["critic_loss"]))
+  assert losses[-1] < losses[0] - 0.05
 
 
 def vgg_tensors(scale=1.0):
@@ -184,11 +184,11 @@ def test_the_decoder_alone_towards_structure():
   """
   losses = dataclasses.replace(PLAIN, ssim_weight=1.0)
   start, step = setting(losses, decoder_only=True)
-  state, found = start, []
+  state, ssims = start, []
   for _ in range(12):
     state, metrics = step(state, batch(images=False))
-    found.append(float(metrics["ssim"]))
-  assert found[-1] > found[0] + 0.02
+    ssims.append(float(metrics["ssim"]))
+  assert ssims[-1] > ssims[0] + 0.02
   for tree in (state.params, state.ema):
     assert all(same(tree[name], start.params[name]) for name in vae.ENCODER if name in tree)
     assert not same(tree["decoder"], start.params["decoder"]) and not same(

@@ -36,13 +36,13 @@ def make_report(source, spec, items, entries, records) -> dict:
   spec: what --source says.  entries: {file: entry} of all files that were finished.  records: how many there
   are.
   """
-  taken, passed_over, notes = {}, dict(getattr(source, "ignored", ())), {}
+  taken, skipped, notes = {}, dict(getattr(source, "ignored", ())), {}
   for file, note in getattr(source, "notes", ()):
     notes.setdefault(file, []).append(note)
   for item in items:
     entry = {name: value for name, value in entries.get(item.file, {}).items() if name != "stamp"}
     if "passed_over" in entry:
-      passed_over[item.file] = entry["passed_over"]
+      skipped[item.file] = entry["passed_over"]
     if entry.get("pieces"):
       taken[item.file] = entry | {"notes": entry.get("notes", []) + notes.pop(item.file, [])}
   return {
@@ -52,7 +52,7 @@ def make_report(source, spec, items, entries, records) -> dict:
     "records": records,
     "sizes": "height, width in pixels",
     "taken": taken,
-    "passed_over": passed_over,
+    "passed_over": skipped,
     "notes": notes,
   }
 
@@ -121,13 +121,13 @@ def reason(why) -> str:
 def report_page(report, index) -> str:
   """The page OUT/report.html: one HTML text that needs no other file."""
   values = report.get("numbers") or numbers(report, index)
-  passed_over = sum(values["passed_over"].values())
+  skipped = sum(values["passed_over"].values())
   dropped = sum(total["stretches"] for total in values["dropped"].values())
   facts = (
     ("clips", f"{values['clips']:,}"),
     ("length of those that move", page.seconds(values["seconds"])),
     ("files taken", f"{values['files_taken']:,}"),
-    ("files passed over", f"{passed_over:,}"),
+    ("files passed over", f"{skipped:,}"),
     ("stretches dropped", f"{dropped:,}"),
   )
   head = page.header(

@@ -199,8 +199,10 @@ def test_another_model_makes_another_video(model, run_program, tmp_path):
   shutil.copytree(model, other)
   fields, weights = parts.load_part(other / "model")
   parts.save_part(other / "model", fields, jax.tree.map(lambda leaf: leaf * 1.1, weights))
-  made = [run_program(*arguments, f"--workdir={workdir}", cwd=tmp_path).stdout for workdir in (model, other)]
-  assert [("1 made" in said, "1 were there already" in said) for said in made] == [(True, False)] * 2
+  outputs = [
+    run_program(*arguments, f"--workdir={workdir}", cwd=tmp_path).stdout for workdir in (model, other)
+  ]
+  assert [("1 made" in said, "1 were there already" in said) for said in outputs] == [(True, False)] * 2
 
 
 def test_help(run_program):

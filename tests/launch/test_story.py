@@ -98,7 +98,7 @@ def test_story(run_program, tmp_path):
     assert done.returncode == code, f"{name}: {done.stdout[-2000:]} {done.stderr[-2000:]}"
     return done.stdout
 
-  made = {}
+  finished = {}
   for kind in ("peace", "kills"):
     root = tmp_path / kind
     vae, clips, dit, out = root / "vae", root / "records", root / "dit", root / "out"
@@ -132,7 +132,7 @@ def test_story(run_program, tmp_path):
       assert any(word in said for word in ("nothing to do", "were there already")), name
       assert time.monotonic() - again < 60
     index = records.RecordIndex.open(clips)
-    made[kind] = {
+    finished[kind] = {
       "vae": metrics_of(vae),
       "dit": metrics_of(dit),
       "files": {path.name: path.read_bytes() for path in out.glob("*.mp4")},
@@ -142,7 +142,7 @@ def test_story(run_program, tmp_path):
       "samples": sorted(path.name for path in (dit / "samples" / "6").iterdir()),
     }
 
-  peace, kills = made["peace"], made["kills"]
+  peace, kills = finished["peace"], finished["kills"]
   assert (
     peace["vae"][6] == kills["vae"][6]
     and peace["dit"][6] == kills["dit"][6]
