@@ -3,11 +3,13 @@
 Models name the axes of their arrays ("embed", "act_length"); only this file knows devices. The mesh always
 has four axes:
   data     rows of the batch, weights whole            fsdp    rows of the batch, weights cut (ZeRO-3)
-  context  the tokens of a row                         tensor  heads and mlp width (Megatron)
+  context  the tokens of a row, weights cut            tensor  heads and mlp width (Megatron)
+Where there are fewer rows than devices of fsdp, it cuts the tokens of a row, too, as context does.
 A `Layout` is passed by hand, so it is part of every jit cache key; no context managers, no globals.
 
-An axis that its devices do not divide stays whole. For activations that is silent: a short row is as it is.
-For weights `uncut_weights` lists them, and a large weight is an error, as every device would hold all of it.
+An axis that is to be cut over several mesh axes is cut over the first of them that divide it. What is left
+whole is silent for activations: a short row is as it is. For weights `uncut_weights` lists it, and a large
+weight is an error, as every device would hold all of it.
 """
 
 import dataclasses
@@ -23,21 +25,21 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 RULES = (
   # weights
-  ("embed", "fsdp"),
+  ("embed", ("fsdp", "context")),
   ("mlp", "tensor"),
   ("heads", "tensor"),
   ("head_dim", None),
   ("patch", None),
   ("layers", None),
   ("vocab", "tensor"),
-  ("text_embed", "fsdp"),
+  ("text_embed", ("fsdp", "context")),
   ("time", None),
-  ("conv_in", "fsdp"),
+  ("conv_in", ("fsdp", "context")),
   # over "tensor" XLA's partitioner gives wrong gradients of the VAE (tests/test_train_vae.py tells)
   ("conv_out", None),
   # activations
   ("act_batch", ("data", "fsdp")),
-  ("act_length", "context"),
+  ("act_length", ("fsdp", "context")),  # fsdp where the rows leave it
   ("act_text", None),
   ("act_embed", None),
   ("act_heads", "tensor"),
@@ -72,28 +74,31 @@ class Layout:
     return jax.lax.with_sharding_constraint(x, self.fitted(x.shape, *axes))
 
   def fitted(self, shape, *axes):
-    """NamedSharding of an array of this shape: as `sharding`, but an axis that its devices do not divide
-    stays whole, and so does one whose devices already cut an axis before it. `uncut` tells which."""
+    """NamedSharding of an array of this shape, axis after axis.
+
+    As `sharding`, but each axis is cut only over the first of its mesh axes that divide it together, without
+    those that cut an axis before it. `uncut` tells what that leaves whole.
+    """
     placed, used = [], set()
     for size, cut in zip(shape, (*self.spec(*axes), *[None] * (len(shape) - len(axes))), strict=True):
-      names = set(names_in(cut))
-      fits = names and not names & used and size % self.ways(cut) == 0
-      placed.append(cut if fits else None)
-      used |= names if fits else set()
+      names = [name for name in names_in(cut) if name not in used]
+      while size % self.ways(names):
+        names.pop()
+      placed.append(tuple(names) if len(names) > 1 else names[0] if names else None)
+      used.update(names)
     return NamedSharding(self.mesh, PartitionSpec(*placed))
 
   def uncut(self, shape, *axes):
-    """Axes of an array of this shape that stay whole because their devices do not divide them.
+    """Axes of an array of this shape that are cut less than the rules say, and no other axis makes up for it.
 
-    Returns [(axis, its size, "tensor=8"), ...]. An axis whose devices cut another axis of the array is not
-    among them.
+    Returns [(axis, its size, "tensor=8"), ...].
     """
-    wanted, placed = self.spec(*axes), self.fitted(shape, *axes).spec
+    placed = self.fitted(shape, *axes).spec
     used = {name for cut in placed for name in names_in(cut)}
     return [
       (axis, size, " x ".join(f"{name}={self.mesh.shape[name]}" for name in names_in(cut)))
-      for axis, size, cut in zip(axes, shape, wanted)
-      if cut and not used & set(names_in(cut))
+      for axis, size, cut in zip(axes, shape, self.spec(*axes))
+      if any(self.mesh.shape[name] > 1 for name in set(names_in(cut)) - used)
     ]
 
   def ways(self, mesh_axes):
@@ -140,8 +145,8 @@ def is_box(leaf):
 
 
 def uncut_weights(boxed, layout, dtype=None):
-  """Tree of boxed weights -> list of lines to show, one for each axis that stays whole as its devices do not
-  divide it.
+  """Tree of boxed weights -> list of lines to show, one for each axis that is not cut over all its devices, as
+  they do not divide it.
 
   BadInput where such a weight has more than `LARGE` bytes (in `dtype`, or its own).
   """
@@ -157,7 +162,7 @@ def uncut_weights(boxed, layout, dtype=None):
           f"{name}: axis {axis} of {size} is not a multiple of {devices}, and the weight has "
           f"{num_bytes / 1e6:.0f} MB; choose another mesh"
         )
-      line = f"axis {axis} of {size} is not a multiple of {devices} and stays whole"
+      line = f"axis {axis} of {size} is not a multiple of {devices} and is not cut over all of them"
       names_by_line.setdefault(line, []).append(name)
   lines = []
   for line, names in names_by_line.items():

@@ -12,7 +12,7 @@ from sora_jax.errors import BadInput
 
 def test_a_misspelt_axis_is_an_error():
   layout = layouts.Layout(layouts.make_mesh())
-  assert layout.spec("act_batch", None, "embed") == PartitionSpec(("data", "fsdp"), None, "fsdp")
+  assert layout.spec("act_batch", None, "embed") == PartitionSpec(("data", "fsdp"), None, ("fsdp", "context"))
   with pytest.raises(KeyError, match="act_bach"):
     layout.spec("act_bach")
 
@@ -21,7 +21,16 @@ def test_constrain_places_and_leaves_what_does_not_divide():
   layout = layouts.Layout(layouts.make_mesh(data=2, fsdp=2, tensor=2))
   place = jax.jit(lambda x: layout.constrain(x, "act_batch", "act_length", "act_mlp"))
   assert place(jnp.zeros((8, 3, 6))).addressable_shards[0].data.shape == (2, 3, 3)
-  assert place(jnp.zeros((6, 3, 5))).addressable_shards[0].data.shape == (6, 3, 5)
+  assert place(jnp.zeros((5, 3, 5))).addressable_shards[0].data.shape == (5, 3, 5)
+
+
+def test_tokens_take_the_devices_that_rows_leave():
+  """Rows that fsdp does not divide lie on data alone; their tokens lie on fsdp and context."""
+  layout = layouts.Layout(layouts.make_mesh(data=2, fsdp=2, context=2))
+  place = jax.jit(lambda x: layout.constrain(x, "act_batch", "act_length"))
+  assert place(jnp.zeros((4, 8))).addressable_shards[0].data.shape == (1, 4)
+  assert place(jnp.zeros((2, 8))).addressable_shards[0].data.shape == (1, 2)
+  assert place(jnp.zeros((2, 6))).addressable_shards[0].data.shape == (1, 3)
 
 
 def test_a_mesh_must_fit_the_devices():
@@ -49,10 +58,10 @@ def test_a_small_weight_that_stays_whole_is_named():
     "late": box((6, 64), "heads", "mlp"),
     "plain": jax.ShapeDtypeStruct((3,), jnp.int32),
   }
-  line = "blocks/query and 1 more: axis heads of 6 is not a multiple of tensor=4 and stays whole"
+  line = "blocks/query and 1 more: axis heads of 6 is not a multiple of tensor=4 and is not cut over all of them"
   assert layouts.uncut_weights({"blocks": weights}, layout) == [line]
   places = layouts.shardings(weights, layout)
-  assert places["query"].spec == PartitionSpec(None, "fsdp", None, None)
+  assert places["query"].spec == PartitionSpec(None, ("fsdp", "context"), None, None)
   assert places["late"].spec == PartitionSpec(None, "tensor")
   for fits in (
     layouts.Layout(layouts.make_mesh(fsdp=4, tensor=2)),
@@ -65,8 +74,10 @@ def test_uncut_axes_of_an_activation():
   """Asked for by shape: an axis that its devices do not divide, with their numbers."""
   layout = layouts.Layout(layouts.make_mesh(data=2, fsdp=4))
   assert layout.uncut((6, 5, 3), "act_batch", "act_length", "act_mlp") == [
-    ("act_batch", 6, "data=2 x fsdp=4")
+    ("act_batch", 6, "data=2 x fsdp=4"),
+    ("act_length", 5, "fsdp=4 x context=1"),
   ]
+  assert layout.uncut((6, 8, 3), "act_batch", "act_length", "act_mlp") == []
   assert layout.uncut((8, 5, 3), "act_batch", "act_length", "act_mlp") == []
 
 

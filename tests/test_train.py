@@ -117,10 +117,10 @@ def assert_same(tree, reference):
   [
     ({"data": 2}, (2, 32, 2, 16), (4, 48, 64)),
     ({"fsdp": 2}, (2, 16, 2, 16), (4, 48, 64)),
-    ({"context": 2}, (2, 32, 2, 16), (8, 24, 64)),
+    ({"context": 2}, (2, 16, 2, 16), (8, 24, 64)),
     ({"tensor": 2}, (2, 32, 1, 16), (8, 48, 32)),
-    ({"fsdp": 2, "context": 2}, (2, 16, 2, 16), (4, 24, 64)),
-    ({"context": 2, "tensor": 2}, (2, 32, 1, 16), (8, 24, 32)),  # more devices than heads
+    ({"fsdp": 2, "context": 2}, (2, 8, 2, 16), (4, 24, 64)),
+    ({"context": 2, "tensor": 2}, (2, 16, 1, 16), (8, 24, 32)),  # more devices than heads
     ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 16, 1, 16), (2, 48, 32)),
   ],
   ids=["data", "fsdp", "context", "tensor", "fsdp-context", "context-tensor", "data-fsdp-tensor"],

@@ -28,6 +28,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import PartitionSpec
 
+from sora_jax.layout import names_in
+
 PAST = jnp.iinfo(jnp.int32).max
 MASKED, LOWEST = -1e30, -1e20  # a masked score, and the initial running maximum: exp(MASKED - LOWEST) is 0
 SAVED = "attention"  # name of the output and logsumexp, for remat policies that save them
@@ -53,8 +55,7 @@ def attend(
   query [B, L, N, K], key and value [B, M, N, K]. segment_BL and segment_BM are int32, 0 for padding. `scale`
   defaults to K ** -0.5. `bias` [N, L, M] is added to the scores of every row. Attention is then dense (for
   the short rows of text encoders). `log_count_BM`: each key counts as exp(log_count) equal keys; no gradient
-  flows to it. `layout`: rows and heads are sharded by its rules; see `_specs` for tokens that are sharded
-  over devices. `kernel`: "blocks" or "splash"; the default is splash where the devices are TPUs.
+  flows to it. `layout`: rows, tokens and heads are sharded by its rules, see `_over_devices`. `kernel`: "blocks" or "splash"; the default is splash where the devices are TPUs.
 
   Returns [B, L, N, K] in the query's dtype; zeros where a query has no key, with zero gradient.
   """
@@ -74,9 +75,7 @@ def attend(
 
   if layout is None or layout.mesh.size == 1:
     return run(*args)
-  query_spec, key_spec = _specs(query_BLNK.shape, key_BMNK.shape[1], layout)
-  in_specs = (query_spec, key_spec, key_spec, PartitionSpec(*query_spec[:2]), PartitionSpec(*key_spec[:2]))
-  return jax.shard_map(run, mesh=layout.mesh, in_specs=in_specs, out_specs=query_spec, check_vma=False)(*args)
+  return _over_devices(run, args, layout)
 
 
 def _with_counts(query_BLNK, key_BMNK, log_count_BM):
@@ -93,28 +92,52 @@ def _with_counts(query_BLNK, key_BMNK, log_count_BM):
   return jnp.concatenate([query_BLNK, ones], -1), jnp.concatenate([key_BMNK, count], -1)
 
 
-def _specs(query_shape, M, layout):
-  """Sharding of queries and keys during attention: (spec of [B, L, N, K], spec of [B, M, N, K]).
+def _over_devices(run, args, layout):
+  """`run(query, key, value, segment_BL, segment_BM)`, each device on its own rows, heads and queries.
 
-  Few keys (text) are gathered on the devices of the queries. Otherwise heads are sharded over the axis that
-  sharded the tokens, so that each device has whole rows of some heads (Ulysses, arXiv:2309.14509). Where
-  there are too few heads for that, each device has whole rows of all its heads.
+  Keys of another length than the queries (text) are whole on every device. Where queries and keys are tokens of
+  a row that is cut over devices, heads are exchanged for tokens, so that a device has whole rows of some heads
+  (Ulysses, arXiv:2309.14509), over as many mesh axes as divide the heads. Over the axes that are left, keys
+  and values are gathered, and each device keeps its own queries. All is sent in the dtype of the inputs.
   """
-  _, L, N, _ = query_shape
-  batch, length, heads, _ = layout.fitted(query_shape, "act_batch", "act_length", "act_heads", None).spec
-  if length is not None and M * layout.ways(length) <= L:
-    return PartitionSpec(batch, length, heads, None), PartitionSpec(batch, None, heads, None)
-  both = _mesh_axes(heads) + _mesh_axes(length)
-  if N % layout.ways(both) == 0:
-    heads = both or None
-  return (PartitionSpec(batch, None, heads, None),) * 2
+  query_BLNK, key_BMNK = args[:2]
+  B, L, N, _ = query_BLNK.shape
+  M = key_BMNK.shape[1]
+  spec = layout.fitted(query_BLNK.shape, "act_batch", "act_length", "act_heads", None).spec
+  batch, length, heads, _ = spec
+  own = PartitionSpec(batch, length, heads, None)
+  if M != L or length is None:
+    whole = PartitionSpec(batch, None, heads, None)
+    specs = own, whole, whole, PartitionSpec(batch, length), PartitionSpec(batch, None)
+    return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=own, check_vma=False)(*args)
+  exchanged, gathered = _exchange(N // layout.ways(heads), length, layout)
+
+  def gather(x, names):
+    return lax.all_gather(x, names, axis=1, tiled=True) if names else x
+
+  def heads_for_tokens(x_BLNK):
+    return lax.all_to_all(x_BLNK, exchanged, 2, 1, tiled=True) if exchanged else x_BLNK
+
+  def local(query, key, value, segment_BL, segment_BM):
+    query, key, value = map(heads_for_tokens, (query, key, value))
+    key, value = gather(key, gathered), gather(value, gathered)
+    segment_BL, segment_BM = gather(segment_BL, exchanged), gather(gather(segment_BM, exchanged), gathered)
+    out = run(query, key, value, segment_BL, segment_BM)
+    return lax.all_to_all(out, exchanged, 1, 2, tiled=True) if exchanged else out
+
+  ids = PartitionSpec(batch, length)
+  specs = own, own, own, ids, ids
+  return jax.shard_map(local, mesh=layout.mesh, in_specs=specs, out_specs=own, check_vma=False)(*args)
 
 
-def _mesh_axes(entry):
-  """An entry of a PartitionSpec (None, a name or several) -> tuple of names of mesh axes."""
-  if entry is None:
-    return ()
-  return (entry,) if isinstance(entry, str) else tuple(entry)
+def _exchange(heads, length, layout):
+  """Number of heads a device has, and the mesh axes that cut its tokens -> (those over which heads are
+  exchanged for tokens, those over which keys are gathered)."""
+  exchanged, gathered = [], []
+  for name in reversed(names_in(length)):
+    fits = heads % layout.ways((*exchanged, name)) == 0
+    (exchanged if fits else gathered).insert(0, name)
+  return tuple(exchanged), tuple(gathered)
 
 
 def _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias_NLM):

@@ -149,18 +149,25 @@ def test_bias_is_added_to_scores():
 
 
 @pytest.mark.parametrize(
-  "heads, keys, heads_spec",
+  "mesh, rows, heads, keys, sent",
   [
-    pytest.param(4, 150, (None, ("tensor", "context")), id="heads-sharded-twice"),
-    pytest.param(2, 150, (None, "tensor"), id="too-few-heads"),
-    pytest.param(2, 40, ("context", "tensor"), id="few-keys"),
+    pytest.param({"data": 2, "context": 2, "tensor": 2}, 2, 4, 160, (4, 2), id="heads-for-tokens"),
+    pytest.param({"data": 2, "context": 2, "tensor": 2}, 2, 2, 160, (0, 3), id="too-few-heads"),
+    pytest.param({"data": 2, "context": 2, "tensor": 2}, 2, 2, 40, (0, 0), id="text"),
+    pytest.param({"fsdp": 4, "context": 2}, 1, 2, 160, (4, 5), id="one-row-both-ways"),
+    pytest.param({"fsdp": 2, "context": 4}, 1, 8, 160, (4, 2), id="one-row-heads-over-both"),
+    pytest.param({"fsdp": 4, "context": 2}, 4, 1, 160, (0, 3), id="rows-over-fsdp"),
   ],
 )
-def test_sharded_is_unsharded(heads, keys, heads_spec):
-  """The same with rows sharded over data, tokens over context, heads over tensor (8 devices)."""
-  layout = Layout(make_mesh(data=2, context=2, tensor=2))
-  query, key, value, weight = inputs(2, 150, keys, heads, 16)
-  ids = QUERIES, QUERIES[:, :keys]
+def test_sharded_is_unsharded(mesh, rows, heads, keys, sent):
+  """The same with rows, tokens and heads over 8 devices; a device sends what it must.
+
+  sent: all-to-alls and all-gathers of the forward pass (of segments, too).
+  """
+  layout = Layout(make_mesh(**mesh))
+  query, key, value, weight = inputs(rows, 160, keys, heads, 16)
+  ids = segments(*[[(1, 70 - 9 * i), (2, 40), (3, 35 + 9 * i), (0, 15)] for i in range(rows)])
+  ids = ids, ids[:, :keys]
 
   def run(layout):
     def loss(*args):
@@ -170,6 +177,6 @@ def test_sharded_is_unsharded(heads, keys, heads_spec):
 
   for a, b in zip(jax.tree.leaves(run(layout)), jax.tree.leaves(run(None)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-  query_spec, key_spec = attention._specs(query.shape, keys, layout)
-  assert query_spec[1:3] == heads_spec
-  assert key_spec[1] is None
+  forward = jax.jit(lambda *args: attention.attend(*args, *ids, layout=layout))
+  text = forward.lower(query, key, value).as_text()
+  assert (text.count("stablehlo.all_to_all"), text.count("stablehlo.all_gather")) == sent
