@@ -35,6 +35,7 @@ MASKED, LOWEST = -1e30, -1e20  # a masked score, and the initial running maximum
 SAVED = "attention"  # name of the output and logsumexp, for remat policies that save them
 COARSE = 4096  # most keys in a tile of `blocks`
 LANES = 128  # splash needs lengths and head sizes that are multiples of it
+FUSED_BYTES = 3 << 29  # most bytes of gradients of queries, one for each tile of keys, that a backward pass stores
 
 
 def attend(
@@ -388,54 +389,83 @@ def _tile_size(length):
   return next((tile for tile in (1024, 512, 256) if length >= 8 * tile), LANES)
 
 
+def _head_groups(heads, queries, key_tiles, head_size, itemsize):
+  """How the backward pass runs over heads -> (heads at a time, whether one kernel makes all three gradients).
+
+  One kernel needs 5 products of a tile where two need 7, but stores a gradient of all queries for each tile
+  of keys before it adds them up. With few heads at a time that stays below FUSED_BYTES; where one head alone
+  needs more, two kernels run.
+  """
+  partial_bytes = key_tiles * queries * head_size * itemsize
+  if partial_bytes > FUSED_BYTES:
+    return heads, False
+  at_a_time = max(n for n in range(1, heads + 1) if heads % n == 0 and n * partial_bytes <= FUSED_BYTES)
+  return at_a_time, True
+
+
 def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, interpret=False):
   """The splash kernel row by row (a device of a pod holds one or two).
 
   Lengths are padded to a multiple of the tile, the head size to a multiple of 128.
   """
-  K = value_BMNK.shape[-1]
-  tile_q, tile_k = _tile_size(query_BLNK.shape[1]), _tile_size(key_BMNK.shape[1])
-  sizes = splash_kernel.BlockSizes(  # no fused backward: it stores one dq for each key tile
+  (L, N, K), M = query_BLNK.shape[1:], key_BMNK.shape[1]
+  tile_q, tile_k = _tile_size(L), _tile_size(M)
+  size = value_BMNK.shape[-1]
+
+  def padded(length, tile):
+    return -(-length // tile) * tile
+
+  queries, keys = padded(L, tile_q), padded(M, tile_k)
+  at_a_time, fused = _head_groups(
+    N, queries, keys // tile_k, padded(K, LANES), query_BLNK.dtype.itemsize
+  )
+  sizes = splash_kernel.BlockSizes(
     block_q=tile_q,
     block_kv=tile_k,
     block_kv_compute=tile_k,
     block_q_dkv=tile_q,
     block_kv_dkv=tile_k,
     block_kv_dkv_compute=tile_k,
-    block_q_dq=tile_q,
-    block_kv_dq=tile_k,
+    use_fused_bwd_kernel=fused,
+    block_q_dq=None if fused else tile_q,
+    block_kv_dq=None if fused else tile_k,
   )
 
-  def pad(x, tile):
-    return jnp.pad(x, [(0, -x.shape[0] % tile)] + [(0, 0)] * (x.ndim - 1))
-
-  def heads_first(x, tile):
-    x = jnp.moveaxis(pad(x, tile), 1, 0)
-    return jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % LANES)])
+  def heads_first(x_LNK, length):
+    x_NLK = jnp.moveaxis(x_LNK, 1, 0)
+    edges = [(0, 0), (0, length - x_NLK.shape[1]), (0, -x_NLK.shape[2] % LANES)]
+    return jnp.pad(x_NLK, edges).reshape(N // at_a_time, at_a_time, length, -1)
 
   def row(args):
     query_LNK, key_MNK, value_MNK, segment_L, segment_M = args
-    query_NLK = heads_first(query_LNK, tile_q)
-    key_NMK, value_NMK = heads_first(key_MNK, tile_k), heads_first(value_MNK, tile_k)
-    ids_q, ids_k = pad(segment_L, tile_q), pad(segment_M, tile_k)
+    heads = (
+      heads_first(query_LNK * scale, queries),
+      heads_first(key_MNK, keys),
+      heads_first(value_MNK, keys),
+    )
+    ids_q, ids_k = jnp.pad(segment_L, (0, queries - L)), jnp.pad(segment_M, (0, keys - M))
     meet = tiles_meet(ids_q.reshape(-1, tile_q), ids_k.reshape(-1, tile_k))
-    run = splash_kernel.SplashAttentionKernel(
+    kernel = splash_kernel.SplashAttentionKernel(
       _tile_mask(meet, True),
-      _tile_mask(meet, True),
+      None if fused else _tile_mask(meet, True),
       _tile_mask(meet, False),
       block_sizes=sizes,
       is_mqa=False,
       save_residuals=False,
       mask_value=splash_kernel.DEFAULT_MASK_VALUE,
       attn_logits_soft_cap=None,
-      residual_checkpoint_name=SAVED,
+      residual_checkpoint_name=SAVED if L == M else None,  # attention to the text is cheap to repeat
       mask_function=None,
       interpret=interpret,
     )
-    out_NLK = run(query_NLK * scale, key_NMK, value_NMK, splash_kernel.SegmentIds(ids_q, ids_k))
-    out_LNK = jnp.moveaxis(out_NLK, 0, 1)[: segment_L.shape[0], :, :K]
-    keys = jnp.sort(segment_M)
-    nearest = keys[jnp.clip(jnp.searchsorted(keys, segment_L), max=keys.size - 1)]
+
+    def run(heads):
+      return kernel(*heads, splash_kernel.SegmentIds(ids_q, ids_k))
+
+    out = run([x[0] for x in heads]) if at_a_time == N else lax.map(run, heads)
+    out_LNK = jnp.moveaxis(out.reshape(N, queries, -1), 0, 1)[:L, :, :size]
+    nearest = jnp.sort(segment_M)
+    nearest = nearest[jnp.clip(jnp.searchsorted(nearest, segment_L), max=M - 1)]
     has_key = (segment_L > 0) & (nearest == segment_L)
     # The kernel's output is arbitrary for queries without a key.
     return jnp.where(has_key[:, None, None], out_LNK, 0).astype(query_BLNK.dtype)

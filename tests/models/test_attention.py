@@ -31,10 +31,19 @@ QUERIES = segments([(1, 70), (2, 50), (3, 9), (0, 21)], [(1, 33), (2, 40), (4, 7
 KEYS = segments([(1, 3), (2, 90), (3, 30), (0, 7)], [(4, 20), (1, 60), (3, 50)])
 
 
-@pytest.mark.parametrize("kernel", ["blocks", "splash_interpret"])
+@pytest.mark.parametrize(
+  "kernel, fused_bytes",
+  [
+    pytest.param("blocks", None, id="blocks"),
+    pytest.param("splash_interpret", 1 << 30, id="splash"),
+    pytest.param("splash_interpret", 2 * 256 * 128 * 4, id="splash-head-by-head"),
+    pytest.param("splash_interpret", 0, id="splash-two-backward-kernels"),
+  ],
+)
 @pytest.mark.parametrize("cross", [False, True])
-def test_a_query_attends_to_the_keys_of_its_segment(kernel, cross):
+def test_a_query_attends_to_the_keys_of_its_segment(kernel, fused_bytes, cross, monkeypatch):
   """Output and gradients are those of plain softmax, also for queries without a key and for padding."""
+  monkeypatch.setattr(attention, "FUSED_BYTES", fused_bytes)
   query, key, value, weight = inputs(2, 150, 130 if cross else 150, 2, 16)
   ids = (QUERIES, KEYS) if cross else (QUERIES, QUERIES)
 
@@ -98,6 +107,14 @@ def test_tiles_of_other_segments_are_skipped():
   meet = attention.tiles_meet(ids.reshape(4, 64), ids.reshape(4, 64))
   np.testing.assert_array_equal(meet, [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
   assert not attention.tiles_meet(jnp.zeros((1, 64), int), ids.reshape(4, 64)).any()  # padding meets nothing
+
+
+def test_how_the_backward_pass_runs_over_heads():
+  """One kernel for as many heads as FUSED_BYTES allow; two kernels where they allow none."""
+  assert attention._head_groups(6, 1024, 1, 128, 2) == (6, True)
+  assert attention._head_groups(10, 75_776, 74, 128, 2) == (1, True)
+  assert attention._head_groups(12, 40_960, 40, 128, 2) == (3, True)
+  assert attention._head_groups(5, 65_536, 512, 128, 2) == (5, False)
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "splash_interpret"])
