@@ -24,6 +24,7 @@ def define_flags():
   """Those that both programs have."""
   flags.DEFINE_string("name", "", "name of the job: lower-case letters, digits and dashes")
   flags.DEFINE_boolean("spot", False, "spot capacity: cheaper, and taken away at any time")
+  flags.DEFINE_string("bucket", "", "of Cloud Storage, mounted at /gcs/BUCKET on every host, by gcsfuse")
   flags.DEFINE_multi_string("env", [], "KEY=VALUE for the program's environment; may be given several times")
   flags.DEFINE_integer(
     "restarts", RESTARTS, "how often it starts again after exit codes other than 0, 2 and 75", lower_bound=0
@@ -49,8 +50,14 @@ def check(command):
   for pair in FLAGS.env:
     if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair, re.DOTALL):
       raise BadInput(f"--env={pair}: it is KEY=VALUE")
-  if FLAGS.delete:
-    return
+  if not re.fullmatch(r"[a-z0-9._-]*", FLAGS.bucket):
+    raise BadInput(f"--bucket={FLAGS.bucket}: the name of a bucket, without gs://")
+  if not FLAGS.delete:
+    check_command(command)
+
+
+def check_command(command):
+  """BadInput where it is none of our programs; warns of paths that the hosts do not share."""
   if not command:
     raise BadInput("no command; give it after two dashes, as -- launch.train --config=... --workdir=gs://...")
   known = {path.stem for path in (children.root() / "launch").glob("*.py")} - {"__init__"}
@@ -59,8 +66,12 @@ def check(command):
     raise BadInput(f"{command[0]!r} after -- is none of our programs: {names}")
   for word in command[1:]:
     flag, _, value = word.partition("=")
-    if flag in ("--workdir", "--out") and not value.startswith("gs://"):
-      program.warn(f"{word}: each host has its own disk, lost with the host; give a bucket, gs://...")
+    shared = ("gs://", *([f"/gcs/{FLAGS.bucket}/"] if FLAGS.bucket else []))
+    if flag in ("--workdir", "--out") and not value.startswith(shared):
+      program.warn(
+        f"{word}: each host has its own disk, which is lost with it; give gs://BUCKET/..., "
+        "or --bucket=BUCKET and /gcs/BUCKET/..."
+      )
 
 
 def python(command):

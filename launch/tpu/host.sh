@@ -2,6 +2,7 @@
 # One host of a queued resource, where launch.tpu.queued_resource runs this by ssh:
 #
 #   host.sh install [IMAGE]                  python, the versions of requirements.lock and libtpu; or a container image
+#   host.sh mount BUCKET                     at /gcs/BUCKET
 #   host.sh run NAME ATTEMPT COMMAND...      starts the command, follows its lines, and ends with its exit code
 #   host.sh stop NAME                        asks it to save and end (SIGTERM)
 #
@@ -38,9 +39,17 @@ install() {
   if [ -e "$venv/done" ]; then return; fi
   "$(find_python)" -m venv --clear "$venv"
   "$venv/bin/python" -m pip install --quiet --no-deps -r "$root/requirements.lock"
-  # what the extra `tpu` adds: the libtpu that this jax asks for
-  "$venv/bin/python" -m pip install --quiet -c "$root/requirements.lock" 'jax[tpu]'
+  # what the extra `tpu` adds, the libtpu that this jax asks for; and what reads gs://
+  "$venv/bin/python" -m pip install --quiet -c "$root/requirements.lock" 'jax[tpu]' gcsfs
   touch "$venv/done"
+}
+
+mount() {
+  if mountpoint -q "/gcs/$1"; then return; fi
+  command -v gcsfuse >/dev/null ||
+    die 1 "no gcsfuse here; install it by a startup script: --create=--metadata-from-file=startup-script=FILE"
+  sudo mkdir -p "/gcs/$1"
+  sudo gcsfuse -o allow_other --uid "$(id -u)" --gid "$(id -g)" --implicit-dirs "$1" "/gcs/$1" >/dev/null
 }
 
 running() {  # its lock is held as long as the command runs, and not after a reboot
@@ -108,6 +117,6 @@ stop() {
 cd "$root"
 PATH=$venv/bin:$PATH
 case ${1:-} in
-  install | run | stop) "$@" ;;
-  *) die 2 "install, run or stop" ;;
+  install | mount | run | stop) "$@" ;;
+  *) die 2 "install, mount, run or stop" ;;
 esac

@@ -8,8 +8,9 @@
 
 IMAGE is built from launch/tpu/Dockerfile. kubectl must point at the cluster, which has JobSet and node pools
 of this topology. The manifest is launch/tpu/jobset.yaml, filled in; --dry-run prints it, with the commands as
-comments, so that `... --dry-run | kubectl apply -f -` does the same. This command ends once the cluster has
-the job. Run again, it says how that is, and starts a job that has ended anew, from its last checkpoint.
+comments, so that `... --dry-run | kubectl apply -f -` does the same. --bucket=BUCKET mounts a bucket at
+/gcs/BUCKET. This command ends once the cluster has the job. Run again, it says how that is, and starts a job
+that has ended anew, from its last checkpoint.
 
 The cluster restarts the job: after exit code 75 and after disruptions always, after code 2 never, after
 others --restarts times. Pods have --grace seconds to save. The default, 600, is for a step, a checkpoint on
@@ -118,6 +119,10 @@ def manifest(command):
   if bool(FLAGS.cpu) == bool(FLAGS.topology):
     raise BadInput("give either --topology, as v5p:4x4x4, or --cpu, the number of CPU hosts")
   kind = slices.parse(FLAGS.topology) if FLAGS.topology else None
+  if FLAGS.slices > 1 and (not kind or kind.hosts == 1):
+    raise BadInput(
+      f"--slices={FLAGS.slices} is for slices of several hosts; all CPU hosts are given as --cpu"
+    )
   if not FLAGS.image:
     raise BadInput(
       "no --image; build one: docker build -f launch/tpu/Dockerfile -t IMAGE . && docker push IMAGE"
@@ -125,9 +130,7 @@ def manifest(command):
   for flag in ("namespace", "queue", "service_account"):
     if not re.fullmatch(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?", FLAGS[flag].value):
       raise BadInput(f"--{flag}={FLAGS[flag].value}: lower-case letters, digits, dashes and dots")
-  if FLAGS.cpu and FLAGS.slices > 1:
-    raise BadInput("--slices is for TPUs; give all CPU hosts as --cpu")
-  values = common(command) | (tpu_hosts(kind) if kind else cpu_hosts())
+  values = common(command) | storage() | (tpu_hosts(kind) if kind else cpu_hosts())
   values["env"] = [
     *({"name": name, "value": escape(value)} for name, value in map(split_pair, FLAGS.env)),
     *values["env"],
@@ -153,6 +156,25 @@ def common(command):
     "image": FLAGS.image,
     "command": [escape(word) for word in commands.python(command)],
   }
+
+
+def storage():
+  """Shared memory, and the bucket, by the CSI driver of GKE."""
+  # workers of the data pipeline pass batches through it; 64 MB by default
+  volumes, mounts = (
+    [{"name": "shm", "emptyDir": {"medium": "Memory"}}],
+    [{"name": "shm", "mountPath": "/dev/shm"}],
+  )
+  annotations = {}
+  if FLAGS.bucket:
+    options = {"bucketName": FLAGS.bucket, "mountOptions": "implicit-dirs"}
+    csi = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": options}
+    volumes.append({"name": "bucket", "csi": csi})
+    mounts.append({"name": "bucket", "mountPath": f"/gcs/{FLAGS.bucket}"})
+    # 0: no limit; files are written whole to the disk of the node first
+    limits = {f"gke-gcsfuse/{what}-limit": "0" for what in ("cpu", "memory", "ephemeral-storage")}
+    annotations = {"gke-gcsfuse/volumes": "true", **limits}
+  return {"volumes": volumes, "mounts": mounts, "pod_annotations": annotations}
 
 
 def tpu_hosts(kind):

@@ -16,7 +16,8 @@ the program running: the same command follows it again. Before the first time: `
 than one host. launch/tpu/host.sh is what runs there.
 
 --type is gcloud's: v5p-128 counts cores, and has 64 chips; v5litepod-256 and v6e-256 count chips. TPU7x has
-no queued resources: use launch.tpu.jobset. --dry-run prints every command.
+no queued resources: use launch.tpu.jobset. --bucket=BUCKET mounts a bucket at /gcs/BUCKET. --dry-run prints
+every command.
 """
 
 import hashlib
@@ -80,7 +81,8 @@ class Pod:
     host = f"bash {tree}/launch/tpu/host.sh"
     unpack = f"mkdir -p {tree} && tar -xzf {archive.name} -C {tree}"
     image = f" {shlex.quote(FLAGS.image)}" if FLAGS.image else ""
-    self.install = self._on_all(f"{unpack} && {host} install{image}")
+    mount = f" && {host} mount {FLAGS.bucket}" if FLAGS.bucket else ""
+    self.install = self._on_all(f"{unpack} && {host} install{image}{mount}")
     self.stop = self._on_all(f"{host} stop {self.name}")
     self._start = f"{host} run {self.name} {{}} {shlex.join(program_words(command))}"
 
@@ -101,6 +103,7 @@ def program_words(command):
   words = commands.python(command)
   if FLAGS.image:
     settings = [word for pair in FLAGS.env for word in ("--env", pair)]
+    settings += [f"--volume=/gcs/{FLAGS.bucket}:/gcs/{FLAGS.bucket}"] if FLAGS.bucket else []
     alone = [
       "sudo",
       "docker",
@@ -147,13 +150,13 @@ def plan(pod):
   if FLAGS.delete:
     return [shlex.join(pod.delete)]
   return [
+    shlex.join(pod.pack),
     f"# {pod.summary}; where there is none of this name yet:",
     shlex.join(pod.create),
     f"# every {FLAGS.every:g} s until the first says ACTIVE and the second READY:",
     shlex.join(pod.describe),
     shlex.join(pod.node),
     "# then, and again after every restart:",
-    shlex.join(pod.pack),
     shlex.join(pod.copy),
     shlex.join(pod.install),
     shlex.join(pod.run("1")),
@@ -167,6 +170,7 @@ def plan(pod):
 def drive(pod):
   """Brings the slice up and runs the command, as often as it takes -> exit code."""
   failures = 0
+  commands.do(pod.pack)
   while bring_up(pod):
     code = attempt(pod)
     if code in (program.OK, program.BAD_INPUT):
@@ -189,7 +193,6 @@ def drive(pod):
 
 def attempt(pod):
   """Installs what is not there yet, and runs the command to its end -> exit code, or UNREACHED."""
-  commands.do(pod.pack)
   for words in (pod.copy, pod.install):
     if subprocess.run(words, check=False).returncode:
       program.warn(f"this failed: {shlex.join(words)}")
@@ -201,7 +204,9 @@ def attempt(pod):
 def run(pod):
   """Starts the command on all hosts, or follows it there -> exit code. Passes a request to stop on."""
   words = pod.run(f"{time.time():.2f}")
-  child = subprocess.Popen(words, start_new_session=True, preexec_fn=children.end_with_parent)
+  child = subprocess.Popen(
+    words, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=children.end_with_parent
+  )
   asked = False
   while child.poll() is None:
     if program.stop_requested() and not asked:

@@ -65,7 +65,7 @@ def expand(text):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_hosts_chips_and_nodes(topology):
   kind = slices.parse(topology)
-  job, pod, container = parts(manifest(f"--topology={topology}", "--slices=2"))
+  job, pod, container = parts(manifest(f"--topology={topology}"))
   assert job["parallelism"] == job["completions"] == kind.hosts and job["completionMode"] == "Indexed"
   assert (
     container["resources"]["limits"]
@@ -92,6 +92,19 @@ def test_cpu_hosts_find_each_other():
   assert env["JAX_COORDINATOR_ADDRESS"].split(":")[0] == f"{first}.{made['metadata']['name']}"
   assert env["JAX_NUM_PROCESSES"] == "3" and env["JAX_PLATFORMS"] == "cpu"
   assert "job-completion-index" in env["JAX_PROCESS_ID"]["fieldRef"]["fieldPath"]
+
+
+def test_a_bucket_is_mounted():
+  """At the same place on all hosts; a path elsewhere is warned of."""
+  encode = ("launch.encode", "--source=/gcs/b/clips", "--out=/gcs/b/records")
+  done = jobset("--image=i", "--cpu=2", "--bucket=b", "--dry-run", command=encode)
+  _, pod, container = parts(yaml.safe_load(done.stdout))
+  volumes = {volume["name"]: volume for volume in pod["volumes"]}
+  mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
+  assert mounts["/gcs/b"]["csi"]["volumeAttributes"]["bucketName"] == "b"
+  assert mounts["/dev/shm"]["emptyDir"] == {"medium": "Memory"} and not done.stderr
+  done = jobset("--image=i", "--cpu=2", "--dry-run", command=encode)
+  assert "each host has its own disk" in done.stderr and "csi" not in done.stdout
 
 
 def after(made, code, condition=None):
@@ -178,6 +191,8 @@ def test_options():
     (["--cpu=2", "--env=X"], TRAIN, "KEY=VALUE"),
     (["--cpu=2", "--queue=a b"], TRAIN, "--queue"),
     (["--cpu=2", "--slices=2"], TRAIN, "--slices"),
+    (["--topology=v5p:2x2x1", "--slices=2"], TRAIN, "several hosts"),
+    (["--cpu=2", "--bucket=gs://b"], TRAIN, "--bucket"),
     (["--cpu=2", "--image="], TRAIN, "docker build"),
     (["--cpu=2", "--grace=1"], TRAIN, "grace"),
   ],

@@ -217,13 +217,20 @@ def test_killed_it_is_found_again(tmp_path):
 
 def test_a_container(tmp_path):
   """With --image the hosts pull it and start the command in it."""
-  output = Cloud(tmp_path).run("--dry-run", "--image=example/image:1", "--env=EXTRA=x y")
+  output = Cloud(tmp_path).run("--dry-run", "--image=example/image:1", "--bucket=b", "--env=EXTRA=x y")
   lines = [shlex.split(line) for line in output.splitlines() if "host.sh" in line]
   install, run = (word for line in lines[:2] for word in line if word.startswith("--command="))
-  assert install.endswith("host.sh install example/image:1")
+  assert "host.sh install example/image:1" in install and install.endswith("host.sh mount b")
   words = shlex.split(run)
   assert words[-len(TRAIN) - 2 :] == ["python", "-m", *TRAIN]
-  assert {"docker", "--privileged", "--net=host", "EXTRA=x y", "example/image:1"} <= set(words)
+  assert {
+    "docker",
+    "--privileged",
+    "--net=host",
+    "EXTRA=x y",
+    "--volume=/gcs/b:/gcs/b",
+    "example/image:1",
+  } <= set(words)
 
 
 def test_dry_run_needs_no_gcloud(tmp_path):
