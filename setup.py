@@ -58,7 +58,12 @@ setuptools.setup(
   packages=setuptools.find_namespace_packages(
     include=["sora_jax", "sora_jax.*", "data", "data.*", "launch", "launch.*", "configs", "configs.*"]
   ),
-  package_data={"sora_jax": ["assets/**"], "launch": ["*.sh"], "launch.reports": ["*.html"]},
+  package_data={
+    "sora_jax": ["assets/**"],
+    "launch": ["*.sh"],
+    "launch.tpu": ["*.sh", "*.yaml", "Dockerfile*"],
+    "launch.reports": ["*.html"],
+  },
   install_requires=CORE,
   extras_require=EXTRAS,
 )

@@ -104,10 +104,9 @@ def warn(line):
 
 def name():
   """The name of this program, as `launch.train`."""
-  path = sys.argv[0].removesuffix(".py")
-  if os.path.basename(path) == "__main__":
-    path = os.path.dirname(path)
-  return f"launch.{os.path.basename(path)}"
+  parts = sys.argv[0].removesuffix(".py").removesuffix(f"{os.sep}__main__").split(os.sep)
+  folders = [at for at, part in enumerate(parts[:-1]) if part == "launch"]
+  return ".".join(parts[folders[-1] :]) if folders else f"launch.{parts[-1]}"
 
 
 def stop_requested():
