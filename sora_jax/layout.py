@@ -41,6 +41,7 @@ RULES = (
   ("act_batch", ("data", "fsdp")),
   ("act_length", ("fsdp", "context")),  # fsdp where the rows leave it
   ("act_text", None),
+  ("act_text_embed", ("fsdp", "context")),  # products with the text add up over context, where its weights are cut
   ("act_embed", None),
   ("act_heads", "tensor"),
   ("act_head_dim", None),
@@ -77,11 +78,11 @@ class Layout:
     """NamedSharding of an array of this shape, axis after axis.
 
     As `sharding`, but each axis is cut only over the first of its mesh axes that divide it together, without
-    those that cut an axis before it. `uncut` tells what that leaves whole.
+    those that cut an axis before it, and those of one device. `uncut` tells what that leaves whole.
     """
     placed, used = [], set()
     for size, cut in zip(shape, (*self.spec(*axes), *[None] * (len(shape) - len(axes))), strict=True):
-      names = [name for name in names_in(cut) if name not in used]
+      names = [name for name in names_in(cut) if name not in used and self.mesh.shape[name] > 1]
       while size % self.ways(names):
         names.pop()
       placed.append(tuple(names) if len(names) > 1 else names[0] if names else None)

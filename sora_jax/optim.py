@@ -1,6 +1,7 @@
 """The optimiser: Muon or AdamW, with warm-up, a cosine to a floor, and clipping by the global norm."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ class OptimConfig:
   clip: float = 1.0  # global norm of the gradient
   b1: float = 0.9  # AdamW's, also where Muon leaves weights to it
   b2: float = 0.99
+  moment_dtype: str = "float32"  # what the moments are stored in; they are computed in float32
 
   def __post_init__(self):
     if self.name not in NAMES:
@@ -47,6 +49,8 @@ class OptimConfig:
         "the optimiser needs learning_rate > 0, steps >= 1, warmup >= 0, clip > 0, 0 <= final <= 1; "
         f"not {self}"
       )
+    if self.moment_dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"moment_dtype is {self.moment_dtype!r}; it must be float32 or bfloat16")
     if not 0 <= self.b1 < 1 or not 0 <= self.b2 < 1:
       raise ValueError(f"the optimiser needs 0 <= b1 < 1 and 0 <= b2 < 1; not b1={self.b1}, b2={self.b2}")
 
@@ -61,7 +65,7 @@ def schedule(cfg):
 
 def optimizer(cfg, boxed):
   """OptimConfig and the weights with their logical axes (as `init` or `eval_shape(init)` gives them) -> optax
-  transformation.
+  transformation, which takes gradients and weights in float32.
   """
   roles = jax.tree.map(matrix_roles, boxed, is_leaf=layouts.is_box)
   matrices = jax.tree.map(
@@ -78,7 +82,83 @@ def optimizer(cfg, boxed):
     )
   else:
     update = optax.adamw(schedule(cfg), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay, mask=matrices)
+  if cfg.moment_dtype != "float32":
+    update = stored_as(update, cfg.moment_dtype)
   return optax.chain(optax.clip_by_global_norm(cfg.clip), update)
+
+
+class Stored(NamedTuple):
+  """State of `stored_as`: the number of updates, and the state of the transformation in its dtype."""
+
+  count: jax.Array
+  inner: tuple
+
+
+def stored_as(tx, dtype):
+  """tx, whose moments are stored in `dtype`, rounded stochastically, and updated in float32."""
+
+  def cast(tree, count=None):
+    def leaf(number, x):
+      if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+      return x.astype(dtype) if count is None else stochastic_round(x, dtype, (count, number))
+
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, [leaf(number, x) for number, x in enumerate(leaves)])
+
+  def init(params):
+    return Stored(jnp.zeros((), jnp.int32), cast(tx.init(params)))
+
+  def update(updates, state, params=None):
+    updates, inner = tx.update(updates, in_float32(state.inner), params)
+    return updates, Stored(state.count + 1, cast(inner, state.count))
+
+  return optax.GradientTransformation(init, update)
+
+
+def in_float32(tree):
+  """A tree whose leaves of other floating dtypes are cast to float32."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def apply_updates(params, updates, step):
+  """Weights in their dtype plus updates in float32; stochastically rounded where the dtype is not float32, or
+  updates below half a digit would all be lost.
+  """
+  leaves, structure = jax.tree.flatten(params)
+  added = [p.astype(jnp.float32) + u for p, u in zip(leaves, structure.flatten_up_to(updates), strict=True)]
+  if all(p.dtype == jnp.float32 for p in leaves):
+    return jax.tree.unflatten(structure, added)
+  rounded = [
+    stochastic_round(x, p.dtype, (step, -1 - number)) for number, (x, p) in enumerate(zip(added, leaves))
+  ]
+  return jax.tree.unflatten(structure, rounded)
+
+
+def stochastic_round(x, dtype, seeds):
+  """float32 -> bfloat16, up or down with probabilities that make the mean exact; float32 as it is.
+
+  The probability is drawn from the position of each element and `seeds` (integers or traced integers) alone,
+  by an integer hash (the finalizer of MurmurHash3): it costs no memory, and does not depend on the sharding.
+  """
+  if dtype == jnp.float32:
+    return x
+  position = jnp.zeros(x.shape, jnp.uint32)
+  for axis, size in enumerate(x.shape):
+    position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+  noise = position
+  for seed in seeds:
+    noise = _hash(noise ^ _hash(jnp.asarray(seed).astype(jnp.uint32) + jnp.uint32(0x9E3779B9)))
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  bits = (bits + (noise >> 16)) & jnp.uint32(0xFFFF0000)
+  rounded = jax.lax.bitcast_convert_type(bits, jnp.float32)
+  return jnp.where(jnp.isfinite(x), rounded, x).astype(dtype)
+
+
+def _hash(x):
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+    x = (x ^ (x >> shift)) * jnp.uint32(factor)
+  return x ^ (x >> 16)
 
 
 def matrix_roles(box):
@@ -98,9 +178,11 @@ def matrix_roles(box):
 
 
 def ema_update(ema, params, step, decay):
-  """Running mean of the weights; it warms up as (1 + step) / (10 + step), so that a short run is not its own
-  initialisation.
+  """Running mean of the weights, float32; it warms up as (1 + step) / (10 + step), so that a short run is not
+  its own initialisation. {} stays {}: no mean is kept.
   """
+  if not ema:
+    return ema
   decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
   return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
@@ -115,7 +197,7 @@ def abstract(tx, boxed, layout=None):
   state lies as its weights do.
   """
   params = layouts.unbox(boxed)
-  opt = jax.eval_shape(tx.init, params)
+  opt = jax.eval_shape(lambda params: tx.init(in_float32(params)), params)
   if layout is None:
     return params, opt
 

@@ -24,7 +24,8 @@ PRIMES = (2654435761, 2246822519, 3266489917)
 class State:
   """All that training carries from step to step.
 
-  `bad` counts updates that were not finite and were left out.
+  `ema` is the running mean of the weights, float32, or {} where none is kept. `bad` counts updates that were
+  not finite and were left out.
   """
 
   step: jax.Array
@@ -39,40 +40,47 @@ def boxed_weights(model):
   return jax.eval_shape(model.init, jax.random.key(0))
 
 
-def abstract_state(model, tx):
+def abstract_state(model, tx, ema=True):
   """State of ShapeDtypeStructs with their shardings: what a checkpoint is restored into, and what
-  `init_state` returns.
+  `init_state` returns. ema: whether a running mean is kept.
   """
   params, opt = optim.abstract(tx, boxed_weights(model), model.layout)
   sharding = None if model.layout is None else model.layout.fitted(())
   scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
-  return State(scalar, params, params, opt, scalar)
+
+  def mean(leaf):
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
+
+  return State(scalar, params, jax.tree.map(mean, params) if ema else {}, opt, scalar)
 
 
-def state_of(params, model, tx):
+def state_of(params, model, tx, ema=True):
   """A State that begins with these weights, which it takes (they are donated)."""
-  make = functools.partial(_first_state, tx=tx)
-  return jax.jit(make, out_shardings=shardings(model, tx), donate_argnums=0)(params)
+  make = functools.partial(_first_state, tx=tx, ema=ema)
+  return jax.jit(make, out_shardings=shardings(model, tx, ema), donate_argnums=0)(params)
 
 
-def init_state(model, tx, key):
+def init_state(model, tx, key, ema=True):
   """A new State; every weight is made where it lives."""
 
   def make(key):
-    return _first_state(layouts.unbox(model.init(key)), tx)
+    return _first_state(layouts.unbox(model.init(key)), tx, ema)
 
-  return jax.jit(make, out_shardings=shardings(model, tx))(key)
+  return jax.jit(make, out_shardings=shardings(model, tx, ema))(key)
 
 
-def _first_state(params, tx):
+def _first_state(params, tx, ema):
   """The State before the first update: the running mean begins with the weights."""
   zero = jnp.zeros((), jnp.int32)
-  return State(zero, params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.copy(zero))
+  mean = jax.tree.map(lambda x: jnp.copy(x.astype(jnp.float32)), params) if ema else {}
+  return State(zero, params, mean, tx.init(optim.in_float32(params)), jnp.copy(zero))
 
 
-def shardings(model, tx):
+def shardings(model, tx, ema=True):
   """Where the leaves of a State live; None without a layout."""
-  return None if model.layout is None else jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx))
+  if model.layout is None:
+    return None
+  return jax.tree.map(lambda leaf: leaf.sharding, abstract_state(model, tx, ema))
 
 
 def noised(batch, key, sigma):
@@ -94,31 +102,66 @@ def mixed(batch, keys_BG, sigma_BG):
   return x_BLP, noise_BLP, sigma_BU, sigma_index_BL
 
 
-def loss_fn(params, model, batch, key, sigma, frozen=None):
+def loss_fn(params, model, batch, key, sigma, frozen=None, count=None):
   """Mean squared error of the velocity over all not-given tokens of the global batch. -> scalar
 
-  frozen: weights beside `params`, by key, which no gradient is taken of (those that adapters adapt).
+  frozen: weights beside `params`, by key, which no gradient is taken of (those that adapters adapt). count:
+  what the sum over tokens is divided by, where the batch is a part of a larger one.
   """
   params = {**(frozen or {}), **params}
   x_BLP, noise_BLP, sigma_BU, sigma_index_BL, _ = noised(batch, key, sigma)
   text_BSE = model.embed_text(params, batch)
   predicted = model.velocity(params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE)
-  total, count = flow.velocity_loss(predicted, batch.tokens_BLP, noise_BLP, batch.segment_BL, batch.given_BL)
-  return total / jnp.maximum(count, 1)
+  total, tokens = flow.velocity_loss(predicted, batch.tokens_BLP, noise_BLP, batch.segment_BL, batch.given_BL)
+  return total / jnp.maximum(tokens if count is None else count, 1)
 
 
-def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma):
+def loss_and_grads(params, model, batch, key, sigma, frozen=None, micro_steps=1):
+  """`loss_fn` and its gradient, in float32. With micro_steps > 1 so many parts of the rows one after another,
+  whose gradients are added: the same numbers, with the activations of one part in memory.
+  """
+  if micro_steps == 1:
+    loss, grads = jax.value_and_grad(loss_fn)(params, model, batch, key, sigma, frozen)
+    return loss, optim.in_float32(grads)
+  count = jnp.sum((batch.segment_BL > 0) & ~batch.given_BL)
+
+  def add(sums, part):
+    part = _constrained(part, model.layout)
+    loss, grads = jax.value_and_grad(loss_fn)(params, model, part, key, sigma, frozen, count)
+    return jax.tree.map(jnp.add, sums, (loss, optim.in_float32(grads))), None
+
+  def split(x):  # [B, ...] -> [micro_steps, B / micro_steps, ...]; the rows of a device stay on it
+    return jnp.moveaxis(x.reshape(-1, micro_steps, *x.shape[1:]), 1, 0)
+
+  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+  sums, _ = jax.lax.scan(add, (jnp.zeros(()), zeros), jax.tree.map(split, batch))
+  return sums
+
+
+def _constrained(batch, layout):
+  """The batch, kept inside jit where `place_batch` puts such a one."""
+  if layout is None:
+    return batch
+  arrays = {name: value for name, value in vars(batch).items() if value is not None}
+  placed = {
+    name: jax.lax.with_sharding_constraint(value, batch_sharding(name, value.shape, layout))
+    for name, value in arrays.items()
+  }
+  return dataclasses.replace(batch, **placed)
+
+
+def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma, micro_steps=1):
   """One update. (State, PackedBatch, key of the run) -> (State, metrics); same inputs, same outputs.
 
   The noise of a clip depends on the key, its uid and its epoch, so a resumed run replays it. An update whose
   loss or gradient is not finite leaves params, ema and opt as they were; `step` goes on, `bad` counts it,
   metrics["bad"] is 1.
   """
-  loss, grads = jax.value_and_grad(loss_fn)(state.params, model, batch, key, sigma, frozen)
+  loss, grads = loss_and_grads(state.params, model, batch, key, sigma, frozen, micro_steps)
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-  updates, opt = tx.update(grads, state.opt, state.params)
-  params = optax.apply_updates(state.params, updates)
+  updates, opt = tx.update(grads, state.opt, optim.in_float32(state.params))
+  params = optim.apply_updates(state.params, updates, state.step)
   ema = optim.ema_update(state.ema, params, state.step, ema_decay)
   params, ema, opt = optim.keep_if_finite(finite, (params, ema, opt), (state.params, state.ema, state.opt))
   bad = 1 - finite.astype(jnp.int32)
@@ -132,15 +175,17 @@ def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma):
   return State(state.step + 1, params, ema, opt, state.bad + bad), metrics
 
 
-def jit_step(model, tx, *, ema_decay, sigma):
+def jit_step(model, tx, *, ema_decay, sigma, micro_steps=1):
   """The compiled update, (State, PackedBatch, key, frozen=None) -> (State, metrics), see `train_step`. It
   donates the State.
 
-  What launch.train runs and what a check beforehand compiles: `jit_step(...).lower(abstract_state(...),
-  batch_shapes(...), key)`.
+  ema_decay 0: no running mean is kept. What launch.train runs and what launch.preflight compiles:
+  `jit_step(...).lower(abstract_state(...), batch_shapes(...), key)`.
   """
-  step = functools.partial(train_step, model=model, tx=tx, ema_decay=ema_decay, sigma=sigma)
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings(model, tx), None))
+  step = functools.partial(
+    train_step, model=model, tx=tx, ema_decay=ema_decay, sigma=sigma, micro_steps=micro_steps
+  )
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings(model, tx, ema_decay > 0), None))
 
 
 def loss_at_sigma(params, batch, key, value, *, model):

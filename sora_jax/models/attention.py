@@ -35,7 +35,9 @@ MASKED, LOWEST = -1e30, -1e20  # a masked score, and the initial running maximum
 SAVED = "attention"  # name of the output and logsumexp, for remat policies that save them
 COARSE = 4096  # most keys in a tile of `blocks`
 LANES = 128  # splash needs lengths and head sizes that are multiples of it
-FUSED_BYTES = 3 << 29  # most bytes of gradients of queries, one for each tile of keys, that a backward pass stores
+# Bytes of gradients of queries, one for each tile of keys, that the backward pass stores: those of several
+# heads together, and at most those of one head.
+FUSED_BYTES = 256 << 20, 3 << 29
 
 
 def attend(
@@ -393,14 +395,15 @@ def _head_groups(heads, queries, key_tiles, head_size, itemsize):
   """How the backward pass runs over heads -> (heads at a time, whether one kernel makes all three gradients).
 
   One kernel needs 5 products of a tile where two need 7, but stores a gradient of all queries for each tile
-  of keys before it adds them up. With few heads at a time that stays below FUSED_BYTES; where one head alone
-  needs more, two kernels run.
+  of keys before it adds them up. Few heads at a time keep that near FUSED_BYTES[0]; where one head alone
+  needs more than FUSED_BYTES[1], two kernels run.
   """
   partial_bytes = key_tiles * queries * head_size * itemsize
-  if partial_bytes > FUSED_BYTES:
+  few, most = FUSED_BYTES
+  if partial_bytes > most:
     return heads, False
-  at_a_time = max(n for n in range(1, heads + 1) if heads % n == 0 and n * partial_bytes <= FUSED_BYTES)
-  return at_a_time, True
+  divisors = [n for n in range(1, heads + 1) if heads % n == 0]
+  return max(n for n in divisors if n == 1 or n * partial_bytes <= few), True
 
 
 def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, interpret=False):

@@ -52,6 +52,7 @@ from sora_jax.models.primitives import (
 REMAT = {  # what a block saves for its backward pass
   "none": None,  # everything
   "full": jax.checkpoint_policies.nothing_saveable,  # its input
+  "attention": jax.checkpoint_policies.save_only_these_names(SAVED),  # its input, the output of self-attention
   # Its input, the products with weights, the output of attention.
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -229,10 +230,13 @@ class Attention(Part):
         norms[name] = self.weight(f"{name}_norm", (N, K), heads[1:], nn.initializers.ones)
 
     def project(x_BLD, length, *names):
-      """One product for all names: fewer passes over x. One product each where joining weights costs more."""
+      """One product for all names on one device: fewer passes over x. One product each where joining weights
+      costs more, as on several devices, which would all-reduce the gradient of the joined weights.
+      """
       tokens = x_BLD.shape[0] * x_BLD.shape[1]
       symbolic = not jax.core.is_constant_dim(tokens)  # so it is when a model is exported
-      if symbolic or tokens < 4 * D:
+      several = self.layout is not None and self.layout.mesh.size > 1
+      if symbolic or several or tokens < 4 * D:
         return [joined(x_BLD, length, name)[0] for name in names]
       return joined(x_BLD, length, *names)
 
@@ -252,7 +256,10 @@ class Attention(Part):
       query, key = apply_rope(query, *angles), apply_rope(key, *angles)
     else:
       (query,) = project(x_BLD, "act_length", "query")
-      key, value = project(text_BSD, "act_text", "key", "value") if text_kv is None else text_kv
+      if text_kv is None:
+        text_BSD = self.shard(text_BSD, "act_batch", "act_text", "act_text_embed")
+        text_kv = project(text_BSD, "act_text", "key", "value")
+      key, value = text_kv
     query, key = query.astype(dtype), key.astype(dtype)
     out_BLNK = attend(
       query, key, value, segment_BL, segment_BM, log_count_BM=log_count_BM, layout=self.layout

@@ -24,6 +24,7 @@ class Model:
   text: None where embeddings come with the batch.
   boundary: if > 0, "dit_high" is used for sigma >= boundary, "dit_low" for smaller sigmas.
   lora: the trained weights are adapters, keyed "lora"; the weights that they adapt are frozen.
+  param_dtype: of the trained weights; what they are computed in is `dit.dtype`.
   """
 
   dit: DiTConfig
@@ -31,9 +32,18 @@ class Model:
   layout: Layout | None = None
   boundary: float = 0.0
   lora: LoRAConfig | None = None
+  param_dtype: str = "float32"
+
+  def __post_init__(self):
+    if self.param_dtype not in ("float32", "bfloat16"):
+      raise ValueError(f"param_dtype is {self.param_dtype!r}; known: float32, bfloat16")
 
   def init(self, key):
     """The trained weights, boxed (see layout.param): {"dit": ..., "text": ...}, or {"lora": {"dit": ...}}."""
+    return jax.tree.map(lambda x: x.astype(self.param_dtype), self._init(key))
+
+  def _init(self, key):
+    """As `init`, in float32."""
     if self.lora is not None:
       boxed = jax.eval_shape(dataclasses.replace(self, lora=None).init, key)
       return {"lora": {name: lora.init(key, self.lora, boxed[name]) for name in boxed if name != "text"}}

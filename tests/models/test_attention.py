@@ -35,9 +35,9 @@ KEYS = segments([(1, 3), (2, 90), (3, 30), (0, 7)], [(4, 20), (1, 60), (3, 50)])
   "kernel, fused_bytes",
   [
     pytest.param("blocks", None, id="blocks"),
-    pytest.param("splash_interpret", 1 << 30, id="splash"),
-    pytest.param("splash_interpret", 2 * 256 * 128 * 4, id="splash-head-by-head"),
-    pytest.param("splash_interpret", 0, id="splash-two-backward-kernels"),
+    pytest.param("splash_interpret", (1 << 30, 1 << 30), id="splash"),
+    pytest.param("splash_interpret", (0, 1 << 30), id="splash-head-by-head"),
+    pytest.param("splash_interpret", (0, 0), id="splash-two-backward-kernels"),
   ],
 )
 @pytest.mark.parametrize("cross", [False, True])
@@ -110,10 +110,10 @@ def test_tiles_of_other_segments_are_skipped():
 
 
 def test_how_the_backward_pass_runs_over_heads():
-  """One kernel for as many heads as FUSED_BYTES allow; two kernels where they allow none."""
+  """One kernel for as many heads as FUSED_BYTES allow, but at least one; two kernels where that is too much."""
   assert attention._head_groups(6, 1024, 1, 128, 2) == (6, True)
   assert attention._head_groups(10, 75_776, 74, 128, 2) == (1, True)
-  assert attention._head_groups(12, 40_960, 40, 128, 2) == (3, True)
+  assert attention._head_groups(40, 19_456, 4, 256, 2) == (5, True)
   assert attention._head_groups(5, 65_536, 512, 128, 2) == (5, False)
 
 
