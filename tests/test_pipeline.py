@@ -195,8 +195,8 @@ def test_the_import_costs_nothing():
 
 def test_programs_can_be_imported_together():
   """Their flags are declared when they are run, not when they are imported."""
-  names = "encode evaluate export framing hosts import_weights preflight quickstart sample train train_vae"
-  names += " benchmark.__main__ packing.__main__"
+  names = "encode evaluate export framing hosts import_weights quickstart sample train train_vae"
+  names += " benchmark.__main__ packing.__main__ preflight.__main__"
   subprocess.run(
     [sys.executable, "-c", "\n".join(f"import launch.{name}" for name in names.split())], check=True
   )
