@@ -41,11 +41,17 @@ RULES = (
   ("act_batch", ("data", "fsdp")),
   ("act_length", ("fsdp", "context")),  # fsdp where the rows leave it
   ("act_text", None),
-  ("act_text_embed", ("fsdp", "context")),  # products with the text add up over context, where its weights are cut
+  (
+    "act_text_embed",
+    ("fsdp", "context"),
+  ),  # products with the text add up over context, where its weights are cut
   ("act_embed", None),
   ("act_heads", "tensor"),
   ("act_head_dim", None),
   ("act_mlp", "tensor"),
+  # frames of the VAE; not over "tensor", as conv_out
+  ("act_height", ("fsdp", "context")),
+  ("act_width", ("fsdp", "context")),
 )
 
 LARGE = 64_000_000  # bytes; a weight above it must be cut along every axis that the rules cut
@@ -102,6 +108,10 @@ class Layout:
       if any(self.mesh.shape[name] > 1 for name in set(names_in(cut)) - used)
     ]
 
+  def with_rules(self, **rules):
+    """The same mesh, with other rules for these axes."""
+    return dataclasses.replace(self, rules=tuple((dict(self.rules) | rules).items()))
+
   def ways(self, mesh_axes):
     """How many parts an axis is cut into that lies on these mesh axes (a name or a tuple of names)."""
     return int(np.prod([self.mesh.shape[name] for name in names_in(mesh_axes)]))
@@ -146,8 +156,8 @@ def is_box(leaf):
 
 
 def uncut_weights(boxed, layout, dtype=None):
-  """Tree of boxed weights -> list of lines to show, one for each axis that is not cut over all its devices, as
-  they do not divide it.
+  """Tree of boxed weights -> list of lines to show, one for each axis that its devices do not divide, so that
+  it is not cut over all of them.
 
   BadInput where such a weight has more than `LARGE` bytes (in `dtype`, or its own).
   """

@@ -18,7 +18,7 @@ import optax
 
 from sora_jax import layout as layouts, metrics as image_quality, optim
 from sora_jax.models import critics, vae
-from sora_jax.models.vae_blocks import by_rows
+from sora_jax.models.vae_blocks import clips_alone, sharded
 
 REST = ("step", "opt", "bad", "critic", "critic_opt")  # fields of the state beside params and ema
 
@@ -129,7 +129,7 @@ def reconstruct(params, batch, key, cfg, layout=None):
   """{name: video [B, T, H, W, 3]} -> ({name: reconstruction from a sample of the posterior, not clipped}, KL
   in nats).
   """
-  model, reconstructions, kl = vae.VAE(cfg, layout), {}, 0.0
+  model, reconstructions, kl = vae.VAE(cfg, clips_alone(layout)), {}, 0.0
   for name, video in sorted(batch.items()):
     mean, logvar = model.apply({"params": params}, video, method="encode")
     noise = jax.random.normal(jax.random.fold_in(key, len(reconstructions)), mean.shape, mean.dtype)
@@ -159,7 +159,7 @@ def train_step(
   """
   if losses.perceptual_weight and features is None:
     raise ValueError("train_step: perceptual_weight needs `features`, the weights of VGG16")
-  batch = {name: by_rows(layout, video) for name, video in batch.items() if video.shape[0]}
+  batch = {name: sharded(clips_alone(layout), video) for name, video in batch.items() if video.shape[0]}
   values = sum(video.size for video in batch.values())
   kept = [name for name in vae.ENCODER if decoder_only and name in state.params]
 

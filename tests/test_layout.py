@@ -58,7 +58,9 @@ def test_a_small_weight_that_stays_whole_is_named():
     "late": box((6, 64), "heads", "mlp"),
     "plain": jax.ShapeDtypeStruct((3,), jnp.int32),
   }
-  line = "blocks/query and 1 more: axis heads of 6 is not a multiple of tensor=4 and is not cut over all of them"
+  line = (
+    "blocks/query and 1 more: axis heads of 6 is not a multiple of tensor=4 and is not cut over all of them"
+  )
   assert layouts.uncut_weights({"blocks": weights}, layout) == [line]
   places = layouts.shardings(weights, layout)
   assert places["query"].spec == PartitionSpec(None, ("fsdp", "context"), None, None)

@@ -265,15 +265,16 @@ def assert_same(grads, reference):
   [
     ({"data": 2}, (3, 3, 3, 4, 8)),
     ({"fsdp": 2}, (3, 3, 3, 2, 8)),
-    ({"context": 2, "tensor": 2}, (3, 3, 3, 4, 8)),
+    ({"context": 2, "tensor": 2}, (3, 3, 3, 2, 8)),
+    ({"data": 2, "context": 4}, (3, 3, 3, 1, 8)),
     ({"data": 2, "fsdp": 2, "tensor": 2}, (3, 3, 3, 2, 8)),
   ],
-  ids=["data", "fsdp", "context-tensor", "data-fsdp-tensor"],
+  ids=["data", "fsdp", "context-tensor", "data-context", "data-fsdp-tensor"],
 )
 def test_sharded_equals_unsharded(axes, kernel):
-  """The gradient of a step with rows and weights cut over a mesh is that of one device.
+  """The gradient of a step with clips and weights cut over a mesh is that of one device.
 
-  kernel: what a device holds of a weight. context and tensor cut nothing of a VAE, and must change nothing.
+  kernel: what a device holds of a weight. context cuts no clips, and must change nothing; nor does tensor.
   """
   devices = jax.devices()[: math.prod(axes.values())]
   grads, params = gradient(layout.Layout(layout.make_mesh(**{"data": 1, **axes}, devices=devices)))

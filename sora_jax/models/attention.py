@@ -37,7 +37,7 @@ COARSE = 4096  # most keys in a tile of `blocks`
 LANES = 128  # splash needs lengths and head sizes that are multiples of it
 # Bytes of gradients of queries, one for each tile of keys, that the backward pass stores: those of several
 # heads together, and at most those of one head.
-FUSED_BYTES = 256 << 20, 3 << 29
+FUSED_BYTES = 256 << 20, 7 << 28
 
 
 def attend(
@@ -58,7 +58,8 @@ def attend(
   query [B, L, N, K], key and value [B, M, N, K]. segment_BL and segment_BM are int32, 0 for padding. `scale`
   defaults to K ** -0.5. `bias` [N, L, M] is added to the scores of every row. Attention is then dense (for
   the short rows of text encoders). `log_count_BM`: each key counts as exp(log_count) equal keys; no gradient
-  flows to it. `layout`: rows, tokens and heads are sharded by its rules, see `_over_devices`. `kernel`: "blocks" or "splash"; the default is splash where the devices are TPUs.
+  flows to it. `layout`: rows, tokens and heads are sharded by its rules, see `_over_devices`. `kernel`:
+  "blocks" or "splash"; the default is splash where the devices are TPUs.
 
   Returns [B, L, N, K] in the query's dtype; zeros where a query has no key, with zero gradient.
   """
@@ -98,10 +99,10 @@ def _with_counts(query_BLNK, key_BMNK, log_count_BM):
 def _over_devices(run, args, layout):
   """`run(query, key, value, segment_BL, segment_BM)`, each device on its own rows, heads and queries.
 
-  Keys of another length than the queries (text) are whole on every device. Where queries and keys are tokens of
-  a row that is cut over devices, heads are exchanged for tokens, so that a device has whole rows of some heads
-  (Ulysses, arXiv:2309.14509), over as many mesh axes as divide the heads. Over the axes that are left, keys
-  and values are gathered, and each device keeps its own queries. All is sent in the dtype of the inputs.
+  Keys of another length than the queries (text) are whole on every device. Where queries and keys are tokens
+  of a row that is cut over devices, heads are exchanged for tokens, so that a device has whole rows of some
+  heads (Ulysses, arXiv:2309.14509), over as many mesh axes as divide the heads. Over the axes that are left,
+  keys and values are gathered, and each device keeps its own queries. All is sent in the dtype of the inputs.
   """
   query_BLNK, key_BMNK = args[:2]
   B, L, N, _ = query_BLNK.shape
@@ -391,19 +392,23 @@ def _tile_size(length):
   return next((tile for tile in (1024, 512, 256) if length >= 8 * tile), LANES)
 
 
-def _head_groups(heads, queries, key_tiles, head_size, itemsize):
-  """How the backward pass runs over heads -> (heads at a time, whether one kernel makes all three gradients).
+def _backward_plan(heads, queries, keys, tile, head_size, itemsize):
+  """How the backward pass runs -> (heads at a time, keys in its tiles, whether one kernel makes all gradients).
 
   One kernel needs 5 products of a tile where two need 7, but stores a gradient of all queries for each tile
-  of keys before it adds them up. Few heads at a time keep that near FUSED_BYTES[0]; where one head alone
-  needs more than FUSED_BYTES[1], two kernels run.
+  of keys before it adds them up. Few heads at a time keep that near FUSED_BYTES[0], and larger tiles of keys,
+  up to 4 of the forward pass together, below FUSED_BYTES[1]; where they do not, two kernels run.
   """
-  partial_bytes = key_tiles * queries * head_size * itemsize
   few, most = FUSED_BYTES
-  if partial_bytes > most:
-    return heads, False
+
+  def stored(tile):
+    return -(-keys // tile) * queries * head_size * itemsize
+
+  key_tile = next((n * tile for n in (1, 2, 4) if stored(n * tile) <= most), None)
+  if key_tile is None:
+    return heads, tile, False
   divisors = [n for n in range(1, heads + 1) if heads % n == 0]
-  return max(n for n in divisors if n == 1 or n * partial_bytes <= few), True
+  return max(n for n in divisors if n == 1 or n * stored(key_tile) <= few), key_tile, True
 
 
 def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, interpret=False):
@@ -418,16 +423,17 @@ def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, int
   def padded(length, tile):
     return -(-length // tile) * tile
 
-  queries, keys = padded(L, tile_q), padded(M, tile_k)
-  at_a_time, fused = _head_groups(
-    N, queries, keys // tile_k, padded(K, LANES), query_BLNK.dtype.itemsize
+  queries = padded(L, tile_q)
+  at_a_time, tile_b, fused = _backward_plan(
+    N, queries, padded(M, tile_k), tile_k, padded(K, LANES), query_BLNK.dtype.itemsize
   )
+  keys = padded(M, tile_b)
   sizes = splash_kernel.BlockSizes(
     block_q=tile_q,
     block_kv=tile_k,
     block_kv_compute=tile_k,
     block_q_dkv=tile_q,
-    block_kv_dkv=tile_k,
+    block_kv_dkv=tile_b,
     block_kv_dkv_compute=tile_k,
     use_fused_bwd_kernel=fused,
     block_q_dq=None if fused else tile_q,
@@ -447,11 +453,14 @@ def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, int
       heads_first(value_MNK, keys),
     )
     ids_q, ids_k = jnp.pad(segment_L, (0, queries - L)), jnp.pad(segment_M, (0, keys - M))
-    meet = tiles_meet(ids_q.reshape(-1, tile_q), ids_k.reshape(-1, tile_k))
+
+    def meet(tile):
+      return tiles_meet(ids_q.reshape(-1, tile_q), ids_k.reshape(-1, tile))
+
     kernel = splash_kernel.SplashAttentionKernel(
-      _tile_mask(meet, True),
-      None if fused else _tile_mask(meet, True),
-      _tile_mask(meet, False),
+      _tile_mask(meet(tile_k), True),
+      None if fused else _tile_mask(meet(tile_k), True),
+      _tile_mask(meet(tile_b), False),
       block_sizes=sizes,
       is_mqa=False,
       save_residuals=False,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from sora_jax.layout import Layout
 from sora_jax.models.causal_conv import plane_conv
-from sora_jax.models.vae_blocks import Conv, Norm, by_rows
+from sora_jax.models.vae_blocks import Conv, Norm
 
 WIDTHS = (32, 64, 128)
 # Index in `features` of torchvision's vgg16 of each convolution, by stage.
@@ -30,7 +30,7 @@ class Discriminator(nn.Module):
 
   @nn.compact
   def __call__(self, video_BTHWC):
-    x = by_rows(self.layout, video_BTHWC)
+    x = video_BTHWC if self.layout is None else self.layout.constrain(video_BTHWC, "act_batch")
     for i, width in enumerate(WIDTHS):
       x = Conv(width, (3, 3), name=f"down_{i}")(x, stride=2)
       x = Conv(width, name=f"conv_{i}")(nn.leaky_relu(Norm(name=f"norm_{i}")(x), 0.2))

@@ -35,6 +35,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from sora_jax.layout import Layout, param
 from sora_jax.models import lora
@@ -49,15 +50,36 @@ from sora_jax.models.primitives import (
   sinusoids,
 )
 
+# Names of activations, beside attention's SAVED.
+BLOCK_INPUT, SELF_OUT, MLP_OUT = "block_input", "self_out", "mlp_out"
+
+
+def _in_host_memory(saved, moved):
+  """The remat policy that saves activations of these names on the device, and others in the host's memory."""
+  return jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=saved,
+    names_which_can_be_offloaded=moved,
+    offload_src="device",
+    offload_dst="pinned_host",
+  )
+
+
 REMAT = {  # what a block saves for its backward pass
   "none": None,  # everything
   "full": jax.checkpoint_policies.nothing_saveable,  # its input
-  "attention": jax.checkpoint_policies.save_only_these_names(SAVED),  # its input, the output of self-attention
+  "attention": jax.checkpoint_policies.save_only_these_names(
+    SAVED
+  ),  # its input, the output of self-attention
   # Its input, the products with weights, the output of attention.
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     jax.checkpoint_policies.save_only_these_names(SAVED),
   ),
+  # As full and attention, with the block's input in the host's memory; and with what is gated, too, whose
+  # products, a third of a block's, only the gradients of the gates need again.
+  "full_offload": _in_host_memory([], [BLOCK_INPUT]),
+  "attention_offload": _in_host_memory([SAVED], [BLOCK_INPUT]),
+  "gated_offload": _in_host_memory([SAVED], [BLOCK_INPUT, SELF_OUT, MLP_OUT]),
 }
 CONDITIONING = ("token_sigma", "channels", "replacement")
 PREDICTS = ("velocity", "data")
@@ -298,6 +320,7 @@ class Block(Part):
   def __call__(self, x_BLD, text_kv, row):
     cfg = self.cfg
     dtype = x_BLD.dtype
+    x_BLD = checkpoint_name(x_BLD, BLOCK_INPUT)
     table_6D = self.weight("table", (6, cfg.width), (None, "embed"), _gates_open)
     modulation_BU6D = table_6D + row["modulation_BU6D"]
 
@@ -310,6 +333,7 @@ class Block(Part):
     h_BLD = (layer_norm(x_BLD, cfg.eps) * (1 + modulation(1)) + modulation(0)).astype(dtype)
     self_attention = Attention(cfg, self.layout, name="self")
     h_BLD = self_attention(h_BLD, None, row["segment_BL"], row["segment_BL"], row["angles"])
+    h_BLD = checkpoint_name(h_BLD, SELF_OUT)
     x_BLD = residual((x_BLD + h_BLD * modulation(2)).astype(dtype))
 
     h_BLD = x_BLD
@@ -329,7 +353,7 @@ class Block(Part):
     x_BLD = residual(x_BLD + h_BLD)
 
     h_BLD = (layer_norm(x_BLD, cfg.eps) * (1 + modulation(4)) + modulation(3)).astype(dtype)
-    h_BLD = Mlp(cfg, self.layout, name="mlp")(h_BLD)
+    h_BLD = checkpoint_name(Mlp(cfg, self.layout, name="mlp")(h_BLD), MLP_OUT)
     x_BLD = residual((x_BLD + h_BLD * modulation(5)).astype(dtype))
     return x_BLD, None
 

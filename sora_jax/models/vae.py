@@ -25,7 +25,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from sora_jax.layout import Layout, unbox
-from sora_jax.models.vae_blocks import Conv, Decoder, Encoder, LinearCodec, by_rows, corner, to_blocks
+from sora_jax.models.vae_blocks import (
+  Conv,
+  Decoder,
+  Encoder,
+  LinearCodec,
+  corner,
+  fixed_cuts,
+  sharded,
+  to_blocks,
+)
 
 LOGVAR_RANGE = (-30.0, 20.0)  # as in the public VAEs
 COMMON = (480, 720, 1088, 1920)  # sides of most videos; each is a canvas side
@@ -138,7 +147,7 @@ class VAE(nn.Module):
 
   def encode(self, video_BTHWC, first=True, valid_B2=None):
     """A chunk of video -> (mean, log variance) of its latents. valid_B2: see `encode_chunk`."""
-    patches = to_patches(by_rows(self.layout, video_BTHWC), self.cfg.patch_size)
+    patches = to_patches(sharded(self.layout, video_BTHWC), self.cfg.patch_size)
     inside_BHW = None
     if valid_B2 is not None:
       inside_BHW = corner(valid_B2 * (self.cfg.stride[1] // self.cfg.patch_size), *patches.shape[2:4])
@@ -150,7 +159,7 @@ class VAE(nn.Module):
 
   def decode(self, latents_BTHWC, first=True):
     """A chunk of latents -> video, not clipped."""
-    latents = self.post_quant(by_rows(self.layout, latents_BTHWC))
+    latents = self.post_quant(sharded(self.layout, latents_BTHWC))
     video = from_patches(self.decoder(latents, first), self.cfg.patch_size)
     return video + self.linear.decode(latents_BTHWC, first) if self.cfg.linear else video
 
@@ -237,6 +246,16 @@ def equal_power(power):
   return rotation
 
 
+def network(cfg, shape, layout=None):
+  """The VAE for arrays of this shape, pixels [B, T, H, W, 3] or latents [B, t, h, w, z].
+
+  On several devices clips are cut over them, and what clips leave cuts height and width.
+  """
+  B, _, H, W, channels = shape
+  stride = cfg.stride[1:] if channels == 3 else (1, 1)
+  return VAE(cfg, fixed_cuts(layout, (B, H // stride[0], W // stride[1])))
+
+
 @functools.partial(jax.jit, static_argnames=("cfg", "layout"))
 def encode(params, video_BTHWC, cfg, layout=None):
   """Whole video [B, 1 + 4n, H, W, 3] in [-1, 1] -> mean and log variance of raw latents, [B, 1 + n, h, w, z].
@@ -245,13 +264,14 @@ def encode(params, video_BTHWC, cfg, layout=None):
   caller crops, pads or repeats.
   """
   check_size(video_BTHWC.shape, cfg, first=True)
-  return VAE(cfg, layout).apply({"params": params}, video_BTHWC, method="encode")
+  return network(cfg, video_BTHWC.shape, layout).apply({"params": params}, video_BTHWC, method="encode")
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layout"))
 def decode(params, latents_BTHWC, cfg, layout=None):
   """Raw latents [B, 1 + n, h, w, z] -> video [B, 1 + 4n, H, W, 3], clipped to [-1, 1]."""
-  return jnp.clip(VAE(cfg, layout).apply({"params": params}, latents_BTHWC, method="decode"), -1, 1)
+  model = network(cfg, latents_BTHWC.shape, layout)
+  return jnp.clip(model.apply({"params": params}, latents_BTHWC, method="decode"), -1, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layout", "first"), donate_argnames=("stream",))
@@ -277,9 +297,8 @@ def decode_chunk(params, stream, latents_BTHWC, cfg, layout=None, *, first):
 
 def _run(params, stream, x, cfg, layout, first, method, **kwargs):
   variables = {"params": params} if first else {"params": params, "stream": stream}
-  out, updated = VAE(cfg, layout).apply(
-    variables, x, first=first, method=method, mutable=["stream"], **kwargs
-  )
+  model = network(cfg, x.shape, layout)
+  out, updated = model.apply(variables, x, first=first, method=method, mutable=["stream"], **kwargs)
   return out, updated["stream"]
 
 

@@ -334,7 +334,7 @@ class Encoder(nn.Module):
       x = Down(width, self.blocks, space, time, self.residual, name=f"down_{i}")(x, first, inside_BHW)
       if space and inside_BHW is not None:
         inside_BHW = inside_BHW[:, ::2, ::2]
-      x = by_rows(self.layout, x)
+      x = sharded(self.layout, x)
     x = Middle(name="middle")(x, first, inside_BHW)
     return Conv(self.features, name="conv_out")(nn.silu(Norm(name="norm_out")(x)), first, inside_BHW)
 
@@ -358,7 +358,7 @@ class Decoder(nn.Module):
     for i, width in enumerate(self.widths[1:]):
       space, time = i < last and self.spaces[i], i < last and self.times[i]
       x = Up(width, self.blocks, space, time, self.residual, name=f"up_{i}")(x, first)
-      x = by_rows(self.layout, x)
+      x = sharded(self.layout, x)
 
     def out(module, x, first):
       x = nn.silu(Norm(name="norm_out", parent=module)(x))
@@ -416,6 +416,30 @@ def from_blocks(x_BTHWC, stride, first):
   return jnp.concatenate([x[:, :t].mean(1, keepdims=True), x[:, t:]], 1) if first else x
 
 
-def by_rows(layout, x):
-  """x with its batch sharded over the mesh's data and fsdp axes."""
-  return x if layout is None else layout.constrain(x, "act_batch", *[None] * (x.ndim - 1))
+def sharded(layout, x):
+  """x, kept inside jit where the layout puts it: clips over devices, and height and width over those left.
+
+  x: [B, T, H, W, C], or anything with a batch.
+  """
+  if layout is None:
+    return x
+  axes = ("act_batch", None, "act_height", "act_width", None) if x.ndim == 5 else ("act_batch",)
+  return layout.constrain(x, *axes)
+
+
+def fixed_cuts(layout, grid_BHW):
+  """The layout in which frames of all resolutions are cut as those of latents are, `grid_BHW` of them.
+
+  A level may have more factors than the next; what is cut another way must be sent.
+  """
+  if layout is None:
+    return None
+  batch, height, width = layout.fitted(grid_BHW, "act_batch", "act_height", "act_width").spec
+  return layout.with_rules(act_batch=batch, act_height=height, act_width=width)
+
+
+def clips_alone(layout):
+  """The layout that cuts clips, not frames: where frames are cut and a mesh axis is left over, XLA's
+  partitioner gives wrong gradients of convolutions (jax 0.10.2; tests/test_train_vae.py tells).
+  """
+  return layout and layout.with_rules(act_height=None, act_width=None)

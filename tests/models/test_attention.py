@@ -37,6 +37,7 @@ KEYS = segments([(1, 3), (2, 90), (3, 30), (0, 7)], [(4, 20), (1, 60), (3, 50)])
     pytest.param("blocks", None, id="blocks"),
     pytest.param("splash_interpret", (1 << 30, 1 << 30), id="splash"),
     pytest.param("splash_interpret", (0, 1 << 30), id="splash-head-by-head"),
+    pytest.param("splash_interpret", (0, 256 * 128 * 4), id="splash-large-tiles"),
     pytest.param("splash_interpret", (0, 0), id="splash-two-backward-kernels"),
   ],
 )
@@ -109,12 +110,13 @@ def test_tiles_of_other_segments_are_skipped():
   assert not attention.tiles_meet(jnp.zeros((1, 64), int), ids.reshape(4, 64)).any()  # padding meets nothing
 
 
-def test_how_the_backward_pass_runs_over_heads():
-  """One kernel for as many heads as FUSED_BYTES allow, but at least one; two kernels where that is too much."""
-  assert attention._head_groups(6, 1024, 1, 128, 2) == (6, True)
-  assert attention._head_groups(10, 75_776, 74, 128, 2) == (1, True)
-  assert attention._head_groups(40, 19_456, 4, 256, 2) == (5, True)
-  assert attention._head_groups(5, 65_536, 512, 128, 2) == (5, False)
+def test_how_the_backward_pass_runs():
+  """One kernel for few heads, with larger tiles of keys where memory needs them; else two kernels."""
+  assert attention._backward_plan(6, 1024, 1024, 128, 128, 2) == (6, 128, True)
+  assert attention._backward_plan(10, 75_776, 75_776, 1024, 128, 2) == (1, 1024, True)
+  assert attention._backward_plan(40, 19_456, 512, 128, 256, 2) == (5, 128, True)
+  assert attention._backward_plan(3, 81_920, 81_920, 1024, 256, 2) == (1, 2048, True)
+  assert attention._backward_plan(5, 65_536, 524_288, 1024, 128, 2) == (5, 1024, False)
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "splash_interpret"])

@@ -277,3 +277,32 @@ def test_sharded_is_unsharded():
   # 8 input channels over fsdp; the output channels are whole on every device.
   assert kernel.addressable_shards[0].data.shape == (3, 3, 3, 4, 8)
   assert mean.sharding.shard_shape(mean.shape)[0] == 1  # 4 rows over data and fsdp
+
+
+@pytest.mark.parametrize(
+  ("mesh", "clips", "part"),
+  [
+    ({"data": 2, "context": 2, "tensor": 2}, 2, (1, 4, 8, 16, 3)),
+    ({"fsdp": 2, "context": 4}, 1, (1, 4, 2 * 4, 4, 3)),
+    ({"fsdp": 8}, 1, (1, 4, 16, 16, 3)),
+    ({"data": 8}, 8, (1, 4, 16, 16, 3)),
+  ],
+  ids=["clips-and-height", "height-and-width", "more-devices-than-latents", "clips"],
+)
+def test_frames_are_cut_over_devices(mesh, clips, part):
+  """Encoded and decoded in chunks as on one device; what clips leave cuts height and width of the latents.
+
+  part: what a device holds of a decoded chunk.
+  """
+  layout = Layout(make_mesh(**{"data": 1, **mesh}))
+  clip = np.random.default_rng(0).uniform(-1, 1, (clips, 9, 16, 16, 3)).astype(np.float32)
+  params = vae.init(jax.random.key(0), PLAIN)
+
+  def run(layout):
+    means = list(vae.encode_stream(params, [clip], PLAIN, layout))
+    return means, list(vae.decode_stream(params, means, PLAIN, layout))
+
+  (means, frames), alone = run(layout), run(None)
+  for a, b in zip(jax.tree.leaves((means, frames)), jax.tree.leaves(alone), strict=True):
+    np.testing.assert_allclose(a, b, atol=5e-5)
+  assert frames[1].sharding.shard_shape(frames[1].shape) == part
