@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sora_jax import batch as batches, layout as layouts, optim
+from sora_jax import batch as batches, flops, layout as layouts, optim
 from sora_jax.diffusion import flow
 
 # xxHash's, one an axis: what stands elsewhere counts differently
@@ -24,7 +24,8 @@ PRIMES = (2654435761, 2246822519, 3266489917)
 class State:
   """All that training carries from step to step.
 
-  `bad` counts updates that were not finite and were left out.
+  `bad` tells of updates that were left out lately (optim.count_bad), `history` is what the next one is
+  compared with (optim.judge).
   """
 
   step: jax.Array
@@ -32,6 +33,7 @@ class State:
   ema: dict
   opt: tuple
   bad: jax.Array
+  history: jax.Array  # [2, W]
 
 
 def boxed_weights(model):
@@ -44,9 +46,13 @@ def abstract_state(model, tx):
   `init_state` returns.
   """
   params, opt = optim.abstract(tx, boxed_weights(model), model.layout)
-  sharding = None if model.layout is None else model.layout.fitted(())
-  scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
-  return State(scalar, params, params, opt, scalar)
+
+  def everywhere(shape, dtype):
+    sharding = None if model.layout is None else model.layout.fitted(shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  scalar, history = everywhere((), jnp.int32), everywhere((2, optim.WINDOW), jnp.float32)
+  return State(scalar, params, params, opt, scalar, history)
 
 
 def state_of(params, model, tx):
@@ -67,7 +73,8 @@ def init_state(model, tx, key):
 def _first_state(params, tx):
   """The State before the first update: the running mean begins with the weights."""
   zero = jnp.zeros((), jnp.int32)
-  return State(zero, params, jax.tree.map(jnp.copy, params), tx.init(params), jnp.copy(zero))
+  ema = jax.tree.map(jnp.copy, params)
+  return State(zero, params, ema, tx.init(params), jnp.copy(zero), optim.no_history())
 
 
 def shardings(model, tx):
@@ -107,39 +114,54 @@ def loss_fn(params, model, batch, key, sigma, frozen=None):
   return total / jnp.maximum(count, 1)
 
 
-def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma):
+def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma, spike=0.0):
   """One update. (State, PackedBatch, key of the run) -> (State, metrics); same inputs, same outputs.
 
   The noise of a clip depends on the key, its uid and its epoch, so a resumed run replays it. An update whose
-  loss or gradient is not finite leaves params, ema and opt as they were; `step` goes on, `bad` counts it,
-  metrics["bad"] is 1.
+  loss or gradient is not finite, or a spike (optim.judge), leaves params, ema and opt as they were; `step`
+  goes on, `bad` counts it, and metrics["not_finite"] or metrics["spike"] is 1.
   """
   loss, grads = jax.value_and_grad(loss_fn)(state.params, model, batch, key, sigma, frozen)
   grad_norm = optax.tree.norm(grads)
-  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  finite, spiking, history = optim.judge(state.history, state.step, loss, grad_norm, spike)
+  taken = finite & ~spiking
   updates, opt = tx.update(grads, state.opt, state.params)
   params = optax.apply_updates(state.params, updates)
   ema = optim.ema_update(state.ema, params, state.step, ema_decay)
-  params, ema, opt = optim.keep_if_finite(finite, (params, ema, opt), (state.params, state.ema, state.opt))
-  bad = 1 - finite.astype(jnp.int32)
+  params, ema, opt = optim.keep_if(taken, (params, ema, opt), (state.params, state.ema, state.opt))
+  bad = optim.count_bad(state.bad, taken)
   metrics = {
     "loss": loss,
     "grad_norm": grad_norm,
     "bad": bad,
+    "not_finite": (~finite).astype(jnp.int32),
+    "spike": spiking.astype(jnp.int32),
     "tokens": jnp.sum(batch.segment_BL > 0),
+    "flops": model_flops(batch, model),
     "data_checksum": checksum(batch),
   }
-  return State(state.step + 1, params, ema, opt, state.bad + bad), metrics
+  return State(state.step + 1, params, ema, opt, bad, history), metrics
 
 
-def jit_step(model, tx, *, ema_decay, sigma):
+def model_flops(batch, model):
+  """FLOPs of the update that the clips of the whole batch need (flops.step), float32.
+
+  Each clip has one prompt, as data/loader.py packs them.
+  """
+  numbers_G = jnp.arange(1, batch.uid_BG2.shape[1] + 1)
+  tokens_BG = jnp.sum(batch.segment_BL[:, :, None] == numbers_G, 1)
+  text_BG = jnp.sum(batch.prompt_BS[:, :, None] == numbers_G, 1)
+  return flops.step(model.dit, tokens_BG, text_BG, frozen=model.lora is not None)
+
+
+def jit_step(model, tx, *, ema_decay, sigma, spike=0.0):
   """The compiled update, (State, PackedBatch, key, frozen=None) -> (State, metrics), see `train_step`. It
   donates the State.
 
   What launch.train runs and what a check beforehand compiles: `jit_step(...).lower(abstract_state(...),
   batch_shapes(...), key)`.
   """
-  step = functools.partial(train_step, model=model, tx=tx, ema_decay=ema_decay, sigma=sigma)
+  step = functools.partial(train_step, model=model, tx=tx, ema_decay=ema_decay, sigma=sigma, spike=spike)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings(model, tx), None))
 
 
