@@ -27,7 +27,9 @@ def neutral():
   config.steps = 1000
   config.log_every = 10
   config.checkpoint_every = 500
-  config.max_bad_steps = 10  # stop after so many updates that are not finite
+  config.spike = 10.0  # skip an update of so many times the usual loss or gradient norm; 0: none
+  config.max_bad_steps = 10  # so many more updates skipped than taken: back to the last checkpoint
+  config.max_rollbacks = 2  # so often without a new checkpoint between; then the run ends
   config.ema_decay = 0.999
 
   config.model = ml_collections.ConfigDict()
@@ -101,7 +103,7 @@ def tiny():
   config = neutral()
   config.steps = 2000
   config.checkpoint_every = 200
-  config.max_bad_steps = 1
+  config.max_bad_steps = 5
   config.ema_decay = 0.99
   config.model.size = "tiny"
   config.model.remat = "dots"  # an eighth less CPU time than "none"

@@ -25,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from data import curation, loader, mixture, plan, records
-from launch.common import claims, loop, processes, program, progress, settings
+from launch.common import claims, loop, processes, profile, program, progress, settings
 from launch.common.progress import say
 from launch.jobs import encode, sample
 from sora_jax import checkpoint, layout as layouts, parts, train, workdir as workdirs
@@ -41,6 +41,8 @@ FREE = (
   "log_every",
   "checkpoint_every",
   "max_bad_steps",
+  "max_rollbacks",
+  "spike",
   "sample.",
   "data.threads",
   "data.path",
@@ -55,6 +57,7 @@ NAMED = 5  # clips that fit in no row that are named on the screen; W/misfits.tx
 def define_flags():
   flags.DEFINE_string("workdir", "", "where checkpoints, logs and samples go")
   program.define_config("configs/t2v.py:tiny")
+  profile.define_flag()
 
 
 @dataclasses.dataclass
@@ -76,12 +79,13 @@ class Run:
 def main():
   config, workdir = program.get_config(), FLAGS.workdir
   check(config, workdir)
+  traced = profile.steps_of(FLAGS.profile, config)
   if not processes.join():
     progress.mute()
   workdirs.adopt(config)
   if config.data.clips and not encode_clips(config, workdir):
     return program.STOPPED
-  return train_on(prepare(config, workdir))
+  return train_on(prepare(config, workdir), traced)
 
 
 def check(config, workdir):
@@ -137,8 +141,8 @@ def prepare(config, workdir):
   return Run(config, workdir, data, index, rows_plan, layout, whole, model, tx, sigma)
 
 
-def train_on(run):
-  """Takes W, resumes or begins, and trains -> exit code."""
+def train_on(run, traced=None):
+  """Takes W, resumes or begins, and trains -> exit code. traced: first and last step of a profile."""
   config, workdir, model = run.config, run.workdir, run.model
   if not jax.process_index():
     prepare_workdir(run)
@@ -162,12 +166,16 @@ def train_on(run):
     f"{config.steps} of {config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} "
     f"{jax.devices()[0].platform} devices; {workdir}"
   )
-  compiled = train.jit_step(model, run.tx, ema_decay=config.ema_decay, sigma=run.sigma)
+  compiled = train.jit_step(model, run.tx, ema_decay=config.ema_decay, sigma=run.sigma, spike=config.spike)
   key, slots = jax.random.key(config.seed), config.data.rows * config.data.row_tokens
 
   def update(state, batch):
     state, metrics = compiled(state, batch, key, frozen)
     return state, metrics | {"slots": slots}
+
+  def restore():
+    state, _, step = resume(checkpoints, target) or begin(run, target)
+    return state, step
 
   hooks = ()
   if config.sample.every:
@@ -181,7 +189,9 @@ def train_on(run):
     first_step=step,
     checkpoints=checkpoints,
     items=items,
+    restore=restore,
     hooks=hooks,
+    traced=traced,
   )
   checkpoints.close()
   if code == program.OK:
@@ -243,7 +253,7 @@ def items(state):
   return {
     "params": state.params,
     "ema": state.ema,
-    "opt": {"opt": state.opt, "step": state.step, "bad": state.bad},
+    "opt": {name: getattr(state, name) for name in ("opt", "step", "bad", "history")},
   }
 
 
@@ -252,10 +262,8 @@ def resume(checkpoints, target):
   step = checkpoints.latest()
   if step is None:
     return None
-  saved = checkpoints.restore(step, items(target))
-  state = train.State(
-    saved["opt"]["step"], saved["params"], saved["ema"], saved["opt"]["opt"], saved["opt"]["bad"]
-  )
+  saved = loop.restore_items(checkpoints, step, items(target), "opt")
+  state = train.State(params=saved["params"], ema=saved["ema"], **saved["opt"])
   say(f"going on from the checkpoint of step {step}")
   return state, plan.Cursor.from_json(checkpoints.meta(step)["cursor"]), step
 
