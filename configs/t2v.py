@@ -27,15 +27,19 @@ def neutral():
   config.steps = 1000
   config.log_every = 10
   config.checkpoint_every = 500
-  config.max_bad_steps = 10  # stop after so many updates that are not finite
-  config.ema_decay = 0.999
+  config.spike = 10.0  # skip an update of so many times the usual loss or gradient norm; 0: none
+  config.max_bad_steps = 10  # so many more updates skipped than taken: back to the last checkpoint
+  config.max_rollbacks = 2  # so often without a new checkpoint between; then the run ends
+  config.ema_decay = 0.999  # 0: no running mean of the weights is kept
+  config.micro_steps = 1  # parts of a step's rows, one after another, whose gradients are added
 
   config.model = ml_collections.ConfigDict()
   config.model.kind = "wan"  # a key of sora_jax.workdir.MODELS
   config.model.size = "S"  # a key of sora_jax.models.dit.SIZES; "init": that of config.init
   config.model.expert = ""  # which of two experts in config.init to train: high or low (noise)
   config.model.remat = "full"  # a key of sora_jax.models.dit.REMAT: what the backward pass finds
-  config.model.dtype = "float32"
+  config.model.dtype = "float32"  # of activations
+  config.model.param_dtype = "float32"  # of weights; bfloat16 is rounded stochastically
   config.model.text = ""  # a key of sora_jax.models.text.SIZES; "": embeddings of the records
 
   config.lora = ml_collections.ConfigDict()
@@ -67,6 +71,7 @@ def neutral():
   config.optim.clip = 1.0
   config.optim.b1 = 0.9
   config.optim.b2 = 0.99
+  config.optim.moment_dtype = "float32"  # what moments are stored in; bfloat16 is rounded stochastically
 
   config.sigma = ml_collections.ConfigDict()
   config.sigma.mean = 0.0
@@ -101,7 +106,7 @@ def tiny():
   config = neutral()
   config.steps = 2000
   config.checkpoint_every = 200
-  config.max_bad_steps = 1
+  config.max_bad_steps = 5
   config.ema_decay = 0.99
   config.model.size = "tiny"
   config.model.remat = "dots"  # an eighth less CPU time than "none"

@@ -26,7 +26,9 @@ def neutral():
   config.log_every = 20
   config.eval_every = 500  # PSNR and SSIM on held-out clips
   config.checkpoint_every = 500
-  config.max_bad_steps = 10  # stop after so many updates that are not finite
+  config.spike = 10.0  # skip an update of so many times the usual loss or gradient norm; 0: none
+  config.max_bad_steps = 10  # so many more updates skipped than taken: back to the last checkpoint
+  config.max_rollbacks = 2  # so often without a new checkpoint between; then the run ends
   config.ema_decay = 0.999
 
   config.kl_weight = 1e-6  # per pixel value; see sora_jax/train_vae.py
@@ -59,6 +61,7 @@ def neutral():
   config.optim.clip = 1.0
   config.optim.b1 = 0.9
   config.optim.b2 = 0.99
+  config.optim.moment_dtype = "float32"  # what moments are stored in; bfloat16 is rounded stochastically
 
   config.mesh = ml_collections.ConfigDict()  # data takes what the others leave
   config.mesh.fsdp = 1
@@ -74,7 +77,7 @@ def tiny():
   config.steps = 150
   config.eval_every = 150
   config.checkpoint_every = 75
-  config.max_bad_steps = 1
+  config.max_bad_steps = 5
   config.ema_decay = 0.99
   config.kl_weight = 1e-4
   config.data.source = "shapes"

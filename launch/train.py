@@ -25,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from data import curation, loader, mixture, plan, records
-from launch.common import claims, loop, processes, program, progress, settings
+from launch.common import claims, loop, processes, profile, program, progress, settings
 from launch.common.progress import say
 from launch.jobs import encode, sample
 from sora_jax import checkpoint, layout as layouts, parts, train, workdir as workdirs
@@ -41,12 +41,15 @@ FREE = (
   "log_every",
   "checkpoint_every",
   "max_bad_steps",
+  "max_rollbacks",
+  "spike",
   "sample.",
   "data.threads",
   "data.path",
   "data.max_damaged",
   "mesh.",
   "model.remat",
+  "micro_steps",
   "init",
 )
 NAMED = 5  # clips that fit in no row that are named on the screen; W/misfits.txt names all
@@ -55,6 +58,7 @@ NAMED = 5  # clips that fit in no row that are named on the screen; W/misfits.tx
 def define_flags():
   flags.DEFINE_string("workdir", "", "where checkpoints, logs and samples go")
   program.define_config("configs/t2v.py:tiny")
+  profile.define_flag()
 
 
 @dataclasses.dataclass
@@ -76,12 +80,13 @@ class Run:
 def main():
   config, workdir = program.get_config(), FLAGS.workdir
   check(config, workdir)
+  traced = profile.steps_of(FLAGS.profile, config)
   if not processes.join():
     progress.mute()
   workdirs.adopt(config)
   if config.data.clips and not encode_clips(config, workdir):
     return program.STOPPED
-  return train_on(prepare(config, workdir))
+  return train_on(prepare(config, workdir), traced)
 
 
 def check(config, workdir):
@@ -119,12 +124,7 @@ def prepare(config, workdir):
   tx = settings.make_optimizer(config, train.boxed_weights(model))
   rows_plan = make_plan(config, index, model, workdir)
   settings.check_index(index, model, data)
-  ways = layout.ways(("data", "fsdp"))
-  if config.data.rows % ways:
-    raise BadInput(
-      f"config.data.rows is {config.data.rows}; a multiple of {ways}: so many devices (data x fsdp) share "
-      "the rows of a step"
-    )
+  settings.check_rows(config, layout)
   if jax.process_count() > 1 and config.sample.every:
     raise BadInput(
       "samples during training are drawn by one process alone; set --config.sample.every=0, and sample from "
@@ -137,13 +137,13 @@ def prepare(config, workdir):
   return Run(config, workdir, data, index, rows_plan, layout, whole, model, tx, sigma)
 
 
-def train_on(run):
-  """Takes W, resumes or begins, and trains -> exit code."""
+def train_on(run, traced=None):
+  """Takes W, resumes or begins, and trains -> exit code. traced: first and last step of a profile."""
   config, workdir, model = run.config, run.workdir, run.model
   if not jax.process_index():
     prepare_workdir(run)
   processes.wait("W is prepared")
-  target = train.abstract_state(model, run.tx)
+  target = train.abstract_state(model, run.tx, config.ema_decay > 0)
   size = sum(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(target))
   claims.need_disk(workdir, 2.2 * size, "a checkpoint beside the one before it")
   checkpoints = checkpoint.Checkpoints(workdir, say=say)
@@ -162,12 +162,23 @@ def train_on(run):
     f"{config.steps} of {config.data.rows} rows x {config.data.row_tokens} tokens, on {jax.device_count()} "
     f"{jax.devices()[0].platform} devices; {workdir}"
   )
-  compiled = train.jit_step(model, run.tx, ema_decay=config.ema_decay, sigma=run.sigma)
+  compiled = train.jit_step(
+    model,
+    run.tx,
+    ema_decay=config.ema_decay,
+    sigma=run.sigma,
+    spike=config.spike,
+    micro_steps=config.micro_steps,
+  )
   key, slots = jax.random.key(config.seed), config.data.rows * config.data.row_tokens
 
   def update(state, batch):
     state, metrics = compiled(state, batch, key, frozen)
     return state, metrics | {"slots": slots}
+
+  def restore():
+    state, _, step = resume(checkpoints, target) or begin(run, target)
+    return state, step
 
   hooks = ()
   if config.sample.every:
@@ -181,7 +192,9 @@ def train_on(run):
     first_step=step,
     checkpoints=checkpoints,
     items=items,
+    restore=restore,
     hooks=hooks,
+    traced=traced,
   )
   checkpoints.close()
   if code == program.OK:
@@ -242,8 +255,8 @@ def items(state):
   """What a checkpoint holds, by name: the weights apart, so that a sampler reads no optimiser."""
   return {
     "params": state.params,
-    "ema": state.ema,
-    "opt": {"opt": state.opt, "step": state.step, "bad": state.bad},
+    **({"ema": state.ema} if state.ema else {}),
+    "opt": {name: getattr(state, name) for name in ("opt", "step", "bad", "history")},
   }
 
 
@@ -252,10 +265,8 @@ def resume(checkpoints, target):
   step = checkpoints.latest()
   if step is None:
     return None
-  saved = checkpoints.restore(step, items(target))
-  state = train.State(
-    saved["opt"]["step"], saved["params"], saved["ema"], saved["opt"]["opt"], saved["opt"]["bad"]
-  )
+  saved = loop.restore_items(checkpoints, step, items(target), "opt")
+  state = train.State(params=saved["params"], ema=saved.get("ema", {}), **saved["opt"])
   say(f"going on from the checkpoint of step {step}")
   return state, plan.Cursor.from_json(checkpoints.meta(step)["cursor"]), step
 
@@ -266,10 +277,10 @@ def begin(run, target):
   """
   config, model = run.config, run.model
   if not config.init:
-    return train.init_state(model, run.tx, jax.random.key(config.seed)), None, 0
+    return train.init_state(model, run.tx, jax.random.key(config.seed), config.ema_decay > 0), None, 0
   if model.lora:
     say(f"training adapters of rank {config.lora.rank} to the weights of {config.init}")
-    return train.init_state(model, run.tx, jax.random.key(config.seed)), None, 0
+    return train.init_state(model, run.tx, jax.random.key(config.seed), config.ema_decay > 0), None, 0
   if config.model.expert:
     key = workdirs.trained_key(config)
     weights, step = workdirs.load_weights(config.init, "ema", {key: target.params["dit"]}, say, partial=True)
@@ -277,7 +288,7 @@ def begin(run, target):
   else:
     weights, step = workdirs.load_weights(config.init, "ema", target.params, say)
   say(f"starting from the weights of {config.init}, step {step}")
-  return train.state_of(weights, model, run.tx), None, 0
+  return train.state_of(weights, model, run.tx, config.ema_decay > 0), None, 0
 
 
 def frozen_weights(run):
@@ -334,7 +345,7 @@ def check_init(config, model, data):
 
 def draw_samples(run, frozen, step, state):
   """Videos of config.sample.prompts from the EMA weights, in W/samples/STEP/."""
-  params = {**(frozen or {}), **state.ema}
+  params = {**(frozen or {}), **(state.ema or state.params)}
   pipe = Pipeline.of(run.workdir, run.config, run.model, params, step, f"step {step}")
   requests = [{"id": f"{i:02d}", "prompt": prompt} for i, prompt in enumerate(run.config.sample.prompts)]
   sample.run(pipe, requests, os.path.join(run.workdir, "samples", str(step)), quiet=True)

@@ -17,7 +17,7 @@ from absl import flags
 from etils import epath
 
 from data import clips, crops
-from launch.common import claims, loop, program, settings
+from launch.common import claims, loop, profile, program, settings
 from launch.common.progress import say
 from sora_jax import checkpoint, codec, layout as layouts, metrics, train_vae, workdir as workdirs
 from sora_jax.errors import BadInput, checked, pick
@@ -31,6 +31,8 @@ FREE = (
   "checkpoint_every",
   "eval_every",
   "max_bad_steps",
+  "max_rollbacks",
+  "spike",
   "data.path",
   "data.threads",
   "mesh.",
@@ -44,6 +46,7 @@ SOURCES = ("shapes", "folder")
 def define_flags():
   flags.DEFINE_string("workdir", "", "where checkpoints, logs and the VAE go")
   program.define_config("configs/vae.py:tiny")
+  profile.define_flag()
 
 
 @dataclasses.dataclass
@@ -62,7 +65,9 @@ class Run:
 
 
 def main():
-  return train_on(prepare(program.get_config(), FLAGS.workdir))
+  config = program.get_config()
+  traced = profile.steps_of(FLAGS.profile, config)
+  return train_on(prepare(config, FLAGS.workdir), traced)
 
 
 def prepare(config, workdir):
@@ -89,14 +94,17 @@ def prepare(config, workdir):
   return Run(config, workdir, cfg, layout, losses, tx, features, source, held_out)
 
 
-def train_on(run):
-  """Takes W, resumes or begins, trains, and writes W/vae -> exit code."""
+def train_on(run, traced=None):
+  """Takes W, resumes or begins, trains, and writes W/vae -> exit code.
+
+  traced: first and last step of a profile.
+  """
   config, workdir, cfg = run.config, run.workdir, run.cfg
   claims.lock_workdir(workdir)
   claims.claim_workdir(workdir, config, FREE)
   checkpoints = checkpoint.Checkpoints(workdir, say=say)
   target = train_vae.abstract_state(cfg, run.tx, run.losses, run.layout)
-  state, step = resume(checkpoints, target) or (begin(run), 0)
+  state, step, cursor = resume(checkpoints, target) or (begin(run), 0, 0)
   if step >= config.steps:
     # killed between the last step and this
     if not (epath.Path(workdir) / "vae" / "config.json").exists():
@@ -115,24 +123,36 @@ def train_on(run):
     f"{config.steps}, on {jax.device_count()} {jax.devices()[0].platform} devices; {workdir}"
   )
   compiled = train_vae.jit_step(
-    cfg, run.tx, run.losses, ema_decay=config.ema_decay, layout=run.layout, decoder_only=config.decoder_only
+    cfg,
+    run.tx,
+    run.losses,
+    ema_decay=config.ema_decay,
+    spike=config.spike,
+    layout=run.layout,
+    decoder_only=config.decoder_only,
   )
   key = jax.random.key(config.seed)
 
   def update(state, batch):
     return compiled(state, batch, key, run.features)
 
+  def restore():
+    state, step, _ = resume(checkpoints, target) or (begin(run), 0, 0)
+    return state, step
+
   evaluate = functools.partial(held_out_quality, clips_of(run.held_out, cfg, HELD_OUT), cfg)
   state, code = loop.run_steps(
     config,
     workdir,
     state,
-    batches(run, step),
+    batches(run, cursor),
     update,
     first_step=step,
     checkpoints=checkpoints,
     items=items,
+    restore=restore,
     hooks=((config.eval_every, evaluate),),
+    traced=traced,
   )
   checkpoints.close()
   if code == program.OK:
@@ -140,13 +160,13 @@ def train_on(run):
   return code
 
 
-def batches(run, step):
-  """Yields (batch on the devices, its number) of the steps after `step`."""
+def batches(run, before):
+  """Yields (batch on the devices, its number) from the one after number `before` on."""
   data = run.config.data
   stream = crops.Crops(
     run.source,
     seed=run.config.seed,
-    step=step,
+    step=before,
     clips=data.clips,
     images=data.images,
     frames=data.frames,
@@ -158,7 +178,7 @@ def batches(run, step):
   def place(video):
     return jax.make_array_from_process_local_data(train_vae.batch_sharding(video.shape, run.layout), video)
 
-  for number, batch in enumerate(stream, step + 1):
+  for number, batch in enumerate(stream, before + 1):
     yield jax.tree.map(place, batch), number
 
 
@@ -260,13 +280,14 @@ def items(state):
 
 
 def resume(checkpoints, target):
-  """-> (state, step) of the newest whole checkpoint, or None."""
+  """-> (state, step, number of the last batch) of the newest whole checkpoint, or None."""
   step = checkpoints.latest()
   if step is None:
     return None
-  saved = checkpoints.restore(step, items(target))
+  saved = loop.restore_items(checkpoints, step, items(target), "rest")
   say(f"going on from the checkpoint of step {step}")
-  return train_vae.VAETrainState(params=saved["params"], ema=saved["ema"], **saved["rest"]), step
+  state = train_vae.VAETrainState(params=saved["params"], ema=saved["ema"], **saved["rest"])
+  return state, step, checkpoints.meta(step)["cursor"]
 
 
 def clips_of(source, cfg, count):

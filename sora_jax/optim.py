@@ -11,6 +11,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from sora_jax import layout as layouts
 
 NAMES = ("adamw", "muon")
+WINDOW = 128  # updates that a new one is compared with, as many as in OLMo-core's SkipStepOptimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +188,41 @@ def ema_update(ema, params, step, decay):
   return jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, ema, params)
 
 
-def keep_if_finite(finite, new, old):
-  """`new` where `finite` (a scalar) else `old`, leaf by leaf: a bad update changes nothing."""
-  return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+def no_history():
+  """Loss and gradient norm of the last WINDOW updates, [2, W], before the first; NaN: none."""
+  return jnp.full((2, WINDOW), jnp.nan, jnp.float32)
+
+
+def judge(history_2W, step, loss, grad_norm, spike):
+  """Compares an update with those before it -> (is it finite, is it a spike, the history with it).
+
+  A spike is a loss or a gradient norm above `spike` times its median over the last WINDOW updates, once half
+  of them are known; spike 0: nothing is one. OLMo-core and MaxText (skip_step_on_spikes) compare with mean
+  and standard deviation, which a spike moves, a median not. As there, a spike enters the history: a level
+  that stays becomes the usual one.
+  """
+  now_2 = jnp.stack([loss, grad_norm]).astype(jnp.float32)
+  finite = jnp.all(jnp.isfinite(now_2))
+  spiking = jnp.zeros((), bool)
+  if spike:
+    known = jnp.sum(jnp.isfinite(history_2W[0])) >= WINDOW // 2
+    spiking = finite & known & jnp.any(now_2 > spike * jnp.nanmedian(history_2W, axis=1))
+  here_W = jnp.arange(WINDOW) == step % WINDOW
+  return finite, spiking, jnp.where(finite & here_W, now_2[:, None], history_2W)
+
+
+def count_bad(bad, taken):
+  """Up by one for an update that is left out, down by one for one that is taken, never below 0.
+
+  It rises over a stretch in which more are left out than taken, be they in a row or not, and forgets single
+  ones.
+  """
+  return jnp.maximum(bad + jnp.where(taken, -1, 1), 0)
+
+
+def keep_if(taken, new, old):
+  """`new` where `taken` (a scalar) else `old`, leaf by leaf: an update that is left out changes nothing."""
+  return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
 
 def abstract(tx, boxed, layout=None):

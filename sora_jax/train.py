@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sora_jax import batch as batches, layout as layouts, optim
+from sora_jax import batch as batches, flops, layout as layouts, optim
 from sora_jax.diffusion import flow
 
 # xxHash's, one an axis: what stands elsewhere counts differently
@@ -24,8 +24,8 @@ PRIMES = (2654435761, 2246822519, 3266489917)
 class State:
   """All that training carries from step to step.
 
-  `ema` is the running mean of the weights, float32, or {} where none is kept. `bad` counts updates that were
-  not finite and were left out.
+  `ema` is the running mean of the weights, float32, or {} where none is kept. `bad` tells of updates that
+  were left out lately (optim.count_bad), `history` is what the next one is compared with (optim.judge).
   """
 
   step: jax.Array
@@ -33,6 +33,7 @@ class State:
   ema: dict
   opt: tuple
   bad: jax.Array
+  history: jax.Array  # [2, W]
 
 
 def boxed_weights(model):
@@ -45,13 +46,16 @@ def abstract_state(model, tx, ema=True):
   `init_state` returns. ema: whether a running mean is kept.
   """
   params, opt = optim.abstract(tx, boxed_weights(model), model.layout)
-  sharding = None if model.layout is None else model.layout.fitted(())
-  scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding)
+
+  def everywhere(shape, dtype):
+    sharding = None if model.layout is None else model.layout.fitted(shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
   def mean(leaf):
     return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
 
-  return State(scalar, params, jax.tree.map(mean, params) if ema else {}, opt, scalar)
+  scalar, history = everywhere((), jnp.int32), everywhere((2, optim.WINDOW), jnp.float32)
+  return State(scalar, params, jax.tree.map(mean, params) if ema else {}, opt, scalar, history)
 
 
 def state_of(params, model, tx, ema=True):
@@ -73,7 +77,8 @@ def _first_state(params, tx, ema):
   """The State before the first update: the running mean begins with the weights."""
   zero = jnp.zeros((), jnp.int32)
   mean = jax.tree.map(lambda x: jnp.copy(x.astype(jnp.float32)), params) if ema else {}
-  return State(zero, params, mean, tx.init(optim.in_float32(params)), jnp.copy(zero))
+  opt = tx.init(optim.in_float32(params))
+  return State(zero, params, mean, opt, jnp.copy(zero), optim.no_history())
 
 
 def shardings(model, tx, ema=True):
@@ -150,32 +155,47 @@ def _constrained(batch, layout):
   return dataclasses.replace(batch, **placed)
 
 
-def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma, micro_steps=1):
+def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma, spike=0.0, micro_steps=1):
   """One update. (State, PackedBatch, key of the run) -> (State, metrics); same inputs, same outputs.
 
   The noise of a clip depends on the key, its uid and its epoch, so a resumed run replays it. An update whose
-  loss or gradient is not finite leaves params, ema and opt as they were; `step` goes on, `bad` counts it,
-  metrics["bad"] is 1.
+  loss or gradient is not finite, or a spike (optim.judge), leaves params, ema and opt as they were; `step`
+  goes on, `bad` counts it, and metrics["not_finite"] or metrics["spike"] is 1.
   """
   loss, grads = loss_and_grads(state.params, model, batch, key, sigma, frozen, micro_steps)
   grad_norm = optax.tree.norm(grads)
-  finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  finite, spiking, history = optim.judge(state.history, state.step, loss, grad_norm, spike)
+  taken = finite & ~spiking
   updates, opt = tx.update(grads, state.opt, optim.in_float32(state.params))
   params = optim.apply_updates(state.params, updates, state.step)
   ema = optim.ema_update(state.ema, params, state.step, ema_decay)
-  params, ema, opt = optim.keep_if_finite(finite, (params, ema, opt), (state.params, state.ema, state.opt))
-  bad = 1 - finite.astype(jnp.int32)
+  params, ema, opt = optim.keep_if(taken, (params, ema, opt), (state.params, state.ema, state.opt))
+  bad = optim.count_bad(state.bad, taken)
   metrics = {
     "loss": loss,
     "grad_norm": grad_norm,
     "bad": bad,
+    "not_finite": (~finite).astype(jnp.int32),
+    "spike": spiking.astype(jnp.int32),
     "tokens": jnp.sum(batch.segment_BL > 0),
+    "flops": model_flops(batch, model),
     "data_checksum": checksum(batch),
   }
-  return State(state.step + 1, params, ema, opt, state.bad + bad), metrics
+  return State(state.step + 1, params, ema, opt, bad, history), metrics
 
 
-def jit_step(model, tx, *, ema_decay, sigma, micro_steps=1):
+def model_flops(batch, model):
+  """FLOPs of the update that the clips of the whole batch need (flops.step), float32.
+
+  Each clip has one prompt, as data/loader.py packs them.
+  """
+  numbers_G = jnp.arange(1, batch.uid_BG2.shape[1] + 1)
+  tokens_BG = jnp.sum(batch.segment_BL[:, :, None] == numbers_G, 1)
+  text_BG = jnp.sum(batch.prompt_BS[:, :, None] == numbers_G, 1)
+  return flops.step(model.dit, tokens_BG, text_BG, frozen=model.lora is not None)
+
+
+def jit_step(model, tx, *, ema_decay, sigma, spike=0.0, micro_steps=1):
   """The compiled update, (State, PackedBatch, key, frozen=None) -> (State, metrics), see `train_step`. It
   donates the State.
 
@@ -183,7 +203,7 @@ def jit_step(model, tx, *, ema_decay, sigma, micro_steps=1):
   `jit_step(...).lower(abstract_state(...), batch_shapes(...), key)`.
   """
   step = functools.partial(
-    train_step, model=model, tx=tx, ema_decay=ema_decay, sigma=sigma, micro_steps=micro_steps
+    train_step, model=model, tx=tx, ema_decay=ema_decay, sigma=sigma, spike=spike, micro_steps=micro_steps
   )
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings(model, tx, ema_decay > 0), None))
 

@@ -20,7 +20,7 @@ from sora_jax import layout as layouts, metrics as image_quality, optim
 from sora_jax.models import critics, vae
 from sora_jax.models.vae_blocks import clips_alone, sharded
 
-REST = ("step", "opt", "bad", "critic", "critic_opt")  # fields of the state beside params and ema
+REST = ("step", "opt", "bad", "history", "critic", "critic_opt")  # fields of the state beside params and ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,8 @@ def loss_config(config):
 class VAETrainState:
   """All that training carries from step to step.
 
-  `bad` counts updates that were left out; critic: {} without the adversarial term.
+  `bad` tells of updates that were left out lately (optim.count_bad), `history` is what the next one is
+  compared with (optim.judge); critic: {} without the adversarial term.
   """
 
   step: jax.Array
@@ -69,6 +70,7 @@ class VAETrainState:
   ema: dict
   opt: tuple
   bad: jax.Array
+  history: jax.Array  # [2, W]
   critic: dict
   critic_opt: tuple
 
@@ -88,8 +90,12 @@ def abstract_state(cfg, tx, losses, layout=None):
   )["params"]
   params, opt = optim.abstract(tx, boxed_weights(cfg), layout)
   critic, critic_opt = optim.abstract(CRITIC, critic if losses.adversarial_weight else {}, layout)
-  scalar = jax.ShapeDtypeStruct((), jnp.int32, **({} if layout is None else {"sharding": layout.fitted(())}))
-  return VAETrainState(scalar, params, params, opt, scalar, critic, critic_opt)
+
+  def everywhere(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=None if layout is None else layout.fitted(shape))
+
+  scalar, history = everywhere((), jnp.int32), everywhere((2, optim.WINDOW), jnp.float32)
+  return VAETrainState(scalar, params, params, opt, scalar, history, critic, critic_opt)
 
 
 def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None, params=None):
@@ -105,7 +111,8 @@ def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None, params=None)
   if cfg.linear and video_BTHWC is not None:
     params = vae.fit_linear(params, cfg, video_BTHWC)
   zero = jnp.zeros((), jnp.int32)
-  state = VAETrainState(zero, params, params, tx.init(params), zero, critic, CRITIC.init(critic))
+  history, critic_opt = optim.no_history(), CRITIC.init(critic)
+  state = VAETrainState(zero, params, params, tx.init(params), zero, history, critic, critic_opt)
   if layout is None:
     return jax.tree.map(jnp.copy, state)
   return jax.device_put(state, shardings(cfg, tx, losses, layout), may_alias=False)
@@ -147,15 +154,15 @@ def mean_over(function, *batches):
 
 
 def train_step(
-  state, batch, key, *, cfg, tx, losses, ema_decay, features=None, layout=None, decoder_only=False
+  state, batch, key, *, cfg, tx, losses, ema_decay, spike=0.0, features=None, layout=None, decoder_only=False
 ):
   """One update. (state, {"clips": [B, T, H, W, 3], "images": [B, 1, H, W, 3]} in [-1, 1], key of the run) ->
   (state, metrics).
 
   features: weights of VGG16 (weights/vgg16.py) for the perceptual term. decoder_only: what latents depend on
   stays, bit by bit, so that records and DiTs of them stay good (as the public `sd-vae-ft-mse` was made). An
-  update whose loss or gradient is not finite leaves params, ema, opt and the critic as they were; `step` goes
-  on, `bad` counts it, metrics["bad"] is 1.
+  update whose loss or gradient is not finite, or a spike (optim.judge), leaves params, ema, opt and the
+  critic as they were; `step` goes on, `bad` counts it, and metrics["not_finite"] or metrics["spike"] is 1.
   """
   if losses.perceptual_weight and features is None:
     raise ValueError("train_step: perceptual_weight needs `features`, the weights of VGG16")
@@ -188,14 +195,16 @@ def train_step(
     return loss, terms
 
   (loss, metrics), grad = jax.value_and_grad(distance, has_aux=True)(reconstruction)
-  critic, critic_opt, finite = state.critic, state.critic_opt, True
+  critic, critic_opt, sound = state.critic, state.critic_opt, True
   if losses.adversarial_weight:
     grad, critic, critic_opt, judged = adversarial(state, reconstruction, batch, grad, vjp, losses, layout)
-    finite, metrics = jnp.isfinite(judged["critic_loss"]), metrics | judged
+    sound, metrics = jnp.isfinite(judged["critic_loss"]), metrics | judged
   (grads,) = vjp((grad, jnp.asarray(losses.kl_weight / values, kl.dtype)))
   loss += losses.kl_weight * kl / values
   grad_norm = optax.tree.norm(grads)
-  finite &= jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  finite, spiking, history = optim.judge(state.history, state.step, loss, grad_norm, spike)
+  finite &= sound
+  taken = finite & ~spiking
 
   updates, opt = tx.update(grads, state.opt, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -204,10 +213,8 @@ def train_step(
     {**new, **{name: old[name] for name in kept}} for new, old in ((params, state.params), (ema, state.ema))
   )
   old = (state.params, state.ema, state.opt, state.critic, state.critic_opt)
-  params, ema, opt, critic, critic_opt = optim.keep_if_finite(
-    finite, (params, ema, opt, critic, critic_opt), old
-  )
-  bad = 1 - finite.astype(jnp.int32)
+  params, ema, opt, critic, critic_opt = optim.keep_if(taken, (params, ema, opt, critic, critic_opt), old)
+  bad = optim.count_bad(state.bad, taken)
   error = mean_over(lambda a, b: jnp.mean((jnp.clip(a, -1, 1) - b) ** 2), reconstruction, batch)
   metrics |= {
     "loss": loss,
@@ -215,11 +222,13 @@ def train_step(
     "psnr": -10 * jnp.log10(error / 4),
     "grad_norm": grad_norm,
     "bad": bad,
+    "not_finite": (~finite).astype(jnp.int32),
+    "spike": spiking.astype(jnp.int32),
   }
-  return VAETrainState(state.step + 1, params, ema, opt, state.bad + bad, critic, critic_opt), metrics
+  return VAETrainState(state.step + 1, params, ema, opt, bad, history, critic, critic_opt), metrics
 
 
-def jit_step(cfg, tx, losses, *, ema_decay, layout=None, decoder_only=False):
+def jit_step(cfg, tx, losses, *, ema_decay, spike=0.0, layout=None, decoder_only=False):
   """The compiled update, (VAETrainState, batch, key, features=None) -> (VAETrainState, metrics), see
   `train_step`. It donates the state.
   """
@@ -228,6 +237,7 @@ def jit_step(cfg, tx, losses, *, ema_decay, layout=None, decoder_only=False):
     "tx": tx,
     "losses": losses,
     "ema_decay": ema_decay,
+    "spike": spike,
     "layout": layout,
     "decoder_only": decoder_only,
   }

@@ -160,7 +160,8 @@ def make_model(config, text_dir, layout):
         f"config.model.text {config.model.text!r} gives {encoder.width} values a token, "
         f"{config.model.size!r} takes {cfg.text_width}"
       )
-  return t2v.Model(cfg, encoder, layout, config.model.get("boundary", 0.0))
+  boundary, param_dtype = config.model.get("boundary", 0.0), config.model.get("param_dtype", "float32")
+  return checked(lambda: t2v.Model(cfg, encoder, layout, boundary, param_dtype=param_dtype), "config.model")
 
 
 def trained_part(config, model):
@@ -193,7 +194,8 @@ def targets(model, dtype=None):
 def load_weights(workdir, which="ema", target=None, say=lambda line: None, *, mapped=False, partial=False):
   """Weights of a work directory, keyed as they were trained ("dit", "text") -> (tree, step).
 
-  From its newest whole checkpoint, `which` being "ema" or "params"; or, where there is none, from W/model.
+  From its newest whole checkpoint, `which` being "ema", where it keeps one, or "params"; or, where there is
+  none, from W/model.
   target: a tree of ShapeDtypeStructs with shardings. None: arrays on the first device, or with `mapped` those
   of W/model as they are stored, memory-mapped. partial: of W/model only what `target` names at the top. say:
   takes lines for the user.
@@ -203,6 +205,8 @@ def load_weights(workdir, which="ema", target=None, say=lambda line: None, *, ma
     with contextlib.closing(Checkpoints(workdir, say=say, read_only=True)) as checkpoints:
       step = checkpoints.latest()
       if step is not None:
+        if which == "ema" and not (workdir / "checkpoints" / str(step) / "ema").exists():
+          which = "params"  # no running mean is kept
         if target is not None:
           _check_shapes(workdir, checkpoints.shapes(step, which), target)
         return checkpoints.restore(step, {which: target})[which], step

@@ -13,7 +13,10 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OURS = ("sora_jax", "data", "launch", "configs", "tests")
 BASIS = tuple(f"sora_jax.{name}" for name in ("batch", "patches", "masks", "layout"))
-STEP = (*BASIS, *(f"sora_jax.{name}" for name in ("models", "diffusion", "tasks", "optim", "metrics")))
+STEP = (
+  *BASIS,
+  *(f"sora_jax.{name}" for name in ("models", "diffusion", "tasks", "optim", "metrics", "flops")),
+)
 
 # What a module of the package may import of ours, by the longest prefix that names it. A module may always
 # import its own package, `sora_jax` itself (its version) and `sora_jax.errors`.

@@ -79,3 +79,42 @@ def test_weight_decay_is_on_matrices_alone(name):
 def test_a_setting_out_of_range_says_so(wrong):
   with pytest.raises(ValueError, match="the optimiser"):
     optim.OptimConfig(**wrong)
+
+
+def judged(norms, spike=5.0, loss=1.0):
+  """Of updates with these gradient norms -> [(finite, spike)] and the history after them."""
+  history, answers = optim.no_history(), []
+  judge = jax.jit(optim.judge, static_argnums=4)
+  for step, norm in enumerate(norms):
+    finite, spiking, history = judge(history, step, jnp.float32(loss), jnp.float32(norm), spike)
+    answers.append((bool(finite), bool(spiking)))
+  return answers, history
+
+
+def test_a_spike_is_far_above_the_usual():
+  """Not before half of the window is known, not below the multiple, and never with 0."""
+  half = optim.WINDOW // 2
+  answers, _ = judged([1.0] * (half - 1) + [9.0] + [1.0] * 9 + [4.9, 5.1])
+  assert [spiking for _, spiking in answers[-2:]] == [False, True] and not any(s for _, s in answers[:-1])
+  assert not any(spiking for _, spiking in judged([1.0] * 99 + [1e9], spike=0.0)[0])
+
+
+def test_a_level_that_stays_becomes_the_usual_one():
+  """What is skipped is in the history too: after half a window of it, the median is there."""
+  answers, _ = judged([1.0] * optim.WINDOW + [100.0] * optim.WINDOW)
+  spiking = [s for _, s in answers[optim.WINDOW :]]
+  assert spiking[0] and not spiking[-1] and sum(spiking) == optim.WINDOW // 2
+
+
+def test_what_is_not_finite_leaves_the_history():
+  answers, history = judged([1.0, np.nan, np.inf, 2.0])
+  assert [finite for finite, _ in answers] == [True, False, False, True]
+  np.testing.assert_array_equal(history[1, :5], [1.0, np.nan, np.nan, 2.0, np.nan])
+
+
+def test_bad_updates_are_counted_up_and_good_ones_down():
+  bad, levels = jnp.int32(0), []
+  for taken in (True, False, False, True, False, True, True, True):
+    bad = optim.count_bad(bad, jnp.bool_(taken))
+    levels.append(int(bad))
+  assert levels == [0, 1, 2, 1, 2, 1, 0, 0]

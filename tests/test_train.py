@@ -167,7 +167,7 @@ def setting(layout=None, tx=None):
   layout = layout or layout_of(data=1)
   muon = optim.OptimConfig(steps=60, warmup=5, learning_rate=5e-3, name="muon")
   tx = tx or optim.optimizer(muon, train.boxed_weights(model()))
-  step, key = train.jit_step(model(layout), tx, ema_decay=0.9, sigma=SIGMA), jax.random.key(1)
+  step, key = train.jit_step(model(layout), tx, ema_decay=0.9, sigma=SIGMA, spike=10.0), jax.random.key(1)
 
   def run(state, batch):
     return step(jax.tree.map(jnp.copy, state), batch, key)  # it donates the State
@@ -195,11 +195,28 @@ def test_a_bad_update_changes_nothing_but_the_count():
       jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(state, part)), strict=True
     ):
       np.testing.assert_array_equal(a, b)
+  assert int(metrics["not_finite"]) == 1 and not int(metrics["spike"]) and np.isnan(after.history).all()
   later, metrics = run(run(state, good)[0], good)
   assert (
     int(metrics["bad"]) == 0
     and float(jnp.abs(later.params["dit"]["velocity"] - state.params["dit"]["velocity"]).max()) > 0
   )
+
+
+def test_a_spike_changes_nothing_but_the_count():
+  """A gradient ten times as large as the recent ones leaves weights, EMA and optimiser to the bit."""
+  layout, tx, run = setting()
+  state, batch = start(layout, tx)
+  state, _ = run(state, batch)  # the first is made at learning rate 0
+  _, metrics = run(state, batch)
+  usual = np.array([[metrics["loss"]], [metrics["grad_norm"]]], np.float32)
+  for share, spike in ((1 / 9, 0), (1 / 11, 1)):
+    history = np.repeat(usual * np.array([[1], [share]], np.float32), optim.WINDOW, 1)
+    after, metrics = run(dataclasses.replace(state, history=history), batch)
+    assert int(metrics["spike"]) == int(after.bad) == spike and not int(metrics["not_finite"])
+    for part in ("params", "ema", "opt"):
+      pairs = zip(jax.tree.leaves(getattr(after, part)), jax.tree.leaves(getattr(state, part)), strict=True)
+      assert all(np.array_equal(a, b) for a, b in pairs) == bool(spike)
 
 
 def test_two_steps_save_restore_two_steps(tmp_path):
@@ -208,7 +225,7 @@ def test_two_steps_save_restore_two_steps(tmp_path):
   By descent with momentum: Adam and Muon make a difference of rounding in a gradient near 0 as large as any
   other.
   """
-  names, tx = ("params", "ema", "opt", "step", "bad"), optax.sgd(0.1, momentum=0.9)
+  names, tx = [field.name for field in dataclasses.fields(train.State)], optax.sgd(0.1, momentum=0.9)
   layout, _, run = setting(tx=tx)
   state, batch = start(layout, tx)
   for step in range(1, 5):

@@ -95,6 +95,7 @@ def test_a_bad_update_changes_nothing(losses):
   assert int(metrics["bad"]) == 1 and int(after.bad) == 1 and int(after.step) == 1
   kept = ("params", "ema", "opt", "critic", "critic_opt")
   assert all(same(getattr(after, name), getattr(state, name)) for name in kept)
+  assert int(metrics["not_finite"]) == 1
   good, metrics = step(state, batch(images=losses == PLAIN))
   assert int(metrics["bad"]) == 0 and not same(good.params, state.params)  # the test can fail
 

@@ -1,13 +1,17 @@
-"""The training loop of launch.train and launch.train_vae: steps, log, checkpoints, stopping, resuming."""
+"""The training loop of launch.train and launch.train_vae: steps, log, checkpoints, stopping, resuming.
 
-import time
+An update that is not finite, or a spike, is skipped inside the compiled step. Where too many are, the
+weights go back to the last good checkpoint while the data go on, past the batches of that stretch. So was
+PaLM trained (arXiv:2204.02311, sec. 5.1): its spikes came from a batch and a state of the weights together,
+and did not come again with other batches.
+"""
 
 import jax
-import numpy as np
 
-from launch.common import processes, program
-from launch.common.log import MetricsLog
+from launch.common import processes, profile, program
 from launch.common.progress import Bar, say
+from launch.common.record import Record
+from sora_jax import optim
 from sora_jax.errors import BadInput, Failure
 
 
@@ -16,99 +20,121 @@ def check(config):
   for name in ("steps", "log_every", "checkpoint_every", "max_bad_steps"):
     if config[name] < 1:
       raise BadInput(f"config.{name} is {config[name]}; it must be 1 or more")
+  if config.max_rollbacks < 0:
+    raise BadInput(f"config.max_rollbacks is {config.max_rollbacks}; it must be 0 or more")
+  if config.spike != 0 and not config.spike > 1:
+    raise BadInput(
+      f"config.spike is {config.spike}; it must be more than 1 (times the usual loss and gradient norm), "
+      "or 0, to skip no update as a spike"
+    )
 
 
 def run_steps(
-  config, workdir, state, batches, update, *, first_step, checkpoints, items, hooks=(), label="training"
+  config,
+  workdir,
+  state,
+  batches,
+  update,
+  *,
+  first_step,
+  checkpoints,
+  items,
+  restore,
+  hooks=(),
+  label="training",
+  traced=None,
 ):
-  """Runs config.steps - first_step updates -> (state, exit code).
+  """Runs updates up to step config.steps -> (state, exit code).
 
   batches: iterator of (batch, cursor as JSON).
-  update: (state, batch) -> (state, metrics), scalars that include "loss" and "bad".
+  update: (state, batch) -> (state, metrics), with "loss", "grad_norm", "bad", "not_finite" and "spike".
   items: state -> {name: tree} to save.
+  restore: () -> (state, step) of the newest checkpoint, or of the beginning.
   hooks: pairs (every, function of (step, state) -> dict of numbers to log, or None).
-  config: has steps, log_every, checkpoint_every, max_bad_steps.
+  config: has what `check` looks at.
+  traced: first and last step of a trace, or None.
   """
-  log = MetricsLog(workdir, first_step, silent=jax.process_index() > 0)
-  window, began, cursor = [], time.monotonic(), None
-  bad, unchecked = int(np.asarray(state.bad)), None
-  code, stop = program.OK, processes.Stop(program.stop_requested)
-  with Bar(label, config.steps, start=first_step) as bar:
-    for step in range(first_step + 1, config.steps + 1):
-      batch, cursor = next(batches)
-      state, metrics = update(state, batch)
-      checkpoints.poll()
-      if unchecked is not None:  # checked one step late, so that the device never waits for the host
-        bad = check_finite(unchecked, bad, config.max_bad_steps, step - 1)
-      unchecked = metrics
-      window.append(metrics)
+  step, code, rollbacks, due, note = first_step, program.OK, 0, False, ""
+  stop, trace = processes.Stop(program.stop_requested), profile.Trace(workdir, traced)
+  with Record(workdir, first_step) as record, Bar(label, config.steps, start=first_step) as bar:
+    while step < config.steps:
+      step += 1
+      batch, cursor = record.fetch(batches)
+      trace.before(step)
+      state, metrics = record.start(step, update, state, batch)
+      trace.after(step, metrics)
+      with record.doing("checkpoint"):
+        checkpoints.poll()
+      record.finish(all_but=1)  # one step late, so that the devices never wait for the host
       last = step == config.steps
-      stopping = stop()  # after the check, which waits for the device: a signal during the wait is seen
-      saving = step % config.checkpoint_every == 0 or last or stopping
-      if saving:
-        bad, unchecked = check_finite(metrics, bad, config.max_bad_steps, step), None
-      note = ""
-      if step % config.log_every == 0 or last:
-        values = summary(window, time.monotonic() - began)
-        log.write(step, values)
-        note = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if name != "data_checksum")
-        window, began = [], time.monotonic()
-      bar.advance(1, note)
-      if saving:
-        checkpoints.save(step, items(state), {"step": step, "cursor": cursor})
-      for every, hook in hooks:
-        if every and (step % every == 0 or last):
-          checkpoints.settle()  # a hook may take minutes; if it is killed, only the hook's work is lost
-          values = hook(step, state)
-          if values:
-            log.write(step, values)
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            say(f"step {step}: {numbers}")
-          began = time.monotonic()
+      stopping = stop()  # after waiting for the devices: a signal during the wait is seen
+      logging, due = last or step % config.log_every == 0, due or step % config.checkpoint_every == 0
+      if logging or due or stopping:
+        record.finish()
+      if record.worst >= config.max_bad_steps:
+        rollbacks, due, state = rollbacks + 1, False, None  # devices may have no room for two states
+        tell_or_fail(config, step, rollbacks)
+        checkpoints.settle()
+        state, step = record.go_back(restore)
+        continue
+      if logging:
+        note = record.write(step)
+      bar.update(step, note)
+      if last or stopping or (due and not record.bad):  # a good checkpoint: amid bad steps none is made
+        with record.doing("checkpoint"):
+          checkpoints.save(step, items(state), {"step": step, "cursor": cursor})
+        record.saved(step)
+        rollbacks, due = 0, False
+      run_hooks(hooks, step, last, state, record, checkpoints)
       if stopping and not last:
         code = program.STOPPED
         break
-  checkpoints.settle()
-  log.close()
+    with record.doing("checkpoint"):
+      checkpoints.settle()
+  trace.close()
   if code == program.STOPPED:
     say(f"stopped on request after saving step {step}; run the same command again to go on")
   return state, code
 
 
-def check_finite(metrics, bad, max_bad_steps, step):
-  """Counts updates that were skipped because they were not finite -> the new count.
-
-  Raises Failure, which ends the run, once there are `max_bad_steps` of them.
-  """
-  if not int(np.asarray(metrics["bad"])):
-    return bad
-  bad += 1
-  loss, norm = (float(np.asarray(metrics[name])) for name in ("loss", "grad_norm"))
-  say(
-    f"step {step}: the update is not finite (loss {loss}, gradient norm {norm}); "
-    f"the weights were left as they were ({bad} so far)"
-  )
-  if bad >= max_bad_steps:
+def tell_or_fail(config, step, rollbacks):
+  """Says that the weights go back to the last checkpoint; raises Failure where that did not help so far."""
+  if rollbacks > config.max_rollbacks:
+    again = f", also after going back to the last checkpoint {rollbacks - 1} times" if rollbacks > 1 else ""
     raise Failure(
-      f"stopped at step {step}: {bad} updates were not finite (max_bad_steps={max_bad_steps}); the last "
-      "checkpoint is intact; lower the learning rate, or raise --config.max_bad_steps to skip such steps"
+      f"stopped at step {step}: too many updates were skipped (max_bad_steps={config.max_bad_steps}){again}; "
+      "the last checkpoint is intact; lower the learning rate, look at the data, or raise "
+      "--config.max_bad_steps"
     )
-  return bad
+  say(
+    f"step {step}: too many updates were skipped (max_bad_steps={config.max_bad_steps}); the weights go back "
+    f"to the last checkpoint, the data go on ({rollbacks} of at most {config.max_rollbacks} times without a "
+    "new checkpoint)"
+  )
 
 
-def summary(window, seconds):
-  """Means of the metrics over the steps of a window -> numbers to log.
+def run_hooks(hooks, step, last, state, record, checkpoints):
+  """Those that are due after this step; what they return is logged and said."""
+  for every, hook in hooks:
+    if every and (step % every == 0 or last):
+      with record.doing("checkpoint"):
+        checkpoints.settle()  # a hook may take minutes; if it is killed, only the hook's work is lost
+      with record.doing("hooks"):
+        values = hook(step, state)
+      if values:
+        record.log.write(step, values)
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        say(f"step {step}: {numbers}")
 
-  "tokens" and "slots" (the tokens for which there is room) become tokens_per_second and fill. "data_checksum"
-  is that of the last step.
+
+def restore_items(checkpoints, step, targets, name):
+  """Items of a checkpoint, `name` being that of what is neither weights nor their mean.
+
+  One of an earlier version has no history of losses there; it gets an empty one.
   """
-  host = jax.device_get(window)
-  names = host[0].keys() - {"tokens", "slots", "bad", "data_checksum"}
-  values = {name: float(np.mean([m[name] for m in host])) for name in ["loss", *sorted(names - {"loss"})]}
-  if "tokens" in host[0]:
-    tokens = sum(int(m["tokens"]) for m in host)
-    values |= {"tokens_per_second": tokens / seconds, "fill": tokens / sum(int(m["slots"]) for m in host)}
-  values["steps_per_second"] = len(host) / seconds
-  if "data_checksum" in host[0]:
-    values["data_checksum"] = int(host[-1]["data_checksum"])
-  return values
+  targets = {**targets, name: dict(targets[name])}
+  new = None if "history" in checkpoints.shapes(step, name) else targets[name].pop("history")
+  restored = checkpoints.restore(step, targets)
+  if new is not None:
+    restored[name]["history"] = jax.jit(optim.no_history, out_shardings=new.sharding)()
+  return restored

@@ -8,6 +8,7 @@ import errno
 import os
 import signal
 import sys
+import time
 import traceback
 
 from absl import app, flags, logging
@@ -35,6 +36,7 @@ CPU_FLAGS = (  # of XLA; measured on what launch.benchmark runs
   # those sums over tokens take 20 times as long
   "--xla_cpu_experimental_ynn_fusion_type=-LIBRARY_FUSION_TYPE_REDUCE",
 )
+BEGAN = time.monotonic()  # when this program began
 _stop = {"requested": False}
 
 

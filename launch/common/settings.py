@@ -28,6 +28,31 @@ def make_sigma(config):
   return checked(lambda: flow.SigmaConfig(**config.sigma), "config.sigma")
 
 
+def check_rows(config, layout):
+  """BadInput where a step's rows and tokens cannot be shared by the devices of the mesh: some would compute
+  what others compute, too.
+  """
+  data, mesh, micro = config.data, layout.mesh.shape, config.micro_steps
+  if micro < 1 or data.rows % micro:
+    raise BadInput(f"config.data.rows is {data.rows}; it must be a multiple of config.micro_steps={micro}")
+  rows, ways, of = (
+    data.rows // micro,
+    layout.ways(("data", "fsdp")),
+    f"data={mesh['data']} x fsdp={mesh['fsdp']}",
+  )
+  together = f"config.data.rows={data.rows}" + (f" / micro_steps={micro}" if micro > 1 else "")
+  if rows % mesh["data"]:
+    raise BadInput(f"{together}: a multiple of {mesh['data']}, as data={mesh['data']} devices share the rows")
+  tokens = layout.ways(("fsdp", "context") if rows % ways else ("context",))
+  if rows % ways and rows // mesh["data"] > 1:
+    raise BadInput(
+      f"{together}: a multiple of {ways} ({of} share the rows), or {mesh['data']}: one row for all fsdp"
+    )
+  if data.row_tokens % tokens:
+    axes = f"fsdp={mesh['fsdp']} x context={mesh['context']}" if rows % ways else f"context={mesh['context']}"
+    raise BadInput(f"config.data.row_tokens is {data.row_tokens}; a multiple of {tokens}: {axes} share a row")
+
+
 def plan_rows(config, index, model):
   """The plan of the rows, whether or not all clips fit."""
   data = config.data

@@ -1,11 +1,15 @@
-"""Checks a training run before it starts. So far it checks the data: how the clips pack into rows and steps.
+"""Checks a run before it is paid for: compiles its program for a TPU pod, on this machine, without a TPU.
 
+  python -m launch.preflight --config=configs/pod.py:xl-high-v5e --topology=v5e:16x16 [--out=DIR]
+  python -m launch.preflight --config=... --topology=... --program=sample|encode|decode
+  python -m launch.preflight --config=... --topology=... --search
   python -m launch.preflight --config=configs/t2v.py:tiny --config.data.path=RECORDS --data-only [--out=DIR]
 
-The plan is that of launch.train, made from the index alone: no record is opened, nothing compiles. Prints how
-full the rows are, how similar the rows of a step are, and which settings limit them. DIR/data.html shows the
-same with pictures, DIR/rows.svg shows some rows of a step, and DIR/misfits.txt names the clips that fit in no
-row.
+The program is the very function that runs on the pod. Prints what a device needs of memory against what it
+has, model and executed FLOPs, bytes of collectives, what limits the step, and about how long it takes. Where
+it does not fit, the three settings that help most are compiled, too. --search compiles the sensible meshes
+and remat policies and prints a table. --data-only packs the clips of the records, and compiles nothing.
+DIR/preflight.txt, preflight.json and preflight.svg hold the same; DIR/data.html and rows.svg the packing.
 """
 
 import pathlib
@@ -18,47 +22,90 @@ from etils import epath
 from data import mixture
 from launch.common import program, settings
 from launch.common.progress import say
-from launch.reports import packing
-from sora_jax import workdir as workdirs
+from launch.preflight import data, programs, report, search
+from sora_jax import files, workdir as workdirs
 from sora_jax.errors import BadInput
 
 FLAGS = flags.FLAGS
+PROGRAMS = ("train", "sample", "encode", "decode")
+NO_DATA = "no --config.data.path; give the directory that launch.encode wrote"
 
 
 def define_flags():
-  flags.DEFINE_boolean("data_only", False, "check only the data")
+  flags.DEFINE_string(
+    "topology", "", "slice to compile for: v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, ..."
+  )
+  flags.DEFINE_enum("program", "train", PROGRAMS, "what runs there; encode and decode are those of the VAE")
+  flags.DEFINE_string("vae", "wan2.1", "a key of sora_jax.models.vae.SIZES, for encode and decode")
+  flags.DEFINE_list("size", ["720", "1280"], "height, width in pixels, for encode and decode")
+  flags.DEFINE_integer("frames", 81, "of a video, for encode and decode", lower_bound=1)
+  flags.DEFINE_boolean("search", False, "try the sensible meshes and remat policies")
+  flags.DEFINE_boolean("data_only", False, "check only how the data packs")
   flags.DEFINE_alias("data-only", "data_only")
-  flags.DEFINE_string("out", "", "directory for data.html, rows.svg and misfits.txt; empty: print only")
+  flags.DEFINE_string("out", "", "directory for text, JSON and pictures; empty: print only")
   program.define_config("configs/t2v.py:tiny")
 
 
 def main():
-  if not FLAGS.data_only:
-    raise BadInput("only the data of a step can be checked so far, not the whole step; give --data-only")
   config = program.get_config()
-  if not config.data.path:
-    raise BadInput("no --config.data.path; give the directory that launch.encode wrote")
+  if not FLAGS.data_only and not FLAGS.topology:
+    raise BadInput("no --topology; name the slice, as --topology=v5p:4x4x4, or give --data-only")
+  if FLAGS.data_only and not config.data.path:
+    raise BadInput(NO_DATA)
+  devices = None if FLAGS.data_only else programs.devices_of(FLAGS.topology)
   workdirs.adopt(config)
-  index = mixture.open_all(config.data.path)
+  index = mixture.open_all(config.data.path) if config.data.path else None
   first = config.data.path.split(",")[0].strip()  # if there are several, all have its VAE and text encoder
-  model = workdirs.make_model(config, epath.Path(first) / "text", None)
-  settings.check_index(index, model, first)
-  plan = settings.plan_rows(config, index, model)
+  text = epath.Path(first) / "text" if first else workdirs.shipped() / "text"
+  if index is not None:
+    model = workdirs.make_model(config, text, None)
+    settings.check_index(index, model, first)
+    data.check(config, index, model, FLAGS.out)
+  fits = True
+  if devices:
+    fits = check_program(config, devices, index, text)
+  config_flags = shlex.join(arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config"))
   say(
-    f"planning rows of {plan.shape.length} tokens from the index of {len(index)} clips in {config.data.path}"
+    f"Next: python -m launch.train {config_flags} --workdir=W" if fits else "Next: change what is named above"
   )
-  view = packing.View(config, index, plan)
-  for line in view.lines():
+  return program.OK
+
+
+def check_program(config, devices, index, text):
+  """Compiles and reports -> whether it fits."""
+
+  def make(config):
+    return make_program(config, devices, index, text)
+
+  if FLAGS.search:
+    return search.table(config, make, FLAGS.topology, FLAGS.out)
+  say(f"compiling {FLAGS.program} for {FLAGS.topology}: one to four minutes of CPU time")
+  numbers, found = search.check(make(config), FLAGS.topology)
+  lines = list(report.lines(numbers))
+  for line in lines:
     say(line)
   if FLAGS.out:
-    view.write(pathlib.Path(FLAGS.out))
-    settings.name_misfits(index, plan, FLAGS.out)
-    say(f"pictures: {FLAGS.out}/data.html, {FLAGS.out}/rows.svg")
-    if plan.misfits:
-      say(f"all clips that fit in no row: {FLAGS.out}/{settings.MISFITS}")
-  config_flags = shlex.join(arg for arg in sys.argv[1:] if arg.lstrip("-").startswith("config"))
-  say(f"Next: python -m launch.train {config_flags} --workdir=W")
-  return program.OK
+    out = pathlib.Path(FLAGS.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "preflight.txt").write_text("\n".join(lines) + "\n")
+    files.write_json(out / "preflight.json", numbers)
+    (out / "preflight.svg").write_text(report.picture(numbers))
+    say(f"the same: {out}/preflight.txt, preflight.json, preflight.svg")
+  if not found.fits and FLAGS.program == "train":
+    search.suggest(config, make, FLAGS.topology, found)
+  return found.fits
+
+
+def make_program(config, devices, index, text):
+  """The Program that the flags ask for."""
+  layout = programs.make_layout(config, devices)
+  if FLAGS.program in ("encode", "decode"):
+    size = tuple(int(side) for side in FLAGS.size)
+    return programs.coding(FLAGS.program, FLAGS.vae, layout, size, FLAGS.frames)
+  model = workdirs.make_model(config, text, layout)
+  if FLAGS.program == "train":
+    return programs.training(config, model, layout, index)
+  return programs.sampling(config, model, rows=config.sample.rows)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ LINKS = {"v4": 6, "v5p": 6, "tpu7x": 6, "v5e": 4, "v6e": 4}  # of a chip, all of
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """A step whose time is public, as the census counts it: FLOPs, bytes sent, seconds measured, of a device."""
+  """A step whose time is public; FLOPs and bytes sent are those of a device, as the census counts them."""
 
   name: str
   topology: str
@@ -54,7 +54,7 @@ class Times:
 
 
 def live_links(topology):
-  """Links of a chip that lead to another one: two for each axis longer than 2 with its ends joined, else one."""
+  """Links of a chip that lead to another one: two along an axis longer than 2, one along an axis of 2."""
   sides = [int(side) for side in topology.split(":")[1].split("x")]
   return sum(0 if side == 1 else 1 if side == 2 else 2 for side in sides)
 

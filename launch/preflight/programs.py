@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from launch.common import settings
 from sora_jax import batch as batches, flops, layout as layouts, sample, train, workdir as workdirs
 from sora_jax.diffusion.samplers import SAMPLERS
-from sora_jax.errors import BadInput, checked
+from sora_jax.errors import BadInput, checked, pick
 from sora_jax.models import attention, vae
 
 ENVIRONMENT = {  # libtpu looks for a TPU otherwise, and lets one process in
@@ -90,7 +90,7 @@ class Row:
     lengths = {True: ids(self.tokens, length), False: ids(self.text, text_length)}
 
     def run(queries, keys):
-      own = queries == keys
+      own = keys > text_length or queries == keys == length
       tile_q, tile_k = attention._tile_size(queries), attention._tile_size(keys)
       segment_q, segment_k = (
         np.pad(x, (0, -len(x) % tile)).reshape(-1, tile)
@@ -133,7 +133,13 @@ def training(config, model, layout, index=None):
 
   row = rows_of(config, index, model)
   weights = sum(leaf.size for leaf in jax.tree.leaves(layouts.unbox(train.boxed_weights(model))))
-  facts = {"parameters": weights, "rows": rows, "row_tokens": shape.length, "clips in a row": len(row.tokens)}
+  facts = {
+    "parameters": weights,
+    "rows": rows,
+    "row_tokens": shape.length,
+    "row_clips": len(row.tokens),
+    "head_size": model.dit.head_size,
+  }
   return Program(
     "train",
     layout,
@@ -145,7 +151,7 @@ def training(config, model, layout, index=None):
   )
 
 
-def sampling(config, model, layout, rows=1, guided=True):
+def sampling(config, model, rows=1, guided=True):
   """One step of the sampler over `rows` rows, with guidance: twice as many rows through the model."""
   tokens, text, clips = config.sample.row_tokens, min(config.data.row_text, model.dit.text_pad or 512), 1
   twice = 2 if guided else 1
@@ -168,15 +174,16 @@ def sampling(config, model, layout, rows=1, guided=True):
     )  # fmt: skip
 
   work = float(flops.forward(cfg, np.array([tokens]), np.array([text])))
-  facts = {"rows": rows, "row_tokens": tokens, "guided": guided}
-  return Program("sample", layout, lower, twice * rows * work, rows * tokens, facts=facts)
+  facts = {"rows": rows, "row_tokens": tokens, "guided": guided, "head_size": cfg.head_size}
+  return Program("sample", model.layout, lower, twice * rows * work, rows * tokens, facts=facts)
 
 
-def coding(name, cfg, layout, size, frames, rows=1):
+def coding(name, vae_size, layout, size, frames, rows=1):
   """The VAE over `rows` clips: "decode" a latent frame, or "encode" the frames of one, after the first.
 
-  size: height and width in pixels. A video is a sequence of these calls.
+  vae_size: a key of vae.SIZES. size: height and width in pixels. A video is a sequence of these calls.
   """
+  cfg = pick(vae.SIZES, vae_size, "--vae")
   time_stride, stride, _ = cfg.stride
   height, width = size
   boxed = jax.eval_shape(
@@ -185,7 +192,7 @@ def coding(name, cfg, layout, size, frames, rows=1):
 
   def struct(frames, height, width, channels):
     shape = (rows, frames, height, width, channels)
-    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=layout.fitted(shape, *vae.AXES))
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
   def lower():
     params = layouts.targets(boxed, layout)

@@ -8,6 +8,9 @@ from launch.reports import charts, tables
 from sora_jax.chips import CHIPS
 
 GIB, TERA, GIGA = 2**30, 1e12, 1e9
+FLOORS = ("compute", "hbm", "network")
+LEFT, WIDTH = 230, 500  # of the bars of the picture
+STYLE = "<style>.bar{fill:#4477aa}.time{fill:#cc6677}.limit{stroke:#222;stroke-dasharray:4 3}text{fill:#222}</style>"
 
 
 def facts(found, topology):
@@ -100,7 +103,8 @@ def work_lines(numbers):
     f"FLOPs   {executed / TERA:,.1f} T a device, {flops['kernels'] / TERA:,.1f} of them in attention "
     f"kernels{model}"
   )
-  yield f"HBM     {numbers['hbm_traffic'] / TERA:.2f} TB read and written; host {numbers['host_traffic'] / GIGA:.1f} GB"
+  host = f"; to and from the host {numbers['host_traffic'] / GIGA:.1f} GB" if numbers["host_traffic"] else ""
+  yield f"HBM     {numbers['hbm_traffic'] / TERA:.2f} TB read and written{host}"
   yield f"network {numbers['sent'] / GIGA:,.1f} GB sent by a device:"
   rows = [
     (
@@ -115,59 +119,52 @@ def work_lines(numbers):
   ]
   for line in tables.lines((), rows, left=(0, 1, 2)) if rows else ["none"]:
     yield f"          {line}"
-  yield (
-    f"floors  compute {seconds['compute']:.2f} s, HBM {seconds['hbm']:.2f} s, network {seconds['network']:.2f} s: "
-    f"{seconds['limit']} limits the step"
+  floors = ", ".join(f"{name} {seconds[name]:.2f} s" for name in FLOORS)
+  yield f"floors  {floors}: {seconds['limit']} limits the step"
+  published = "; ".join(
+    f"{name} {guess:.1f} s for {real:.1f}" for name, real, guess in estimate.residuals(CHIPS)
   )
   yield (
-    f"time    about {seconds['estimate']:.1f} s, without input, checkpoints and what overlaps; the same estimate for "
-    "published steps: "
-    + "; ".join(f"{name} {guess:.1f} s for {real:.1f}" for name, real, guess in estimate.residuals(CHIPS))
+    f"time    about {seconds['estimate']:.3g} s, without input, checkpoints, and what the compiler overlaps; "
+    f"the same estimate for published steps: {published}"
   )
   for line in numbers["unknown"]:
     yield f"not counted: {line}"
 
 
 def picture(numbers):
-  """One SVG: memory by what holds it against the chip's, and the floors of time."""
-  memory = numbers["memory"]
-  live = [(f"{x['shape']}", x["bytes"]) for x in numbers.get("live", ())[:8]]
+  """One SVG: what fills the memory of a device against what it has, and the floors of time."""
+  memory, seconds = numbers["memory"], numbers.get("seconds", {})
+  live = [(x["shape"], x["bytes"]) for x in numbers.get("live", ())[:8]]
   rest = memory["assigned"] - memory["arguments"] - sum(size for _, size in live)
-  bars = [("weights, optimiser, batch", memory["arguments"]), *live, ("smaller ones", max(rest, 0))]
-  rows, top = [], 34
-  scale = 520 / max(memory["limit"], memory["assigned"])
-  x = 200.0
-  for i, (name, size) in enumerate(bars):
-    y = top + 26 * i
-    rows.append(
-      f'<text x="192" y="{y + 14}" text-anchor="end">{html.escape(name)}</text>'
-      f'<rect x="{x:.1f}" y="{y}" width="{max(size * scale, 1):.1f}" height="18" class="bar"/>'
-      f'<text x="{x + size * scale + 6:.1f}" y="{y + 14}">{size / GIB:.2f} GiB</text>'
-    )
-    x += size * scale
-  bottom = top + 26 * len(bars)
-  limit = 200 + memory["limit"] * scale
-  rows.append(
-    f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="{top - 6}" y2="{bottom}" class="limit"/>'
-    f'<text x="{limit - 6:.1f}" y="{top - 10}" text-anchor="end">the chip has {memory["limit"] / GIB:.2f} GiB</text>'
+  bars = [("weights, optimiser, batch", memory["arguments"]), *live, ("what is smaller", max(rest, 0))]
+  scale = WIDTH / max(memory["limit"], memory["assigned"])
+  marks, y, x = [], 40, LEFT
+  for name, size in bars:
+    marks.append(_bar(name, x, y, size * scale, f"{size / GIB:.2f} GiB", "bar"))
+    y, x = y + 26, x + size * scale
+  limit = LEFT + memory["limit"] * scale
+  marks.append(
+    f'<line x1="{limit:.1f}" x2="{limit:.1f}" y1="34" y2="{y}" class="limit"/>'
+    f'<text x="{limit:.1f}" y="30" text-anchor="end">a device has {memory["limit"] / GIB:.2f} GiB</text>'
   )
-  y = bottom + 30
-  seconds = numbers.get("seconds", {})
-  longest = max((seconds.get(name, 0) for name in ("compute", "hbm", "network")), default=0) or 1
-  for name in ("compute", "hbm", "network"):
-    if name in seconds:
-      width = 520 * seconds[name] / longest
-      rows.append(
-        f'<text x="192" y="{y + 14}" text-anchor="end">{name} at its peak</text>'
-        f'<rect x="200" y="{y}" width="{max(width, 1):.1f}" height="18" class="time"/>'
-        f'<text x="{206 + width:.1f}" y="{y + 14}">{charts.number(seconds[name])} s</text>'
-      )
-      y += 26
-  title = f"{numbers['program']} on {numbers['topology']}, one device"
+  y += 24
+  longest = max((seconds.get(name, 0) for name in FLOORS), default=0) or 1
+  for name in FLOORS if seconds else ():
+    width = WIDTH * seconds[name] / longest
+    marks.append(_bar(f"{name}, at its peak", LEFT, y, width, f"{charts.number(seconds[name])} s", "time"))
+    y += 26
+  title = html.escape(f"{numbers['program']} on {numbers['topology']}: one device")
   return (
-    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {y + 10}" font-family="system-ui" font-size="13">'
-    "<style>.bar{fill:#4477aa}.time{fill:#cc6677}.limit{stroke:#222;stroke-dasharray:4 3}text{fill:#222}</style>"
-    f'<rect width="860" height="{y + 10}" fill="#fff"/><text x="200" y="14" font-weight="600">{html.escape(title)}</text>'
-    + "".join(rows)
-    + "</svg>\n"
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {y + 10}" font-family="system-ui" '
+    f'font-size="13">{STYLE}<rect width="860" height="{y + 10}" fill="#fff"/>'
+    f'<text x="{LEFT}" y="14" font-weight="600">{title}</text>{"".join(marks)}</svg>\n'
+  )
+
+
+def _bar(name, x, y, width, value, kind):
+  return (
+    f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{html.escape(name)}</text>'
+    f'<rect x="{x:.1f}" y="{y}" width="{max(width, 1):.1f}" height="18" class="{kind}"/>'
+    f'<text x="{x + width + 6:.1f}" y="{y + 14}">{value}</text>'
   )

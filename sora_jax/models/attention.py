@@ -393,7 +393,7 @@ def _tile_size(length):
 
 
 def _backward_plan(heads, queries, keys, tile, head_size, itemsize):
-  """How the backward pass runs -> (heads at a time, keys in its tiles, whether one kernel makes all gradients).
+  """How the backward pass runs -> (heads at a time, keys in its tiles, whether it is one kernel).
 
   One kernel needs 5 products of a tile where two need 7, but stores a gradient of all queries for each tile
   of keys before it adds them up. Few heads at a time keep that near FUSED_BYTES[0], and larger tiles of keys,

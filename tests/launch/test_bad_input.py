@@ -178,6 +178,7 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
       ("train_vae", "--config={root}/configs/vae.py:tiny", "--config.log_every=0", "--workdir=w"),
       "log_every is 0",
     ),
+    (("train_vae", "--config={root}/configs/vae.py:tiny", "--profile=9:3", "--workdir=w"), "--profile=9:3"),
     (("train_vae", "--config={root}/configs/vae.py:tiny", "--workdir={root}/setup.py"), "another path"),
     (("sample", "--requests=r.jsonl", "--steps=5"), "goes with --prompt"),
     (("export", "--out=here"), "--workdir=W"),
