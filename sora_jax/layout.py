@@ -13,6 +13,7 @@ weight is an error, as every device would hold all of it.
 """
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -95,6 +96,16 @@ class Layout:
       used.update(names)
     return NamedSharding(self.mesh, PartitionSpec(*placed))
 
+  def gathered(self, x, *axes):
+    """A weight, for products with activations that are cut over the devices that cut the weight: whole but for
+    the axes over tensor. Its gradient is scattered again. Both happen once, forward and backward.
+    """
+    if self.mesh.shape["fsdp"] * self.mesh.shape["context"] == 1:
+      return x
+    cut = self.fitted(x.shape, *axes)
+    whole = PartitionSpec(*(name if name == "tensor" else None for name in cut.spec))
+    return _gathered(x, cut, NamedSharding(self.mesh, whole))
+
   def uncut(self, shape, *axes):
     """Axes of an array of this shape that are cut less than the rules say, and no other axis makes up for it.
 
@@ -115,6 +126,22 @@ class Layout:
   def ways(self, mesh_axes):
     """How many parts an axis is cut into that lies on these mesh axes (a name or a tuple of names)."""
     return int(np.prod([self.mesh.shape[name] for name in names_in(mesh_axes)]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(x, cut, whole):
+  return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gathered_forward(x, cut, whole):
+  return _gathered(x, cut, whole), None
+
+
+def _gathered_backward(cut, whole, _, gradient):
+  return (jax.lax.with_sharding_constraint(gradient, cut),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def names_in(mesh_axes):

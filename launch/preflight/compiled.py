@@ -1,5 +1,7 @@
 """Compiles a program for a topology and counts what it takes: memory, FLOPs, bytes sent."""
 
+from __future__ import annotations
+
 import dataclasses
 import pathlib
 import re

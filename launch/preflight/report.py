@@ -10,7 +10,10 @@ from sora_jax.chips import CHIPS
 GIB, TERA, GIGA = 2**30, 1e12, 1e9
 FLOORS = ("compute", "hbm", "network")
 LEFT, WIDTH = 230, 500  # of the bars of the picture
-STYLE = "<style>.bar{fill:#4477aa}.time{fill:#cc6677}.limit{stroke:#222;stroke-dasharray:4 3}text{fill:#222}</style>"
+STYLE = (
+  "<style>.bar { fill: #4477aa } .time { fill: #cc6677 } text { fill: #222 } "
+  ".limit { stroke: #222; stroke-dasharray: 4 3 }</style>"
+)
 
 
 def facts(found, topology):

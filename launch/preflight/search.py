@@ -84,7 +84,7 @@ def suggest(config, make, topology, found, count=3):
 
 
 def meshes(config, layout):
-  """(fsdp, context) of the sensible meshes: powers of two; rows go over data and fsdp, or one row over all."""
+  """(fsdp, context) of the sensible meshes, powers of two: rows lie on data and fsdp, or one row on all."""
   devices = layout.mesh.size // config.mesh.tensor
   powers = [2**i for i in range(devices.bit_length()) if devices % 2**i == 0]
   rows = config.data.rows // config.micro_steps

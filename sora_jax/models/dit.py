@@ -213,23 +213,27 @@ class Part(nn.Module):
   def shard(self, x, *axes):
     return x if self.layout is None else self.layout.constrain(x, *axes)
 
-  def product(self, equation, x, kernel):
-    """einsum of x [batch, length, ...] with a weight, in the compute dtype.
+  def kernel(self, name, shape, axes, init, whole=True):
+    """A weight in the compute dtype. whole: gathered from the devices that it is cut over."""
+    value = self.weight(name, shape, axes, init).astype(self.cfg.dtype)
+    return self.layout.gathered(value, *axes) if whole and self.layout is not None else value
+
+  def product(self, x, kernel):
+    """x [B, L, inputs...] times a weight [inputs..., outputs...] -> [B, L, outputs...], in the compute dtype.
 
     On one device it is computed as a product of two matrices. Its gradients are then matrix products too, and
     XLA on CPU transposes none of their operands.
     """
     x, kernel = (a.astype(self.cfg.dtype) for a in (x, kernel))
-    if self.layout is not None and self.layout.mesh.size > 1:
-      return jnp.einsum(equation, x, kernel)
-    size = math.prod(x.shape[2:])
-    return (x.reshape(-1, size) @ kernel.reshape(size, -1)).reshape(*x.shape[:2], *kernel.shape[x.ndim - 2 :])
+    outputs, size = kernel.shape[x.ndim - 2 :], math.prod(x.shape[2:])
+    several = self.layout is not None and self.layout.mesh.size > 1
+    tokens = x.reshape(*x.shape[:2], size) if several else x.reshape(-1, size)
+    return (tokens @ kernel.reshape(size, -1)).reshape(*x.shape[:2], *outputs)
 
-  def linear(self, equation, x, name, shape, axes, init):
+  def linear(self, x, name, shape, axes, init):
     """`product` with the weight `name`, plus a bias over its last axis."""
-    dtype = jnp.dtype(self.cfg.dtype)
-    y = self.product(equation, x, self.weight(name, shape, axes, init))
-    return y + self.weight(f"{name}_bias", shape[-1:], axes[-1:]).astype(dtype)
+    y = self.product(x, self.kernel(name, shape, axes, init))
+    return y + self.weight(f"{name}_bias", shape[-1:], axes[-1:]).astype(y.dtype)
 
 
 class Attention(Part):
@@ -246,7 +250,9 @@ class Attention(Part):
     heads, dtype = ("embed", "heads", "head_dim"), jnp.dtype(cfg.dtype)
     kernels, biases, norms = {}, {}, {}
     for name in ("query", "key", "value"):
-      kernels[name] = self.weight(name, (D, N, K), heads, normal(D)).astype(dtype)
+      # Products with the text are few: they are added up over the devices that its weights are cut over.
+      whole = angles is not None or name == "query"
+      kernels[name] = self.kernel(name, (D, N, K), heads, normal(D), whole)
       biases[name] = self.weight(f"{name}_bias", (N, K), heads[1:]).astype(dtype)
       if name != "value":
         norms[name] = self.weight(f"{name}_norm", (N, K), heads[1:], nn.initializers.ones)
@@ -265,7 +271,7 @@ class Attention(Part):
     def joined(x_BLD, length, *names):
       kernel_DcNK = jnp.stack([kernels[n] for n in names], 1)
       bias_cNK = jnp.stack([biases[n] for n in names])
-      y_BLcNK = self.product("BLD,DcNK->BLcNK", x_BLD, kernel_DcNK) + bias_cNK
+      y_BLcNK = self.product(x_BLD, kernel_DcNK) + bias_cNK
       y_BLcNK = self.shard(y_BLcNK, "act_batch", length, None, "act_heads", "act_head_dim")
       outputs = []
       for i, name in enumerate(names):
@@ -288,7 +294,7 @@ class Attention(Part):
     )
     out_BLNK = self.shard(out_BLNK, "act_batch", "act_length", "act_heads", "act_head_dim")
     init = normal(D, (3 * cfg.depth) ** -0.5)
-    return self.linear("BLNK,NKD->BLD", out_BLNK, "out", (N, K, D), ("heads", "head_dim", "embed"), init)
+    return self.linear(out_BLNK, "out", (N, K, D), ("heads", "head_dim", "embed"), init)
 
 
 class Mlp(Part):
@@ -297,10 +303,10 @@ class Mlp(Part):
   @nn.compact
   def __call__(self, x_BLD):
     D, F = self.cfg.width, self.cfg.mlp
-    h_BLF = self.linear("BLD,DF->BLF", x_BLD, "in", (D, F), ("embed", "mlp"), normal(D))
+    h_BLF = self.linear(x_BLD, "in", (D, F), ("embed", "mlp"), normal(D))
     h_BLF = nn.gelu(self.shard(h_BLF, "act_batch", "act_length", "act_mlp"), approximate=True)
     init = normal(F, (3 * self.cfg.depth) ** -0.5)
-    return self.linear("BLF,FD->BLD", h_BLF, "out", (F, D), ("mlp", "embed"), init)
+    return self.linear(h_BLF, "out", (F, D), ("mlp", "embed"), init)
 
 
 def _gates_open(key, shape, dtype=jnp.float32):
@@ -389,11 +395,11 @@ class DiT(Part):
       )
 
     P, Q, axes = cfg.values_in, cfg.values_cond, ("patch", "embed")
-    x_BLD = self.linear("BLP,PD->BLD", tokens_BLP, "patch", (P, D), axes, normal(P))
+    x_BLD = self.linear(tokens_BLP, "patch", (P, D), axes, normal(P))
     if cfg.cond_channels:
       cond_QD = self.weight("patch_cond", (Q, D), axes, normal(Q))
       if cond_BLQ is not None:
-        x_BLD += self.product("BLQ,QD->BLD", cond_BLQ, cond_QD)
+        x_BLD += self.product(cond_BLQ, cond_QD)
     x_BLD = self.shard(x_BLD, "act_batch", "act_length", "act_embed")
 
     log_count_BS = None
@@ -431,7 +437,7 @@ class DiT(Part):
     modulation_BU2D = self.weight("table", (2, D), (None, "embed")) + time_BUD[:, :, None]
     shift_BLD, scale_BLD = (gather_rows(modulation_BU2D[:, :, i], sigma_index_BL) for i in range(2))
     x_BLD = layer_norm(x_BLD, cfg.eps) * (1 + scale_BLD) + shift_BLD
-    out_BLP = self.linear("BLD,DP->BLP", x_BLD, "velocity", (D, P), ("embed", "patch"), nn.initializers.zeros)
+    out_BLP = self.linear(x_BLD, "velocity", (D, P), ("embed", "patch"), nn.initializers.zeros)
     out_BLP = out_BLP.astype(jnp.float32)
     if cfg.predicts == "velocity":
       return out_BLP
@@ -464,9 +470,9 @@ class Text(Part):
   @nn.compact
   def __call__(self, text_BSE):
     D, E = self.cfg.width, self.cfg.text_width
-    h_BSD = self.linear("BSE,ED->BSD", text_BSE, "in", (E, D), ("text_embed", None), normal(E))
+    h_BSD = self.linear(text_BSE, "in", (E, D), ("text_embed", None), normal(E))
     h_BSD = nn.gelu(h_BSD, approximate=True)
-    return self.linear("BSD,De->BSe", h_BSD, "out", (D, D), ("embed", None), normal(D))
+    return self.linear(h_BSD, "out", (D, D), ("embed", None), normal(D))
 
 
 def log_count(text_BSE, prompt_BS, text_pad):
