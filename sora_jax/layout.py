@@ -97,8 +97,8 @@ class Layout:
     return NamedSharding(self.mesh, PartitionSpec(*placed))
 
   def gathered(self, x, *axes):
-    """A weight, for products with activations that are cut over the devices that cut the weight: whole but for
-    the axes over tensor. Its gradient is scattered again. Both happen once, forward and backward.
+    """A weight, whole but for its axes over tensor, for products with activations that are cut over the same
+    devices. Its gradient is scattered again. Said by hand, it is gathered once, forward and backward.
     """
     if self.mesh.shape["fsdp"] * self.mesh.shape["context"] == 1:
       return x

@@ -104,7 +104,11 @@ def make_program(config, devices, index, text):
     return programs.coding(FLAGS.program, FLAGS.vae, layout, size, FLAGS.frames)
   model = workdirs.make_model(config, text, layout)
   if FLAGS.program == "train":
-    return programs.training(config, model, layout, index)
+    if index is None:
+      row = programs.full_row(config, model)
+    else:
+      row = programs.median_row(settings.plan_rows(config, index, model))
+    return programs.training(config, model, layout, row)
   return programs.sampling(config, model, rows=config.sample.rows)
 
 

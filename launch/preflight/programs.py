@@ -101,21 +101,22 @@ class Row:
     return run
 
 
-def rows_of(config, index, model):
-  """One row of the user's index in the middle of its plan; without an index a row that one clip fills."""
-  data = config.data
-  if index is None:
-    text = min(data.row_text, model.dit.text_pad or data.row_text)
-    return Row(np.array([data.row_tokens]), np.array([text]))
-  plan = settings.plan_rows(config, index, model)
+def full_row(config, model):
+  """A row that one clip fills, with the text that one prompt has at most."""
+  text = min(config.data.row_text, model.dit.text_pad or 512)
+  return Row(np.array([config.data.row_tokens]), np.array([text]))
+
+
+def median_row(plan):
+  """Of the first step of a plan, the row whose attention costs the median."""
   _, step = next(iter(plan.steps()))
   row = sorted(range(len(step.rows)), key=lambda i: step.costs[i])[len(step.rows) // 2]
   tokens, text, _ = plan.sizes(np.array([position for position, _ in step.rows[row]]))
   return Row(tokens, text)
 
 
-def training(config, model, layout, index=None):
-  """The step that launch.train runs, with its State, batch and settings."""
+def training(config, model, layout, row):
+  """The step that launch.train runs, with its State, batch and settings. row: what its rows hold (a Row)."""
   part = workdirs.trained_part(config, model)
   tx = settings.make_optimizer(config, train.boxed_weights(part))
   shape = batches.RowShape(config.data.row_tokens, config.data.row_clips, config.data.row_text)
@@ -124,14 +125,18 @@ def training(config, model, layout, index=None):
 
   def lower():
     step = train.jit_step(
-      part, tx, ema_decay=config.ema_decay, sigma=settings.make_sigma(config), micro_steps=config.micro_steps
+      part,
+      tx,
+      ema_decay=config.ema_decay,
+      sigma=settings.make_sigma(config),
+      spike=config.spike,
+      micro_steps=config.micro_steps,
     )
     state = train.abstract_state(part, tx, ema)
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen = {"dit": workdirs.targets(model, model.dit.dtype)["dit"]} if part.lora else None
     return step.lower(state, train.batch_shapes(part, rows, shape), key, frozen)
 
-  row = rows_of(config, index, model)
   weights = sum(leaf.size for leaf in jax.tree.leaves(layouts.unbox(train.boxed_weights(model))))
   facts = {
     "parameters": weights,
