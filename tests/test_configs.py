@@ -5,11 +5,12 @@ import importlib.util
 import json
 import math
 import pathlib
+import re
 
 import jax
 import pytest
 
-from launch.common.settings import make_optimizer, make_sigma
+from launch.common.settings import check_rows, make_optimizer, make_sigma
 from sora_jax import batch as batches, layout, optim, train, train_vae, workdir as workdirs
 from sora_jax.diffusion import samplers
 from sora_jax.errors import BadInput, pick
@@ -77,13 +78,20 @@ def vae_state(config, workdir):
   return train_vae.abstract_state(cfg, tx, train_vae.loss_config(config), layout_of(config))
 
 
-STATES = {"t2v": t2v_state, "vae": vae_state}
+STATES = {"t2v": t2v_state, "pod": t2v_state, "vae": vae_state}
+
+
+def on_few(config):
+  """The page with a mesh of at most 8 devices: each axis of more than two becomes two."""
+  for name, size in config.mesh.items():
+    config.mesh[name] = min(size, 2)
+  return config
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_every_variant_resolves(name, variant, tmp_path):
   """Shapes of all weights and of the optimiser's state, placed by the page's mesh. No value is left None."""
-  config = PAGES[name].get_config(variant)
+  config = on_few(PAGES[name].get_config(variant))
   state = STATES[name](config, tmp_path)
   assert None not in flat(config).values()
   assert workdirs.make_layout(config).mesh.shape["fsdp"] == config.mesh.fsdp
@@ -91,13 +99,14 @@ def test_every_variant_resolves(name, variant, tmp_path):
   moments = [leaf for leaf in jax.tree.leaves(state.opt) if leaf.shape == largest.shape]
   assert moments
   for leaf in (largest, *moments):
-    assert math.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size // config.mesh.fsdp
+    ways = config.mesh.fsdp * config.mesh.context
+    assert math.prod(leaf.sharding.shard_shape(leaf.shape)) == leaf.size // ways
 
 
 @pytest.mark.parametrize(("name", "variant"), VARIANTS)
 def test_a_value_that_is_wrong_does_not_resolve(name, variant, tmp_path):
   """What the test above calls reads the page: a setting that no dataclass knows is bad input."""
-  config = PAGES[name].get_config(variant)
+  config = on_few(PAGES[name].get_config(variant))
   with config.unlocked():
     config.optim.beta = 0.5
   with pytest.raises(BadInput, match="config.optim.*beta"):
@@ -112,17 +121,33 @@ def test_every_variant_has_the_keys_of_the_neutral_page(name, variant):
   assert set(config.optim) == {field.name for field in dataclasses.fields(optim.OptimConfig)} - {"steps"}
 
 
-@pytest.mark.parametrize(("name", "variant"), [pair for pair in VARIANTS if pair[1] in ("base", "finetune")])
+@pytest.mark.parametrize(
+  ("name", "variant"), [pair for pair in VARIANTS if pair[0] == "pod" or pair[1] in ("base", "finetune")]
+)
 def test_a_pod_inherits_nothing_of_tiny(name, variant):
   """Patience with bad updates, threads and prompts are those of a large run."""
-  config, tiny = PAGES[name].get_config(variant), PAGES[name].get_config("tiny")
+  config, tiny = PAGES[name].get_config(variant), PAGES["vae" if name == "vae" else "t2v"].get_config("tiny")
   assert tiny.max_bad_steps < config.max_bad_steps and tiny.data.threads < config.data.threads
   assert name == "vae" or config.sample.prompts == () != tiny.sample.prompts
 
 
+@pytest.mark.parametrize("variant", PAGES["pod"].VARIANTS)
+def test_a_page_of_a_pod_shares_its_rows(variant):
+  """The mesh of the page serves its rows: no device computes what another computes."""
+  config = PAGES["pod"].get_config(variant)
+  chips = {"v5e": 256, "v6e": 256, "v5p": 64}.get(variant.split("-")[-1], 4)
+  axes = config.mesh.to_dict()
+  data = chips // math.prod(axes.values())
+  mesh = jax.sharding.AbstractMesh((data, axes["fsdp"], axes["context"], axes["tensor"]), layout.AXES)
+  check_rows(config, layout.Layout(mesh))
+  with pytest.raises(BadInput, match="rows|row_tokens"):
+    config.data.rows, config.data.row_tokens = 3, 1001
+    check_rows(config, layout.Layout(mesh))
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_an_unknown_variant_lists_those_there_are(name):
-  known = ", ".join(PAGES[name].VARIANTS)
+  known = re.escape(", ".join(PAGES[name].VARIANTS))
   for wrong in ("huge", "neutral", ""):
     with pytest.raises(ValueError, match=f"{name}.py has no variant '{wrong}'; it has {known}"):
       PAGES[name].get_config(wrong)

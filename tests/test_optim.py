@@ -118,3 +118,51 @@ def test_bad_updates_are_counted_up_and_good_ones_down():
     bad = optim.count_bad(bad, jnp.bool_(taken))
     levels.append(int(bad))
   assert levels == [0, 1, 2, 1, 2, 1, 0, 0]
+
+
+def test_stochastic_rounding_keeps_the_mean():
+  """A float32 between two of bfloat16 becomes either, so that the mean is its value; the nearest loses it."""
+  value = jnp.float32(1 + 0.3 / 128)  # bfloat16 has 1 and 1 + 1/128
+  rounded = np.asarray(optim.stochastic_round(jnp.full((64, 512), value), jnp.bfloat16, (3, 1)), np.float32)
+  assert set(np.unique(rounded)) == {1.0, 1 + 1 / 128}
+  assert abs(rounded.mean() - value) < 4 * (0.46 / 128) / np.sqrt(rounded.size)
+  assert float(jnp.bfloat16(value)) == 1.0
+  again = optim.stochastic_round(jnp.full((64, 512), value), jnp.bfloat16, (4, 1))
+  assert 0.3 < (np.asarray(again, np.float32) != rounded).mean() < 0.55  # another step, another draw
+  special = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 0.0, -2.5], jnp.float32)
+  np.testing.assert_array_equal(
+    np.asarray(optim.stochastic_round(special, jnp.bfloat16, (0, 0)), np.float32), special
+  )
+
+
+def test_rounding_does_not_depend_on_the_mesh():
+  """The draw belongs to an element, wherever it lies."""
+  x = np.random.default_rng(0).normal(size=(16, 24)).astype(np.float32)
+  on_mesh = layout.Layout(layout.make_mesh(fsdp=2, tensor=4))
+  rounded = jax.jit(lambda x: optim.stochastic_round(x, jnp.bfloat16, (7, 2)))
+  cut = rounded(jax.device_put(x, on_mesh.fitted(x.shape, "embed", "mlp")))
+  np.testing.assert_array_equal(np.asarray(cut), np.asarray(rounded(x)))
+
+
+@pytest.mark.parametrize("name", optim.NAMES)
+def test_moments_in_bfloat16(name):
+  """They are stored in it, cut as their weights are, and many small updates are those of float32 in the mean."""
+
+  def updates(moment_dtype):
+    cfg = optim.OptimConfig(name=name, warmup=0, moment_dtype=moment_dtype, steps=1000)
+    tx = optim.optimizer(cfg, BOXED)
+    opt, params, total = tx.init(arrays(0)), arrays(0), 0.0
+    step = jax.jit(lambda grads, opt: tx.update(grads, opt, params))
+    for i in range(60):
+      change, opt = step(arrays(i % 5 + 1), opt)
+      total = jax.tree.map(lambda a, b: a + np.asarray(b), total, change) if i else change
+    return total, opt, tx
+
+  (ours, opt, tx), (theirs, _, _) = updates("bfloat16"), updates("float32")
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(opt) if leaf.ndim} == {"bfloat16"}
+  assert apart(ours, theirs) < 0.05
+  placed = optim.abstract(tx, BOXED, layout.Layout(layout.make_mesh(fsdp=4, tensor=2)))[1]
+  cut = [
+    leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(placed) if leaf.shape == (2, 16, 64)
+  ]
+  assert cut and set(cut) == {(2, 4, 32)}

@@ -219,6 +219,51 @@ def test_a_spike_changes_nothing_but_the_count():
       assert all(np.array_equal(a, b) for a, b in pairs) == bool(spike)
 
 
+@pytest.mark.parametrize("axes", [{"data": 1}, {"data": 2, "fsdp": 2}], ids=["one device", "data-fsdp"])
+def test_micro_steps_are_one_step(axes):
+  """Gradients of parts of the rows add up to those of all rows, though the parts have unlike many tokens."""
+  layout = layout_of(**axes)
+  (params, batch), of = inputs(layout), model(layout)
+  run = jax.jit(functools.partial(train.loss_and_grads, model=of, sigma=SIGMA), static_argnames="micro_steps")
+  loss, grads = run(params, batch=batch, key=KEY, micro_steps=1)
+  parts_loss, parts = run(params, batch=batch, key=KEY, micro_steps=2)
+  np.testing.assert_allclose(parts_loss, loss, rtol=1e-6)
+  assert_same(parts, grads)
+
+
+def test_one_row_on_all_devices():
+  """A row that fsdp and context cut together has the loss and gradient of one device."""
+  one = batches.pack(rows()[1:2], SHAPE)
+  layout = layout_of(fsdp=4, context=2)
+  placed = train.place_batch(one, layout)
+  assert placed.tokens_BLP.addressable_shards[0].data.shape[:2] == (1, 6)
+
+  def run(layout, batch):
+    function = functools.partial(train.loss_fn, model=model(layout), key=KEY, sigma=SIGMA)
+    params = inputs()[0] if layout is None else jax.device_put(inputs()[0], places(layout))
+    return jax.jit(jax.value_and_grad(lambda params, batch: function(params, batch=batch)))(params, batch)
+
+  (loss, grads), (wanted, reference) = run(layout, placed), run(None, one)
+  np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+  assert_same(grads, reference)
+
+
+def test_weights_in_bfloat16_without_a_running_mean():
+  """They are stored in it, learn as those in float32 do, and no mean is kept."""
+  of = dataclasses.replace(model(), param_dtype="bfloat16")
+  cfg = optim.OptimConfig(steps=60, warmup=5, learning_rate=5e-3, name="adamw", moment_dtype="bfloat16")
+  tx, losses = optim.optimizer(cfg, train.boxed_weights(of)), []
+  state = train.init_state(of, tx, jax.random.key(0), ema=False)
+  assert state.ema == {} and {x.dtype.name for x in jax.tree.leaves(state.params)} == {"bfloat16"}
+  assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, train.abstract_state(of, tx, ema=False))
+  step = train.jit_step(of, tx, ema_decay=0.0, sigma=SIGMA)
+  batch = batches.pack(rows(), SHAPE)
+  for _ in range(50):
+    state, metrics = step(state, batch, jax.random.key(1))
+    losses.append(float(metrics["loss"]))
+  assert state.ema == {} and losses[-1] < 0.75 * losses[0], losses[::10]
+
+
 def test_two_steps_save_restore_two_steps(tmp_path):
   """4 steps equal 2 + save + restore on another mesh + 2, in weights, EMA and optimiser.
 
