@@ -23,7 +23,7 @@ STAGES = {  # tokens, clips and text tokens in a row, learning rate, steps
   "high": (81_920, 64, 4096, 1e-4, 50_000),
 }
 SLICES = {  # (fsdp, context, parts of a step's rows, remat) of l and xl; a step has 256 rows
-  "v5e": {"l": (256, 1, 1, "attention"), "xl": (128, 2, 2, "attention")},
+  "v5e": {"l": (256, 1, 1, "attention"), "xl": (64, 4, 4, "attention")},
   "v5p": {"l": (64, 1, 4, "attention"), "xl": (64, 1, 4, "attention")},
   "v6e": {"l": (256, 1, 1, "attention"), "xl": (256, 1, 1, "attention")},
 }

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sora_jax import batch as batches, flops, layout as layouts, optim
@@ -17,6 +18,7 @@ from sora_jax.diffusion import flow
 
 # xxHash's, one an axis: what stands elsewhere counts differently
 PRIMES = (2654435761, 2246822519, 3266489917)
+BLOCKS = (1024, 512, 256, 128)  # tokens that are dealt to a device together: tiles of attention
 
 
 @jax.tree_util.register_dataclass
@@ -179,7 +181,7 @@ def train_step(state, batch, key, frozen=None, *, model, tx, ema_decay, sigma, s
     "spike": spiking.astype(jnp.int32),
     "tokens": jnp.sum(batch.segment_BL > 0),
     "flops": model_flops(batch, model),
-    "data_checksum": checksum(batch),
+    "data_checksum": checksum(batch, model.layout),
   }
   return State(state.step + 1, params, ema, opt, bad, history), metrics
 
@@ -217,16 +219,25 @@ def loss_at_sigma(params, batch, key, value, *, model):
   return flow.velocity_loss(predicted, batch.tokens_BLP, noise_BLP, batch.segment_BL, batch.given_BL)
 
 
-def checksum(batch):
+def checksum(batch, layout=None):
   """A number of 32 bits that tells a batch from others: of the tokens, segments and texts of all its rows, in
-  integers, so that it does not depend on how the batch is cut over devices."""
+  integers, so that it does not depend on how the batch is cut over devices (`dealing`, too)."""
+  order = dealing(batch.segment_BL.shape, layout)
   total = jnp.uint32(0)
-  for value in (batch.tokens_BLP, batch.segment_BL, batch.text_BS, batch.text_BSE):
+  for name, value in (
+    ("BL", batch.tokens_BLP),
+    ("BL", batch.segment_BL),
+    ("BS", batch.text_BS),
+    ("BS", batch.text_BSE),
+  ):
     if value is not None:
       bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
       position = jnp.uint32(0)
       for axis in range(bits.ndim):
-        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(PRIMES[axis])
+        index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        if axis == 1 and order is not None and any(value is one for one in tokens):
+          index = jnp.asarray(order, jnp.uint32).reshape(1, -1, *[1] * (bits.ndim - 2))
+        position += index * jnp.uint32(PRIMES[axis])
       total += jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
   return total
 
@@ -251,6 +262,21 @@ def batch_sharding(name, shape, layout):
   return layout.fitted(shape, *BATCH_AXES[letters[:2]])
 
 
+def dealing(shape_BL, layout):
+  """In which order the tokens of a row lie, where they are cut over devices: [L] positions; None: as they come.
+
+  Blocks of tokens are dealt to the devices in turn, so that each has some of every clip: where it attends
+  from its own tokens to all (attention._over_devices), all have as much to do. A block is a tile of
+  attention, so dealing changes none of the tiles that are skipped. The model does not depend on the order.
+  """
+  length = shape_BL[1]
+  ways = 1 if layout is None else layout.ways(layout.fitted(shape_BL, "act_batch", "act_length").spec[1])
+  block = next((block for block in BLOCKS if ways > 1 and length % (ways * block) == 0), None)
+  if block is None:
+    return None
+  return np.arange(length).reshape(-1, ways, block).swapaxes(0, 1).reshape(-1)
+
+
 def batch_shapes(model, rows, shape):
   """PackedBatch of ShapeDtypeStructs, with shardings: what `place_batch` makes of `rows` rows of a RowShape
   for this model.
@@ -268,11 +294,17 @@ def batch_shapes(model, rows, shape):
 
 
 def place_batch(batch, layout, part=0, parts=1):
-  """The part-th of `parts` of a step's rows -> global arrays, placed by `batch_sharding`."""
+  """The part-th of `parts` of a step's rows -> global arrays, placed by `batch_sharding`, tokens in the order
+  of `dealing`.
+  """
+  rows, length = batch.segment_BL.shape
+  order = dealing((rows * parts, length), layout)
 
   def place(name, value):
     if value is None:
       return None
+    if order is not None and name.rsplit("_", 1)[1].startswith("BL"):
+      value = value[:, order]
     local = len(value)
     shape = (local * parts, *value.shape[1:])
 

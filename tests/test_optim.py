@@ -146,7 +146,7 @@ def test_rounding_does_not_depend_on_the_mesh():
 
 @pytest.mark.parametrize("name", optim.NAMES)
 def test_moments_in_bfloat16(name):
-  """They are stored in it, cut as their weights are, and many small updates are those of float32 in the mean."""
+  """They are stored in it, cut as their weights are, and 60 updates add up to those of float32."""
 
   def updates(moment_dtype):
     cfg = optim.OptimConfig(name=name, warmup=0, moment_dtype=moment_dtype, steps=1000)

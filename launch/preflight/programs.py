@@ -90,7 +90,7 @@ class Row:
     lengths = {True: ids(self.tokens, length), False: ids(self.text, text_length)}
 
     def run(queries, keys):
-      own = keys > text_length or queries == keys == length
+      own = keys >= length
       tile_q, tile_k = attention._tile_size(queries), attention._tile_size(keys)
       segment_q, segment_k = (
         np.pad(x, (0, -len(x) % tile)).reshape(-1, tile)

@@ -49,6 +49,7 @@ def clip(tokens=75_600, size="wan-14b", **settings):
 
 BF16 = {"model__param_dtype": "bfloat16", "optim__moment_dtype": "bfloat16", "ema_decay": 0.0}
 FOUR, CUBE, V5E, V6E = "v5p:2x2x1", "v5p:4x4x4", "v5e:16x16", "v6e:16x16"
+SAVED = {"model__remat": "attention"}
 LONG = {"mesh__fsdp": 8, "mesh__context": 8}
 PACKED = {"data__row_clips": 64, "data__row_text": 4096, "data__row_tokens": 81_920, "data__rows": 256}
 XL = PACKED | {"model__size": "XL"}
@@ -75,12 +76,19 @@ ENTRIES = (
   Entry(
     "XL packed",
     V5E,
-    XL | dict(zip(("mesh__fsdp", "mesh__context"), (128, 2)), micro_steps=2),
+    XL | {"mesh__fsdp": 64, "mesh__context": 4, "micro_steps": 4} | SAVED,
     12.6,
     1.3,
     packed=True,
   ),
-  Entry("XL packed", V6E, XL | {"mesh__fsdp": 256, "model__remat": "attention"}, 25.0, 1.3, packed=True),
+  Entry(
+    "XL packed",
+    V6E,
+    XL | {"mesh__fsdp": 64, "mesh__context": 4, "micro_steps": 4, "model__remat": "dots"},
+    25.0,
+    1.3,
+    packed=True,
+  ),
   Entry("14B, one row of 524,288", CUBE, clip(524_288, **LONG), 95.74, None, 400),
   Entry(
     "14B, one row of 524,288", V5E, clip(524_288, mesh__fsdp=32, mesh__context=8, **BF16), 15.75, None, 400

@@ -38,6 +38,7 @@ LANES = 128  # splash needs lengths and head sizes that are multiples of it
 # Bytes of gradients of queries, one for each tile of keys, that the backward pass stores: those of several
 # heads together, and at most those of one head.
 FUSED_BYTES = 256 << 20, 7 << 28
+VMEM_VALUES = 4096 * 128  # in a larger tile of keys: the kernel would not fit the vector memory of a v5e
 
 
 def attend(
@@ -404,7 +405,8 @@ def _backward_plan(heads, queries, keys, tile, head_size, itemsize):
   def stored(tile):
     return -(-keys // tile) * queries * head_size * itemsize
 
-  key_tile = next((n * tile for n in (1, 2, 4) if stored(n * tile) <= most), None)
+  tiles = [n * tile for n in (1, 2, 4) if n == 1 or n * tile * head_size <= VMEM_VALUES]
+  key_tile = next((tile for tile in tiles if stored(tile) <= most), None)
   if key_tile is None:
     return heads, tile, False
   divisors = [n for n in range(1, heads + 1) if heads % n == 0]
