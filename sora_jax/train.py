@@ -221,21 +221,23 @@ def loss_at_sigma(params, batch, key, value, *, model):
 
 def checksum(batch, layout=None):
   """A number of 32 bits that tells a batch from others: of the tokens, segments and texts of all its rows, in
-  integers, so that it does not depend on how the batch is cut over devices (`dealing`, too)."""
+  integers, so that it does not depend on how the batch is cut over devices. `layout`: that of `place_batch`.
+  """
   order = dealing(batch.segment_BL.shape, layout)
+  arrays = [
+    (batch.tokens_BLP, order),
+    (batch.segment_BL, order),
+    (batch.text_BS, None),
+    (batch.text_BSE, None),
+  ]
   total = jnp.uint32(0)
-  for name, value in (
-    ("BL", batch.tokens_BLP),
-    ("BL", batch.segment_BL),
-    ("BS", batch.text_BS),
-    ("BS", batch.text_BSE),
-  ):
+  for value, order in arrays:
     if value is not None:
       bits = jax.lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32)
       position = jnp.uint32(0)
       for axis in range(bits.ndim):
         index = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        if axis == 1 and order is not None and any(value is one for one in tokens):
+        if axis == 1 and order is not None:
           index = jnp.asarray(order, jnp.uint32).reshape(1, -1, *[1] * (bits.ndim - 2))
         position += index * jnp.uint32(PRIMES[axis])
       total += jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)
@@ -263,7 +265,7 @@ def batch_sharding(name, shape, layout):
 
 
 def dealing(shape_BL, layout):
-  """In which order the tokens of a row lie, where they are cut over devices: [L] positions; None: as they come.
+  """The order of the tokens of a row that is cut over devices: [L] positions; None: as they come.
 
   Blocks of tokens are dealt to the devices in turn, so that each has some of every clip: where it attends
   from its own tokens to all (attention._over_devices), all have as much to do. A block is a tile of
