@@ -65,6 +65,7 @@ ALLOWED = {
   "launch.reports": ("data", "sora_jax", "launch.common"),
   "launch.jobs": ("data", "sora_jax", "launch.common", "launch.reports"),
   "launch.common.processes": (),
+  "launch.preflight": ("data", "sora_jax", "launch.common", "launch.reports", "launch.packing"),
   "configs": (),
 }
 

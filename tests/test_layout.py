@@ -63,7 +63,7 @@ def test_a_small_weight_that_stays_whole_is_named():
   )
   assert layouts.uncut_weights({"blocks": weights}, layout) == [line]
   places = layouts.shardings(weights, layout)
-  assert places["query"].spec == PartitionSpec(None, ("fsdp", "context"), None, None)
+  assert places["query"].spec == PartitionSpec(None, "fsdp", None, None)
   assert places["late"].spec == PartitionSpec(None, "tensor")
   for fits in (
     layouts.Layout(layouts.make_mesh(fsdp=4, tensor=2)),
@@ -102,4 +102,4 @@ def test_a_large_weight_that_stays_whole_is_an_error(dtype):
   half = "bfloat16" if dtype == "float32" else "int8"
   assert layouts.targets(large, layout, half)["mlp"]["in"].dtype == half
   activation = layout.fitted(shapes[0], "act_batch", "act_mlp")
-  assert activation.spec == PartitionSpec(("data", "fsdp"), None)
+  assert activation.spec == PartitionSpec(None, None)

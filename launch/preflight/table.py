@@ -12,7 +12,6 @@ import pathlib
 
 from absl import flags
 
-from configs import t2v
 from data import plan as plans
 from launch.common import program
 from launch.common.progress import say
@@ -119,6 +118,7 @@ ENTRIES = (
 def define_flags():
   flags.DEFINE_string("only", "", "only what has this text in its name or topology")
   flags.DEFINE_string("out", "", "file for the numbers, JSON lines; what it holds is not compiled again")
+  program.define_config("configs/t2v.py:base")
 
 
 def main():
@@ -145,7 +145,9 @@ def main():
 
 def make(entry):
   """Entry -> Program."""
-  config = search.changed(t2v.base(), **{k: v for k, v in entry.settings.items() if k not in ("vae", "size")})
+  config = search.changed(
+    program.get_config(), **{k: v for k, v in entry.settings.items() if k not in ("vae", "size")}
+  )
   devices = programs.devices_of(entry.topology)
   if entry.program in ("encode", "decode"):
     config.mesh.fsdp, config.mesh.context = 1, len(devices)

@@ -75,8 +75,10 @@ def attend(
     kernel = "splash" if platform == "tpu" else "blocks"
   args = query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM
 
+  saved = query_BLNK.shape[1] == key_BMNK.shape[1]  # attention to the text is cheap to repeat
+
   def run(*args):
-    return KERNELS[kernel](*args, scale)
+    return KERNELS[kernel](*args, scale, saved)
 
   if layout is None or layout.mesh.size == 1:
     return run(*args)
@@ -182,7 +184,7 @@ def tiles_meet(segment_q, segment_k):
 # -- blocks --------------------------------------------------------------------------------------------------
 
 
-def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale):
+def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, saved):
   """Attention over tiles of one long row, which joins all rows. -> [B, L, N, K]
 
   Segment ids are made unique to their row first.
@@ -192,6 +194,7 @@ def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale):
   for 16 clips of 48 to 640 tokens, 12 heads of 128, tiles of 256 take 1.5 times as long. See `_by_density`
   for rows of one long clip.
   """
+  del saved  # it always is
   B, L, N, _ = query_BLNK.shape
   M = key_BMNK.shape[1]
   ids = jnp.maximum(segment_BL.max(), segment_BM.max()) + 1
@@ -413,10 +416,11 @@ def _backward_plan(heads, queries, keys, tile, head_size, itemsize):
   return max(n for n in divisors if n == 1 or n * stored(key_tile) <= few), key_tile, True
 
 
-def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, interpret=False):
+def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, saved, interpret=False):
   """The splash kernel row by row (a device of a pod holds one or two).
 
-  Lengths are padded to a multiple of the tile, the head size to a multiple of 128.
+  Lengths are padded to a multiple of the tile, the head size to a multiple of 128. saved: whether remat
+  policies may save output and logsumexp.
   """
   (L, N, K), M = query_BLNK.shape[1:], key_BMNK.shape[1]
   tile_q, tile_k = _tile_size(L), _tile_size(M)
@@ -468,7 +472,7 @@ def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, int
       save_residuals=False,
       mask_value=splash_kernel.DEFAULT_MASK_VALUE,
       attn_logits_soft_cap=None,
-      residual_checkpoint_name=SAVED if L == M else None,  # attention to the text is cheap to repeat
+      residual_checkpoint_name=SAVED if saved else None,
       mask_function=None,
       interpret=interpret,
     )

@@ -172,7 +172,7 @@ def test_sharded_is_unsharded(params):
   layout = layouts.Layout(layouts.make_mesh(fsdp=2, context=2, tensor=2))
   boxed = jax.eval_shape(lambda: dit.DiT(CFG, layout).init(jax.random.key(0), *args(ROW)))["params"]
   cut = jax.device_put(params, layouts.shardings(boxed, layout))
-  assert cut["blocks"]["self"]["query"].addressable_shards[0].data.shape == (2, 16, 1, 16)
+  assert cut["blocks"]["self"]["query"].addressable_shards[0].data.shape == (2, 8, 1, 16)
   two = jax.tree.map(lambda *x: np.concatenate(x), ROW, row_of([2, 0]))
   sharded = jax.jit(lambda p, row: run(p, row, layout=layout))(cut, two)
   np.testing.assert_allclose(sharded[:1, :30], velocity(params, ROW)[:, :30], atol=1e-5)
