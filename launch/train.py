@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from data import curation, loader, mixture, plan, records
 from launch.common import claims, loop, processes, program, progress, settings
 from launch.common.progress import say
-from launch.jobs import encode, sample
+from launch.jobs import encode, held_out, sample
 from sora_jax import checkpoint, layout as layouts, parts, train, workdir as workdirs
 from sora_jax.diffusion import flow
 from sora_jax.errors import BadInput
@@ -41,7 +41,9 @@ FREE = (
   "log_every",
   "checkpoint_every",
   "max_bad_steps",
+  "eval.",
   "sample.",
+  "data.held_out",
   "data.threads",
   "data.path",
   "data.max_damaged",
@@ -71,6 +73,7 @@ class Run:
   model: t2v.Model  # those that are trained: all of them, one expert, or adapters
   tx: optax.GradientTransformation
   sigma: flow.SigmaConfig
+  held_out: held_out.HeldOut | None
 
 
 def main():
@@ -96,6 +99,7 @@ def check(config, workdir):
   if config.data.path and config.data.clips:
     raise BadInput("--config.data.path and --config.data.clips are both given; give one of them")
   loop.check(config)
+  held_out.check(config)
   if config.sample.every and not config.sample.prompts:
     raise BadInput(
       f"config.sample.every is {config.sample.every} and config.sample.prompts is empty; give prompts, or "
@@ -125,16 +129,12 @@ def prepare(config, workdir):
       f"config.data.rows is {config.data.rows}; a multiple of {ways}: so many devices (data x fsdp) share "
       "the rows of a step"
     )
-  if jax.process_count() > 1 and config.sample.every:
-    raise BadInput(
-      "samples during training are drawn by one process alone; set --config.sample.every=0, and sample from "
-      "W with launch.sample"
-    )
   if config.model.expert == "high":
     sigma = dataclasses.replace(sigma, low=config.model.boundary)
   elif config.model.expert == "low":
     sigma = dataclasses.replace(sigma, high=config.model.boundary)
-  return Run(config, workdir, data, index, rows_plan, layout, whole, model, tx, sigma)
+  measured = held_out.HeldOut.open(config, model, layout, sigma, index) if config.eval.every else None
+  return Run(config, workdir, data, index, rows_plan, layout, whole, model, tx, sigma, measured)
 
 
 def train_on(run):
@@ -169,9 +169,11 @@ def train_on(run):
     state, metrics = compiled(state, batch, key, frozen)
     return state, metrics | {"slots": slots}
 
-  hooks = ()
+  hooks = []
+  if config.eval.every:
+    hooks.append((config.eval.every, functools.partial(run.held_out, frozen)))
   if config.sample.every:
-    hooks = ((config.sample.every, functools.partial(draw_samples, run, frozen)),)
+    hooks.append((config.sample.every, functools.partial(draw_samples, run, frozen)))
   state, code = loop.run_steps(
     config,
     workdir,
@@ -333,7 +335,7 @@ def check_init(config, model, data):
 
 
 def draw_samples(run, frozen, step, state):
-  """Videos of config.sample.prompts from the EMA weights, in W/samples/STEP/."""
+  """Videos of config.sample.prompts from the EMA weights, in W/samples/STEP/. All processes denoise them."""
   params = {**(frozen or {}), **state.ema}
   pipe = Pipeline.of(run.workdir, run.config, run.model, params, step, f"step {step}")
   requests = [{"id": f"{i:02d}", "prompt": prompt} for i, prompt in enumerate(run.config.sample.prompts)]

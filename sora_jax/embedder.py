@@ -57,7 +57,7 @@ class Embedder:
         prompt_BS = np.zeros_like(ids_BS)
         for row, i in enumerate(batch):
           ids_BS[row, : len(texts[i])], prompt_BS[row, : len(texts[i])] = texts[i], 1
-        text_BSE = np.asarray(self._run(self._params, ids_BS, prompt_BS))
+        text_BSE = layouts.to_host(self._run(self._params, ids_BS, prompt_BS))
         for row, i in enumerate(batch):
           embeddings[i] = text_BSE[row, : len(texts[i])]
     return embeddings

@@ -41,7 +41,8 @@ ALLOWED = {
   "sora_jax.train": STEP,
   "sora_jax.train_vae": STEP,
   "sora_jax.sample": STEP,
-  "sora_jax.checkpoint": ("sora_jax.files",),
+  "sora_jax.checkpoint": ("sora_jax.manifests",),
+  "sora_jax.manifests": ("sora_jax.files",),
   "sora_jax.parts": ("sora_jax.files", "sora_jax.models"),
   "sora_jax.workdir": tuple(
     f"sora_jax.{name}" for name in ("checkpoint", "parts", "files", "models", "layout")

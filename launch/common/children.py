@@ -75,7 +75,9 @@ def watch(processes, lines):
     time.sleep(0.05)
     if failed is None:
       codes = (None, program.OK, program.STOPPED)
-      failed = next((n for n, process in enumerate(processes) if process.returncode not in codes), None)
+      ended = [n for n, process in enumerate(processes) if process.returncode not in codes]
+      # one that was killed (its code is negative) is the cause, even if another that missed it was as quick
+      failed = min(ended, key=lambda n: processes[n].returncode, default=None)
     lines.show(failed)
     if failed is not None:
       since = since or time.monotonic()

@@ -28,8 +28,8 @@ def make_sigma(config):
   return checked(lambda: flow.SigmaConfig(**config.sigma), "config.sigma")
 
 
-def plan_rows(config, index, model):
-  """The plan of the rows, whether or not all clips fit."""
+def plan_rows(config, index, model, weights=None):
+  """The plan of the rows, whether or not all clips fit. weights: instead of config.data.weights."""
   data = config.data
   shape = checked(lambda: RowShape(data.row_tokens, data.row_clips, data.row_text), "config.data")
   null_ids, null_embedding = index.null_text
@@ -46,7 +46,7 @@ def plan_rows(config, index, model):
     seed=config.seed,
     null_text_tokens=len(null_ids) if model.text is not None else len(null_embedding),
     text_pad=model.dit.text_pad or None,
-    weights=tuple(data.weights) or None,
+    weights=tuple(data.weights if weights is None else weights) or None,
   )
 
 

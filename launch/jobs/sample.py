@@ -1,7 +1,8 @@
 """The sampling job: requests in; mp4 files (png for one frame) and manifest.jsonl out. What is there already
 is kept.
 
-Used by launch.sample, launch.evaluate, and for samples during training.
+Used by launch.sample, launch.evaluate, and for samples during training. Of several processes all denoise the
+same rows, and the first decodes and writes.
 """
 
 import dataclasses
@@ -10,7 +11,9 @@ import os
 import time
 import zlib
 
-from launch.common import program, progress
+import jax
+
+from launch.common import processes, program, progress
 from sora_jax import files, video
 from sora_jax.errors import BadInput
 
@@ -52,6 +55,25 @@ def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
 
   A request that cannot be done gets a manifest line with its error; the others are done.
   """
+  todo, counts = processes.from_first(f"what {out} lacks", lambda: _missing(pipe, requests, out))
+  first, finished, stop = not jax.process_index(), 0, processes.Stop(stop)
+  steps = sum(request.steps for request in todo)
+  with progress.Bar("sampling", steps or 1, every=1e9 if quiet else 15.0) as bar:
+    for result in pipe.run(todo, stop=stop, progress=lambda done, total: bar.update(done)):
+      finished += 1
+      counts["failed" if result.error else "ok"] += 1
+      if result.error and first:
+        note_failure(out, result.request.id, result.error, dataclasses.asdict(result.request))
+        progress.say(f"request {result.request.id}: {result.error}")
+      elif first:
+        write(pipe, result, out)
+  counts["stopped"] = len(todo) - finished
+  processes.wait(f"{out} is written")  # a collective does not wait as long as decoding may take
+  return counts
+
+
+def _missing(pipe, requests, out):
+  """-> (Requests that OUT lacks, counts so far). Those that cannot be parsed get their manifest line."""
   os.makedirs(out, exist_ok=True)
   manifest, counts = read_manifest(out), {"ok": 0, "kept": 0, "failed": 0, "stopped": 0}
   todo, names = [], set()
@@ -71,20 +93,7 @@ def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
       counts["failed"] += 1
       note_failure(out, name, str(error), fields)
       progress.say(f"request {name}: {error}")
-  finished = 0
-  steps = sum(request.steps for request in todo)
-  with progress.Bar("sampling", steps or 1, every=1e9 if quiet else 15.0) as bar:
-    for result in pipe.run(todo, stop=stop, progress=lambda done, total: bar.update(done)):
-      finished += 1
-      if result.error:
-        counts["failed"] += 1
-        note_failure(out, result.request.id, result.error, dataclasses.asdict(result.request))
-        progress.say(f"request {result.request.id}: {result.error}")
-      else:
-        write(pipe, result, out)
-        counts["ok"] += 1
-  counts["stopped"] = len(todo) - finished
-  return counts
+  return todo, counts
 
 
 def _is_made(pipe, request, line, out):
