@@ -16,7 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sora_jax.manifests import Manifests, from_all
+from sora_jax.manifests import Manifests
+from sora_jax.multihost import from_all
 
 
 class Checkpoints:

@@ -15,7 +15,6 @@ import dataclasses
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sora_jax.errors import BadInput
@@ -179,13 +178,6 @@ def shardings(boxed, layout, dtype=None):
     return layout.fitted(leaf.value.shape, *leaf.names) if is_box(leaf) else layout.fitted(leaf.shape)
 
   return jax.tree.map(sharding, boxed, is_leaf=is_box)
-
-
-def to_host(x):
-  """An array on the devices of any processes -> numpy array, whole, in each; all call it together."""
-  if x.is_fully_addressable or x.is_fully_replicated:
-    return np.asarray(x)
-  return multihost_utils.process_allgather(x, tiled=True)
 
 
 def targets(boxed, layout=None, dtype=None):

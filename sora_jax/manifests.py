@@ -7,24 +7,18 @@ process waits for another while it trains. Before a restore each process checks 
 and all agree on the result.
 """
 
-import itertools
-import json
 import re
 import time
 import zlib
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from sora_jax.errors import BadInput
 from sora_jax.files import pieces_of, read_json, write_json
+from sora_jax.multihost import from_all
 
 OWN = re.compile(r"(?:^|/)ocdbt\.process_(\d+)/")
-DAY = 24 * 3600 * 1000  # milliseconds
-_gathers = itertools.count()  # all processes gather in the same order; a barrier has a name of its own
 
 
 class Manifests:
@@ -108,18 +102,6 @@ def checksum(path):
   for piece in pieces_of(path):
     size, crc = size + len(piece), zlib.crc32(piece, crc)
   return [size, crc]
-
-
-def from_all(value):
-  """A JSON value of each process -> the list of all, in every process. All call it at the same point."""
-  if jax.process_count() == 1:
-    return [value]
-  # a collective does not wait as long as checking a large checkpoint may take
-  ocp.multihost.get_barrier_sync_fn()(key=f"values gathered {next(_gathers)}", timeout_ms=DAY)
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  sizes = multihost_utils.process_allgather(np.int32(len(data)))
-  rows = multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data))))
-  return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
 def _names(root):

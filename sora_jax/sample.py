@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax import batch as batches, layout as layouts, masks, patches
+from sora_jax import batch as batches, masks, multihost, patches
 from sora_jax.diffusion import flow, guidance
 from sora_jax.diffusion.samplers import SAMPLERS
 
@@ -140,7 +140,7 @@ def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, 
     )
     x.block_until_ready()
     on_step(i + 1, steps)
-  x = layouts.to_host(x)
+  x = multihost.to_host(x)
   tokens = []
   for b, row in enumerate(rows):
     ends = np.cumsum([len(one.clip.tokens_LP) for one in row])

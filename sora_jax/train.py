@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sora_jax import batch as batches, layout as layouts, optim
+from sora_jax import batch as batches, layout as layouts, multihost, optim
 from sora_jax.diffusion import flow
 
 # xxHash's, one an axis: what stands elsewhere counts differently
@@ -208,14 +208,7 @@ def place_batch(batch, layout, part=0, parts=1):
   def place(name, value):
     if value is None:
       return None
-    local = len(value)
-    shape = (local * parts, *value.shape[1:])
-
-    def piece(index):
-      start, stop, _ = index[0].indices(shape[0])
-      return value[(slice(start - part * local, stop - part * local), *index[1:])]
-
-    return jax.make_array_from_callback(shape, batch_sharding(name, shape, layout), piece)
+    return multihost.place_rows(value, lambda shape: batch_sharding(name, shape, layout), part, parts)
 
   return dataclasses.replace(
     batch, **{f.name: place(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)}
