@@ -76,10 +76,10 @@ def draw_kills(seed, count, steps):
 
 
 class TrainingRun:
-  """One run of launch.train, on a mesh of two devices: of one process, or one each of two."""
+  """One run of launch.train, on a mesh of two devices: of one process, or one each of two processes."""
 
-  def __init__(self, root, name, steps):
-    self.workdir, self.steps, self.startup = root / name, steps, 8.0
+  def __init__(self, root, name, steps, *flags, devices=2):
+    self.workdir, self.steps, self.devices, self.startup = root / name, steps, devices, 8.0
     page = root / "page.py"
     page.write_text(PAGE)
     self.cache = root / "cache"  # a kill may cut an entry short: not that of other tests
@@ -88,12 +88,13 @@ class TrainingRun:
       f"--config.steps={steps}",
       f"--config.data.path={root / 'records'}",
       f"--workdir={self.workdir}",
+      *flags,
     )
 
   def start(self, processes):
     """Starts the program, in a process group of its own."""
     environment = os.environ | {
-      "XLA_FLAGS": conftest.DEVICES.format(2 // processes),
+      "XLA_FLAGS": conftest.DEVICES.format(self.devices // processes),
       "PYTHONPATH": str(conftest.ROOT),
       "PYTHONSAFEPATH": "1",
       "JAX_COMPILATION_CACHE_DIR": str(self.cache),
