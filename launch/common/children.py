@@ -74,7 +74,10 @@ def watch(processes, lines):
   while any(process.poll() is None for process in processes):
     time.sleep(0.05)
     if failed is None:
-      failed = _first_failed([process.returncode for process in processes])
+      failed = _first_failed([process.poll() for process in processes])
+      if failed is not None:
+        time.sleep(1.0)  # one that is killed may need longer to end than another that misses it
+        failed = _first_failed([process.poll() for process in processes])
     lines.show(failed)
     if failed is not None:
       since = since or time.monotonic()
