@@ -35,7 +35,15 @@ CORE = [
 ]
 
 EXTRAS = {
-  "test": ["hypothesis>=6.140", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "scikit-video>=1.1.11"],
+  "test": [
+    "hypothesis>=6.140",
+    "pytest>=9",
+    "pytest-xdist>=3.8",
+    "ruff>=0.14",
+    "scikit-video>=1.1.11",
+    "gcp-storage-emulator>=2026.7",
+    "gcsfs>=2026.9",
+  ],
   "oracle": [
     "torch==2.13.0",
     "diffusers>=0.42,<0.43",
@@ -44,6 +52,7 @@ EXTRAS = {
     "peft>=0.17",
   ],
   "tpu": ["jax[tpu]>=0.10,<0.11"],
+  "gcs": ["gcsfs>=2026.9"],  # paths on gs://
 }
 
 setuptools.setup(

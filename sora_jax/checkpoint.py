@@ -16,6 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from sora_jax.files import copy_tree, is_local
 from sora_jax.manifests import Manifests
 from sora_jax.multihost import from_all
 
@@ -29,6 +30,8 @@ class Checkpoints:
 
   def __init__(self, workdir, *, keep=3, say=lambda line: None, read_only=False):
     self.root, self.say, self.read_only = epath.Path(workdir), say, read_only
+    if is_local(workdir):
+      self.root = self.root.resolve()
     self.manifests, self.first = Manifests(workdir), jax.process_index() == 0
     self.pending, self._checksums = None, None  # the step being saved; the future of its checksums
     self._hasher = concurrent.futures.ThreadPoolExecutor(1)
@@ -41,7 +44,7 @@ class Checkpoints:
       create=not read_only,
       read_only=read_only,
     )
-    self.manager = ocp.CheckpointManager(self.root.resolve() / "checkpoints", options=options)
+    self.manager = ocp.CheckpointManager(self.root / "checkpoints", options=options)
 
   def save(self, step, items, meta):
     """Starts saving: items (name -> pytree of arrays) and meta (JSON).
@@ -82,7 +85,7 @@ class Checkpoints:
     except Exception as error:
       step, self.pending = self.pending, None
       raise OSError(
-        f"step {step} could not be saved ({str(error).splitlines()[0][:200]}); the checkpoint before it is "
+        f"step {step} could not be saved ({str(error).splitlines()[0][:2000]}); the checkpoint before it is "
         "intact"
       ) from None
     self._checksums = self._hasher.submit(self.manifests.hash_own, self.pending)
@@ -112,7 +115,7 @@ class Checkpoints:
   def shapes(self, step, name):
     """An item as a tree of what has a `.shape`, without reading its arrays."""
     with ocp.StandardCheckpointer() as reader:
-      return reader.metadata(self.root.resolve() / "checkpoints" / str(step) / name).item_metadata.tree
+      return reader.metadata(self.root / "checkpoints" / str(step) / name).item_metadata.tree
 
   def restore(self, step, targets):
     """Items by name, each a tree like its target: jax.ShapeDtypeStructs, with shardings where they matter."""
@@ -127,12 +130,16 @@ class Checkpoints:
 
   def _set_aside(self, step):
     """Into W/damaged; its manifest goes first, so that it never stands beside another save of that step."""
-    target = self.root / "damaged" / str(step)
+    source, target = self.root / "checkpoints" / str(step), self.root / "damaged" / str(step)
     self.manifests.path(step).unlink(missing_ok=True)
-    target.parent.mkdir(exist_ok=True)
     if target.exists():
       target.rmtree()
-    (self.root / "checkpoints" / str(step)).rename(target)
+    if is_local(source):
+      target.parent.mkdir(exist_ok=True)
+      source.rename(target)
+    else:
+      copy_tree(source, target)
+      source.rmtree()
 
   def _remove_unfinished(self):
     """What a kill in the middle of a save left: temporary folders and parts, which nothing reads again."""

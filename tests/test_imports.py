@@ -42,7 +42,7 @@ ALLOWED = {
   "sora_jax.train": STEP,
   "sora_jax.train_vae": STEP,
   "sora_jax.sample": STEP,
-  "sora_jax.checkpoint": ("sora_jax.manifests", "sora_jax.multihost"),
+  "sora_jax.checkpoint": ("sora_jax.manifests", "sora_jax.multihost", "sora_jax.files"),
   "sora_jax.manifests": ("sora_jax.files", "sora_jax.multihost"),
   "sora_jax.parts": ("sora_jax.files", "sora_jax.models"),
   "sora_jax.workdir": tuple(

@@ -55,6 +55,7 @@ def run_steps(
         window, began = [], time.monotonic()
       bar.advance(1, note)
       if saving:
+        log.flush()
         checkpoints.save(step, items(state), {"step": step, "cursor": cursor})
       for every, hook in hooks:
         if every and (step % every == 0 or last):
