@@ -15,7 +15,6 @@ W/metrics.jsonl tells).
 import dataclasses
 import functools
 import os
-import pathlib
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from data import curation, loader, mixture, plan, records
+from data import bucket, curation, loader, mixture, plan
 from launch.common import claims, loop, processes, program, progress, settings
 from launch.common.progress import say
 from launch.jobs import encode, held_out, sample
@@ -219,7 +218,7 @@ def encode_clips(config, workdir):
   """Raw clips into W/records, as launch.encode does with a folder, unless they are there -> was it done?
   config.data.path is them then.
   """
-  out, model = records.local(workdir) / "records", pathlib.Path(config.init or workdirs.shipped())
+  out, model = bucket.path_of(workdir) / "records", bucket.path_of(config.init or workdirs.shipped())
   rules = curation.Rules(max_seconds=config.data.max_seconds, scene_threshold=10.0, drop_dull=True)
   index = encode.run(
     config.data.clips, out, model, {**dataclasses.asdict(rules), "split": "train", "seed": 0}

@@ -1,4 +1,4 @@
-"""A work directory in a bucket: train, kill, go on, sample, against an emulator of Google Cloud Storage.
+"""All in a bucket: encode, train, kill, go on, sample, against an emulator of Google Cloud Storage.
 
 bash tests/run.sh faults -k bucket
 """
@@ -27,13 +27,14 @@ server = pytest.importorskip("gcp_storage_emulator.server")
 class Bucket:
   """gs://bucket, in the memory of this process."""
 
-  def __init__(self):
+  def __init__(self, cache):
     port = hosts.free_port()
     self.url = f"http://127.0.0.1:{port}"
     self.server = server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     self.environment = {
       "STORAGE_EMULATOR_HOST": self.url,
       "TENSORSTORE_GCS_HTTP_URL": self.url,
+      "SORA_JAX_CACHE": str(cache),
       "GCE_METADATA_HOST": "127.0.0.1:1",  # nobody to ask for credentials
       "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else a call takes a minute
     }
@@ -52,8 +53,8 @@ class Bucket:
 
 
 def keep_generations(monkeypatch):
-  """Has the emulator keep what Google promises and it leaves out: generations of what is read, and conditions on
-  them. TensorStore relies on both where several of its writers change one file.
+  """Has the emulator keep what Google promises and it leaves out: generations of what is read, and conditions
+  on them. TensorStore relies on both where several of its writers change one file.
   """
   objects = pytest.importorskip("gcp_storage_emulator.handlers.objects")
   download, upload = objects.download, objects._media_upload
@@ -84,9 +85,9 @@ def keep_generations(monkeypatch):
 
 
 @pytest.fixture
-def bucket(monkeypatch):
+def bucket(monkeypatch, tmp_path):
   keep_generations(monkeypatch)
-  bucket = Bucket()
+  bucket = Bucket(tmp_path / "cache")
   bucket.server.start()
   yield bucket
   bucket.server.stop()
@@ -116,27 +117,30 @@ def curve(content):
   return [(line["step"], line["loss"], line["data_checksum"]) for line in lines]
 
 
-def test_a_work_directory_in_a_bucket(tmp_path, bucket):
+def test_all_in_a_bucket(tmp_path, bucket):
   """Killed after its first checkpoint, a run goes on, and ends as one on a disk does."""
-  test_kills.write_records(tmp_path / "records")
+  for out in (tmp_path / "records", "gs://bucket/records"):
+    assert "6 clips of 6 files" in finish(start(bucket, "encode", "--source=shapes:6", f"--out={out}"))
+  assert "nothing to do" in finish(start(bucket, "encode", "--source=shapes:6", f"--out={out}"))
+  names = {path.name for path in (tmp_path / "records").iterdir()} - {".lock"}
+  assert {name.split("/")[0] for name in bucket.names("records")} == names
   (tmp_path / "page.py").write_text(test_kills.PAGE)
   flags = (
     f"--config={tmp_path / 'page.py'}",
-    f"--config.data.path={tmp_path / 'records'}",
     "--config.steps=10",
     "--config.sample.steps=2",
     "--config.sample.frames=5",
   )
-  finish(start(bucket, "train", *flags, f"--workdir={tmp_path / 'disk'}"))
-  child = start(bucket, "train", *flags, "--workdir=gs://bucket/W")
+  disk = (f"--config.data.path={tmp_path / 'records'}", f"--workdir={tmp_path / 'disk'}")
+  finish(start(bucket, "train", *flags, *disk))
+  flags += ("--config.data.path=gs://bucket/records", "--workdir=gs://bucket/W")
+  child = start(bucket, "train", *flags)
   while "4.json" not in bucket.names("W/manifests"):
     assert child.poll() is None, child.stderr.read()[-3000:]
     time.sleep(0.05)
   child.send_signal(signal.SIGKILL)
   child.communicate()
-  assert "going on from the checkpoint of step" in finish(
-    start(bucket, "train", *flags, "--workdir=gs://bucket/W")
-  )
+  assert "going on from the checkpoint of step" in finish(start(bucket, "train", *flags))
   assert curve(bucket.read("W/metrics.jsonl")) == curve((tmp_path / "disk" / "metrics.jsonl").read_bytes())
   assert {"4.json", "8.json", "10.json"} >= set(bucket.names("W/manifests")) > {"10.json"}
   assert any("tfevents" in name for name in bucket.names("W/metrics"))
