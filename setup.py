@@ -15,6 +15,7 @@ CORE = [
   "etils[epath]>=1.12",
   "flatbuffers>=25",  # jax.export writes with it
   "flax>=0.12.2,<0.13",
+  "fsspec>=2025.1",  # epath goes through it to a bucket
   "ftfy>=6.3",
   "grain>=0.2.16,<0.3",
   "jax>=0.10,<0.11",

@@ -11,11 +11,15 @@ import math
 import os
 import tempfile
 
+import fsspec
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from sora_jax.errors import BadInput
+
+# A remembered listing of a bucket hides what other processes wrote since.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 DTYPES = {  # numpy's names -> those of safetensors
   "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64"

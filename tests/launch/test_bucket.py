@@ -151,3 +151,24 @@ def test_all_in_a_bucket(tmp_path, bucket):
   disk = ("--prompt=a red ball moves left", f"--out={tmp_path / 'out'}", f"--workdir={tmp_path / 'disk'}")
   finish(start(bucket, "sample", *disk))
   assert bucket.read(f"out/{name}") == (tmp_path / "out" / name).read_bytes()
+
+
+def test_two_processes_in_a_bucket(tmp_path, bucket):
+  """Each hashes what it wrote, and both go on from it."""
+  test_kills.write_records(tmp_path / "records")
+  (tmp_path / "page.py").write_text(test_kills.PAGE)
+  flags = (
+    f"--config={tmp_path / 'page.py'}",
+    f"--config.data.path={tmp_path / 'records'}",
+    "--config.mesh.fsdp=2",
+    "--workdir=gs://bucket/W",
+  )
+  for steps in (4, 5):
+    said = finish(start(bucket, "hosts", "--count=2", "launch.train", *flags, f"--config.steps={steps}"))
+  assert "going on from the checkpoint of step 4" in said
+  manifest = json.loads(bucket.read("W/manifests/4.json"))
+  assert {name.split("/")[1] for name in manifest if name.startswith("opt/ocdbt")} == {
+    "ocdbt.process_0",
+    "ocdbt.process_1",
+  }
+  assert sorted(bucket.names("W/manifests")) == ["4.json", "5.json"]
