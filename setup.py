@@ -15,6 +15,7 @@ CORE = [
   "etils[epath]>=1.12",
   "flatbuffers>=25",  # jax.export writes with it
   "flax>=0.12.2,<0.13",
+  "fsspec>=2025.1",  # epath goes through it to a bucket
   "ftfy>=6.3",
   "grain>=0.2.16,<0.3",
   "jax>=0.10,<0.11",
@@ -35,7 +36,15 @@ CORE = [
 ]
 
 EXTRAS = {
-  "test": ["hypothesis>=6.140", "pytest>=9", "pytest-xdist>=3.8", "ruff>=0.14", "scikit-video>=1.1.11"],
+  "test": [
+    "hypothesis>=6.140",
+    "pytest>=9",
+    "pytest-xdist>=3.8",
+    "ruff>=0.14",
+    "scikit-video>=1.1.11",
+    "gcp-storage-emulator>=2026.7",
+    "gcsfs>=2026.9",
+  ],
   "oracle": [
     "torch==2.13.0",
     "diffusers>=0.42,<0.43",
@@ -44,6 +53,7 @@ EXTRAS = {
     "peft>=0.17",
   ],
   "tpu": ["jax[tpu]>=0.10,<0.11"],
+  "gcs": ["gcsfs>=2026.9"],  # paths on gs://
 }
 
 setuptools.setup(

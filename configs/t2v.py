@@ -50,6 +50,7 @@ def neutral():
   config.data = ml_collections.ConfigDict()
   config.data.path = ""  # what launch.encode wrote; several, mixed, with a comma between them
   config.data.weights = ()  # of several: shares of the clips drawn; (): each clip once an epoch
+  config.data.held_out = ""  # records as in path, not trained on, for config.eval
   config.data.clips = ""  # instead of path: a folder of raw clips, encoded before the first step
   config.data.max_seconds = 5.0  # of these: longer videos become pieces
   config.data.rows = 8
@@ -80,6 +81,9 @@ def neutral():
   config.sigma.base_tokens = 4096
   config.sigma.shift_power = 0.5
   config.sigma.uniform = 0.1
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.every = 0  # steps between measurements of the loss on data.held_out; 0: never
 
   config.sample = ml_collections.ConfigDict()  # what launch.sample does where a request does not say
   config.sample.every = 0  # 0: draw no samples during training

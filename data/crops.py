@@ -159,6 +159,8 @@ class Crops:
     images,
     frames,
     size,
+    part=0,
+    parts=1,
     reads=4,
     pool_bytes=256 << 20,
     on_bad=print,
@@ -168,6 +170,8 @@ class Crops:
     """Begins at step number `step`; has no end.
 
     source: see data/clips.py. size: (height, width) in pixels. frames: of each clip.
+    part, parts: of `clips` and `images` the part-th of so many equal shares is read, for one process of
+    several; `parts` divides both.
     reads: the least number of crops that one reading of a file gives. pool_bytes: memory for crops read in
     advance. on_bad(line): called once for each file that cannot be read, from a reading thread.
     threads: how many threads read. prefetch: how many steps they read ahead.
@@ -186,7 +190,7 @@ class Crops:
         reported.add(line)
       on_bad(line)
 
-    self._counts = {"clips": clips, "images": images}
+    self._counts, self._part, self._parts = {"clips": clips, "images": images}, part, parts
     self._streams = {}
     for i, (name, length) in enumerate({"clips": frames, "images": 1}.items()):
       self._streams[name] = CropStream(
@@ -215,8 +219,9 @@ class Crops:
     batch = {}
     for name, count in self._counts.items():
       stream = self._streams[name]
-      crops = np.empty((count, *stream.size, 3), np.float32)
-      for i in range(count):
-        crops[i] = stream[step * count + i]
+      share = count // self._parts
+      crops = np.empty((share, *stream.size, 3), np.float32)
+      for i in range(share):
+        crops[i] = stream[step * count + self._part * share + i]
       batch[name] = crops / np.float32(127.5) - 1
     return batch

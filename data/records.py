@@ -18,7 +18,7 @@ caption, file, start, fps, source, format_version. Latents are posterior means, 
 
 The writer works in shards. A finished shard is safe; a killed run loses only the open one. Several processes
 may write at once, each its own shards (the first number is that of the process), and any number of them may
-resume.
+resume. The directory may be in a bucket: data/bucket.py.
 """
 
 import contextlib
@@ -28,8 +28,6 @@ import fcntl
 import functools
 import hashlib
 import json
-import os
-import pathlib
 import zlib
 from collections.abc import Mapping
 
@@ -38,6 +36,7 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from data import bucket
 from sora_jax import files
 from sora_jax.errors import BadInput
 
@@ -147,9 +146,11 @@ class RecordWriter:
   """
 
   def __init__(self, directory, settings: Mapping | None = None, shard_bytes=SHARD_BYTES, process=0):
-    self.directory, self._process = local(directory), process
+    self.directory, self._process = bucket.path_of(directory), process
     self.directory.mkdir(parents=True, exist_ok=True)
-    self._lock = open(self.directory / (f".lock-{process}" if process else ".lock"), "w")
+    self._remote = not files.is_local(self.directory)
+    self._stage = bucket.cache_of(directory, "writing") if self._remote else self.directory
+    self._lock = open(self._stage / (f".lock-{process}" if process else ".lock"), "w")
     try:
       fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
@@ -231,9 +232,14 @@ class RecordWriter:
     if self._writer is not None:
       with _full_disk(self.directory):
         self._writer.close()
-      files.sync(self._shard_path(".tmp"))
-      size = self._shard_path(".tmp").stat().st_size
-      os.replace(self._shard_path(".tmp"), self._shard_path(""))
+      open_shard = self._shard_path(".tmp")
+      size = open_shard.stat().st_size
+      if self._remote:
+        files.copy(open_shard, self.directory / f"{self._name}.array_record")
+        open_shard.unlink()
+      else:
+        files.sync(open_shard)
+        open_shard.replace(self._shard_path(""))
     shard = {
       "format_version": FORMAT_VERSION,
       "bytes": size,
@@ -296,7 +302,7 @@ class RecordWriter:
     return RecordIndex.open(self.directory)
 
   def _shard_path(self, suffix):
-    return self.directory / f"{self._name}.array_record{suffix}"
+    return self._stage / f"{self._name}.array_record{suffix}"
 
   def __enter__(self):
     return self
@@ -317,15 +323,17 @@ class RecordIndex:
   """The index of a directory of records: `rows` (memory-mapped, INDEX_DTYPE), `header` (dict), `len(index)`.
 
   Opening reads no record. Several threads may read at once. It can be pickled, for worker processes.
+  local: the folder of its shards on this machine; of a bucket a cache, into which they come when needed.
   """
 
-  def __init__(self, directory, header, rows):
-    self.directory, self.header, self.rows = pathlib.Path(directory), header, rows
+  def __init__(self, directory, header, rows, local=None):
+    self.directory, self.header, self.rows = bucket.path_of(directory), header, rows
+    self.local = local or self.directory
     counts = [shard["records"] for shard in header["shards"]]
     self._offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     # [0:n] gives the source the number of records, so that it opens a shard only to read one of its records
     self._blobs = ArrayRecordDataSource(
-      [f"{self.directory / shard['name']}[0:{shard['records']}]" for shard in header["shards"]]
+      [f"{self.local / shard['name']}[0:{shard['records']}]" for shard in header["shards"]]
     )
 
   @classmethod
@@ -334,7 +342,7 @@ class RecordIndex:
 
     Raises BadInput, which names the fault, if it is incomplete, damaged or of another format.
     """
-    directory = local(directory)
+    directory = bucket.path_of(directory)
     path = directory / "index.json"
     if not path.exists():
       if (directory / "job.json").exists():
@@ -348,8 +356,12 @@ class RecordIndex:
         f"{path}: format_version {header.get('format_version')}; this code reads {FORMAT_VERSION}; "
         "encode again"
       )
+    local = directory
     try:
-      rows = np.load(directory / "index.npy", mmap_mode="r")
+      if not files.is_local(directory):
+        local = bucket.cache_of(directory, json.dumps(header))
+        bucket.fetch(directory / "index.npy", local / "index.npy")
+      rows = np.load(local / "index.npy", mmap_mode="r")
     except (OSError, ValueError) as e:
       raise BadInput(
         f"{directory / 'index.npy'}: cannot be read ({e}); run the same launch.encode again"
@@ -361,7 +373,7 @@ class RecordIndex:
         f"{directory / 'index.npy'}: does not belong to the index.json beside it, or is damaged; "
         "run the same launch.encode again"
       )
-    for shard in header["shards"]:
+    for shard in header["shards"] if files.is_local(directory) else ():
       path = directory / shard["name"]
       if shard["records"]:
         if not path.exists():
@@ -371,7 +383,7 @@ class RecordIndex:
             f"{path}: has {path.stat().st_size} bytes of {shard['bytes']}; copy it again, or encode into an "
             "empty --out"
           )
-    return cls(directory, header, rows)
+    return cls(directory, header, rows, local)
 
   def __len__(self):
     return len(self.rows)
@@ -407,6 +419,9 @@ def read(index, i) -> Record:
   if not 0 <= i < len(index):
     raise IndexError(f"record {i} of {len(index)}")
   row = index.rows[i]
+  if not files.is_local(index.directory):
+    shard = index.header["shards"][row["shard"]]["name"]
+    bucket.fetch(index.directory / shard, index.local / shard)
   try:
     record = from_blob(index._blobs[int(index._offsets[row["shard"]] + row["position"])])
   except (RuntimeError, ValueError, IndexError) as e:
@@ -421,19 +436,6 @@ def read(index, i) -> Record:
       "again as a whole, or encode again"
     )
   return record
-
-
-def local(directory):
-  """The path of a directory on a file system.
-
-  Raises BadInput for other URLs: records are memory-mapped and renamed.
-  """
-  if "://" in str(directory):
-    raise BadInput(
-      f"{directory}: records are read and written on a file system; mount the bucket (gcsfuse does), and "
-      "give its path there"
-    )
-  return pathlib.Path(directory)
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,11 +11,10 @@ OUT/report.html shows it. Several processes share the files: launch/hosts.py.
 """
 
 import dataclasses
-import pathlib
 
 from absl import flags
 
-from data import curation, records
+from data import bucket, curation
 from launch.common import processes, program, progress
 from launch.jobs import encode
 from sora_jax import files, workdir as workdirs
@@ -62,7 +61,7 @@ def main():
     raise BadInput("no --out; give a directory for the records")
   if not processes.join():
     progress.mute()
-  out, model = records.local(FLAGS.out), pathlib.Path(FLAGS.workdir or workdirs.shipped())
+  out, model = bucket.path_of(FLAGS.out), bucket.path_of(FLAGS.workdir or workdirs.shipped())
   # that of the VAE
   rules = (field.name for field in dataclasses.fields(curation.Rules) if field.name != "temporal_stride")
   options = {name: FLAGS[name].value for name in rules}

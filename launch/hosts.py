@@ -15,7 +15,7 @@ import sys
 
 from launch.common import children
 
-PROGRAMS = ("launch.encode", "launch.train")
+PROGRAMS = ("launch.encode", "launch.train", "launch.train_vae")
 
 
 def main():

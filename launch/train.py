@@ -15,7 +15,6 @@ W/metrics.jsonl tells).
 import dataclasses
 import functools
 import os
-import pathlib
 
 import jax
 import numpy as np
@@ -24,10 +23,10 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from data import curation, loader, mixture, plan, records
+from data import bucket, curation, loader, mixture, plan
 from launch.common import claims, loop, processes, profile, program, progress, settings
 from launch.common.progress import say
-from launch.jobs import encode, sample
+from launch.jobs import encode, held_out, sample
 from sora_jax import checkpoint, layout as layouts, parts, train, workdir as workdirs
 from sora_jax.diffusion import flow
 from sora_jax.errors import BadInput
@@ -43,7 +42,9 @@ FREE = (
   "max_bad_steps",
   "max_rollbacks",
   "spike",
+  "eval.",
   "sample.",
+  "data.held_out",
   "data.threads",
   "data.path",
   "data.max_damaged",
@@ -75,6 +76,7 @@ class Run:
   model: t2v.Model  # those that are trained: all of them, one expert, or adapters
   tx: optax.GradientTransformation
   sigma: flow.SigmaConfig
+  held_out: held_out.HeldOut | None
 
 
 def main():
@@ -101,6 +103,7 @@ def check(config, workdir):
   if config.data.path and config.data.clips:
     raise BadInput("--config.data.path and --config.data.clips are both given; give one of them")
   loop.check(config)
+  held_out.check(config)
   if config.sample.every and not config.sample.prompts:
     raise BadInput(
       f"config.sample.every is {config.sample.every} and config.sample.prompts is empty; give prompts, or "
@@ -125,16 +128,12 @@ def prepare(config, workdir):
   rows_plan = make_plan(config, index, model, workdir)
   settings.check_index(index, model, data)
   settings.check_rows(config, layout)
-  if jax.process_count() > 1 and config.sample.every:
-    raise BadInput(
-      "samples during training are drawn by one process alone; set --config.sample.every=0, and sample from "
-      "W with launch.sample"
-    )
   if config.model.expert == "high":
     sigma = dataclasses.replace(sigma, low=config.model.boundary)
   elif config.model.expert == "low":
     sigma = dataclasses.replace(sigma, high=config.model.boundary)
-  return Run(config, workdir, data, index, rows_plan, layout, whole, model, tx, sigma)
+  measured = held_out.HeldOut.open(config, model, layout, sigma, index) if config.eval.every else None
+  return Run(config, workdir, data, index, rows_plan, layout, whole, model, tx, sigma, measured)
 
 
 def train_on(run, traced=None):
@@ -180,9 +179,11 @@ def train_on(run, traced=None):
     state, _, step = resume(checkpoints, target) or begin(run, target)
     return state, step
 
-  hooks = ()
+  hooks = []
+  if config.eval.every:
+    hooks.append((config.eval.every, functools.partial(run.held_out, frozen)))
   if config.sample.every:
-    hooks = ((config.sample.every, functools.partial(draw_samples, run, frozen)),)
+    hooks.append((config.sample.every, functools.partial(draw_samples, run, frozen)))
   state, code = loop.run_steps(
     config,
     workdir,
@@ -230,7 +231,7 @@ def encode_clips(config, workdir):
   """Raw clips into W/records, as launch.encode does with a folder, unless they are there -> was it done?
   config.data.path is them then.
   """
-  out, model = records.local(workdir) / "records", pathlib.Path(config.init or workdirs.shipped())
+  out, model = bucket.path_of(workdir) / "records", bucket.path_of(config.init or workdirs.shipped())
   rules = curation.Rules(max_seconds=config.data.max_seconds, scene_threshold=10.0, drop_dull=True)
   index = encode.run(
     config.data.clips, out, model, {**dataclasses.asdict(rules), "split": "train", "seed": 0}
@@ -344,7 +345,7 @@ def check_init(config, model, data):
 
 
 def draw_samples(run, frozen, step, state):
-  """Videos of config.sample.prompts from the EMA weights, in W/samples/STEP/."""
+  """Videos of config.sample.prompts from the EMA weights, in W/samples/STEP/. All processes denoise them."""
   params = {**(frozen or {}), **(state.ema or state.params)}
   pipe = Pipeline.of(run.workdir, run.config, run.model, params, step, f"step {step}")
   requests = [{"id": f"{i:02d}", "prompt": prompt} for i, prompt in enumerate(run.config.sample.prompts)]

@@ -2,11 +2,15 @@
 
 python -m launch.train_vae --config=configs/vae.py:tiny --workdir=W          # the embedded world
 python -m launch.train_vae --config=configs/vae.py:base --workdir=W --config.data.path=CLIPS
+
+On the hosts of a pod, or in several processes of one machine (launch.hosts), each reads its crops of a step;
+the loss is that of one process.
 """
 
 import dataclasses
 import functools
 import importlib
+import itertools
 import zlib
 
 import jax
@@ -17,9 +21,18 @@ from absl import flags
 from etils import epath
 
 from data import clips, crops
-from launch.common import claims, loop, profile, program, settings
+from launch.common import claims, loop, processes, profile, program, progress, settings
 from launch.common.progress import say
-from sora_jax import checkpoint, codec, layout as layouts, metrics, train_vae, workdir as workdirs
+from sora_jax import (
+  checkpoint,
+  codec,
+  layout as layouts,
+  metrics,
+  multihost,
+  train,
+  train_vae,
+  workdir as workdirs,
+)
 from sora_jax.errors import BadInput, checked, pick
 from sora_jax.models import vae
 from sora_jax.weights import vgg16
@@ -67,6 +80,8 @@ class Run:
 def main():
   config = program.get_config()
   traced = profile.steps_of(FLAGS.profile, config)
+  if not processes.join():
+    progress.mute()
   return train_on(prepare(config, FLAGS.workdir), traced)
 
 
@@ -100,14 +115,16 @@ def train_on(run, traced=None):
   traced: first and last step of a profile.
   """
   config, workdir, cfg = run.config, run.workdir, run.cfg
-  claims.lock_workdir(workdir)
-  claims.claim_workdir(workdir, config, FREE)
+  if not jax.process_index():
+    claims.lock_workdir(workdir)
+    claims.claim_workdir(workdir, config, FREE)
+  processes.wait("W is prepared")
   checkpoints = checkpoint.Checkpoints(workdir, say=say)
   target = train_vae.abstract_state(cfg, run.tx, run.losses, run.layout)
   state, step, cursor = resume(checkpoints, target) or (begin(run), 0, 0)
   if step >= config.steps:
-    # killed between the last step and this
-    if not (epath.Path(workdir) / "vae" / "config.json").exists():
+    done = (epath.Path(workdir) / "vae" / "config.json").exists()
+    if not processes.from_first("is W/vae written", lambda: done):  # killed between the last step and this
       finish(run, state)
     say(
       f"{workdir} is already trained for {step} steps; nothing to do. "
@@ -140,7 +157,8 @@ def train_on(run, traced=None):
     state, step, _ = resume(checkpoints, target) or (begin(run), 0, 0)
     return state, step
 
-  evaluate = functools.partial(held_out_quality, clips_of(run.held_out, cfg, HELD_OUT), cfg)
+  mine = jax.process_index(), jax.process_count()
+  evaluate = functools.partial(held_out_quality, clips_of(run.held_out, cfg, HELD_OUT, *mine), cfg)
   state, code = loop.run_steps(
     config,
     workdir,
@@ -163,6 +181,8 @@ def train_on(run, traced=None):
 def batches(run, before):
   """Yields (batch on the devices, its number) from the one after number `before` on."""
   data = run.config.data
+  shares = {train.part_of_rows(run.layout, count) for count in (data.clips, data.images) if count}
+  part, parts = shares.pop() if len(shares) == 1 else (0, 1)  # else all read all
   stream = crops.Crops(
     run.source,
     seed=run.config.seed,
@@ -171,12 +191,14 @@ def batches(run, before):
     images=data.images,
     frames=data.frames,
     size=data.crop,
+    part=part,
+    parts=parts,
     threads=data.threads,
-    on_bad=say,
+    on_bad=say if parts == 1 else program.warn,
   )
 
   def place(video):
-    return jax.make_array_from_process_local_data(train_vae.batch_sharding(video.shape, run.layout), video)
+    return multihost.place_rows(video, lambda shape: train_vae.batch_sharding(shape, run.layout), part, parts)
 
   for number, batch in enumerate(stream, before + 1):
     yield jax.tree.map(place, batch), number
@@ -290,14 +312,14 @@ def resume(checkpoints, target):
   return state, step, checkpoints.meta(step)["cursor"]
 
 
-def clips_of(source, cfg, count):
+def clips_of(source, cfg, count, part=0, parts=1):
   """The first `count` clips of a source, uint8 [1 + s n, H, W, 3]: their middle, at most MOST frames, height
   and width, in whole strides.
 
-  One a file; files that cannot be read are left out.
+  One a file, of every `parts`-th file from the part-th on; files that cannot be read are left out.
   """
   videos = []
-  for item in source.items()[:count]:
+  for item in source.items()[:count][part::parts]:
     try:
       raw = next(iter(source.read(item)))
       video_THWC = clips.crop(raw.video_THWC[: MOST[0]], cfg.stride)
@@ -312,14 +334,16 @@ def clips_of(source, cfg, count):
 
 
 def held_out_quality(held_out, cfg, step, state):
-  """Mean PSNR and SSIM of the EMA weights on held-out clips."""
+  """Mean PSNR and SSIM of the EMA weights on held-out clips; each process measures its own."""
   del step
+  weights = multihost.to_own_device(state.ema)
   held_out = [clip_THWC for clip_THWC in held_out if min(clip_THWC.shape[1:3]) >= metrics.WINDOW]
-  latents = codec.encode_clips(cfg, state.ema, held_out)
+  latents = codec.encode_clips(cfg, weights, held_out)
   scores = []
-  for clip_THWC, decoded_THWC in zip(held_out, codec.decode_clips(cfg, state.ema, latents), strict=True):
+  for clip_THWC, decoded_THWC in zip(held_out, codec.decode_clips(cfg, weights, latents), strict=True):
     a, b = (x / 255 for x in (clip_THWC, decoded_THWC))
     scores.append((min(float(metrics.psnr(a, b)), 100.0), float(metrics.ssim(a, b))))
+  scores = list(itertools.chain(*multihost.from_all(scores)))
   return (
     dict(zip(("held_out_psnr", "held_out_ssim"), np.mean(scores, 0).tolist(), strict=True)) if scores else {}
   )
@@ -330,11 +354,14 @@ def finish(run, state):
   does), and writes W/vae.
   """
   config, workdir, cfg = run.config, run.workdir, run.cfg
-  if config.decoder_only:
-    cfg, _ = workdirs.load_vae(epath.Path(config.init) / "vae")
-  else:
-    cfg = train_vae.with_statistics(codec.encode_clips(cfg, state.ema, clips_of(run.source, cfg, 256)), cfg)
-  workdirs.save_vae(epath.Path(workdir) / "vae", cfg, jax.device_get(state.ema), config.model)
+  weights = multihost.to_own_device(state.ema)
+  if not jax.process_index():
+    if config.decoder_only:
+      cfg, _ = workdirs.load_vae(epath.Path(config.init) / "vae")
+    else:
+      cfg = train_vae.with_statistics(codec.encode_clips(cfg, weights, clips_of(run.source, cfg, 256)), cfg)
+    workdirs.save_vae(epath.Path(workdir) / "vae", cfg, jax.device_get(weights), config.model)
+  processes.wait("W/vae is written")
   say(
     f"done: {config.steps} steps; the VAE is in {workdir}/vae. Next: python -m launch.encode --source=DIR "
     f"--workdir={workdir} --out=RECORDS"

@@ -5,21 +5,20 @@
   W/manifests/STEP.json         size and checksum of every file of the step, written once the step is whole
 
 Orbax renames a step into place when it is whole, but does not notice a flipped bit or a file cut short: so a
-step counts only with its manifest, and is checked against it before it is restored; a damaged one is set
-aside and the one before is taken.
+step counts only with its manifest (manifests.py), and is checked against it before it is restored; a damaged
+one is set aside and the one before is taken. Of several processes all call the methods below together.
 """
 
+import concurrent.futures
 import itertools
-import zlib
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
-from sora_jax.errors import BadInput
-from sora_jax.files import read_json, write_json
+from sora_jax.files import copy_tree, is_local
+from sora_jax.manifests import Manifests
+from sora_jax.multihost import from_all
 
 
 class Checkpoints:
@@ -31,9 +30,13 @@ class Checkpoints:
 
   def __init__(self, workdir, *, keep=3, say=lambda line: None, read_only=False):
     self.root, self.say, self.read_only = epath.Path(workdir), say, read_only
-    self.pending = None
-    if jax.process_index() == 0 and (self.root / "checkpoints").exists() and not read_only:
-      self._set_aside_unfinished()
+    if is_local(workdir):
+      self.root = self.root.resolve()
+    self.manifests, self.first = Manifests(workdir), jax.process_index() == 0
+    self.pending, self._checksums = None, None  # the step being saved; the future of its checksums
+    self._hasher = concurrent.futures.ThreadPoolExecutor(1)
+    if self.first and not read_only:
+      self._remove_unfinished()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=None if read_only else keep,
       step_prefix=None,
@@ -41,7 +44,7 @@ class Checkpoints:
       create=not read_only,
       read_only=read_only,
     )
-    self.manager = ocp.CheckpointManager(self.root.resolve() / "checkpoints", options=options)
+    self.manager = ocp.CheckpointManager(self.root / "checkpoints", options=options)
 
   def save(self, step, items, meta):
     """Starts saving: items (name -> pytree of arrays) and meta (JSON).
@@ -57,44 +60,41 @@ class Checkpoints:
     """Waits for a save under way, and writes its manifest."""
     if self.pending is None:
       return
-    step, self.pending = self.pending, None
+    self._hash()
+    own, step = self._checksums.result(), self.pending
+    self.pending, self._checksums = None, None
+    if self.first:
+      self.manifests.write(step, own)
+
+  def poll(self):
+    """Moves the manifest of a save on, without waiting for anything: call it often, so that a kill costs
+    little.
+    """
+    if self.pending is None or self.manager.is_saving_in_progress():
+      return
+    self._hash()
+    if self._checksums.done() and (not self.first or self.manifests.has_parts(self.pending)):
+      self.settle()
+
+  def _hash(self):
+    """Begins to hash the step being saved, in a thread, once it is whole."""
+    if self._checksums is not None:
+      return
     try:
       self.manager.wait_until_finished()
     except Exception as error:
+      step, self.pending = self.pending, None
       raise OSError(
-        f"step {step} could not be saved ({str(error).splitlines()[0][:200]}); the checkpoint before it is "
+        f"step {step} could not be saved ({str(error).splitlines()[0][:2000]}); the checkpoint before it is "
         "intact"
       ) from None
-    if jax.process_index() == 0:
-      write_json(self._manifest(step), self._checksums(step))
-      for path in (self.root / "manifests").iterdir():
-        if path.suffix == ".json" and not (self.root / "checkpoints" / path.stem).exists():
-          path.unlink()
-
-  def poll(self):
-    """Writes the manifest of a save that has ended meanwhile: call it often, so that a kill costs little."""
-    if self.pending is not None and not self.manager.is_saving_in_progress():
-      self.settle()
+    self._checksums = self._hasher.submit(self.manifests.hash_own, self.pending)
 
   def latest(self):
-    """The newest step that is whole, or None. Damaged ones are named and, unless `read_only`, set aside.
-
-    Of several processes the first looks.
-    """
-    if jax.process_count() == 1 or self.read_only:
-      return self._newest_whole()
-    step = self._newest_whole() if jax.process_index() == 0 else None
-    ocp.multihost.get_barrier_sync_fn()(
-      key=f"looked for checkpoints in {self.root}", timeout_ms=24 * 3600 * 1000
-    )
-    step = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if step is None else step)))
-    self.manager.reload()
-    return None if step < 0 else step
-
-  def _newest_whole(self):
-    steps = sorted(self.manager.all_steps(), reverse=True)
+    """The newest step that is whole, or None. Damaged ones are named and, unless `read_only`, set aside."""
+    steps = from_all(sorted(self.manager.all_steps(), reverse=True))[0]
     for step, before in itertools.zip_longest(steps, steps[1:]):
-      damage = self._damage(step)
+      damage = self.manifests.damage(step)
       if damage is None:
         return step
       self.say(
@@ -102,7 +102,9 @@ class Checkpoints:
         + ("no other is left" if before is None else "going back to the one before")
       )
       if not self.read_only:
-        self._set_aside(step)
+        if self.first:
+          self._set_aside(step)
+        from_all(None)  # all see it gone
         self.manager.reload()
     return None
 
@@ -113,7 +115,7 @@ class Checkpoints:
   def shapes(self, step, name):
     """An item as a tree of what has a `.shape`, without reading its arrays."""
     with ocp.StandardCheckpointer() as reader:
-      return reader.metadata(self.root.resolve() / "checkpoints" / str(step) / name).item_metadata.tree
+      return reader.metadata(self.root / "checkpoints" / str(step) / name).item_metadata.tree
 
   def restore(self, step, targets):
     """Items by name, each a tree like its target: jax.ShapeDtypeStructs, with shardings where they matter."""
@@ -123,59 +125,26 @@ class Checkpoints:
 
   def close(self):
     self.settle()
+    self._hasher.shutdown()
     self.manager.close()
 
-  def _manifest(self, step):
-    return self.root / "manifests" / f"{step}.json"
-
-  def _files(self, step):
-    root = self.root / "checkpoints" / str(step)
-    return {str(path.relative_to(root)): path for path in sorted(_walk(root))}
-
-  def _checksums(self, step):
-    return {
-      name: [len(data := path.read_bytes()), zlib.crc32(data)] for name, path in self._files(step).items()
-    }
-
-  def _damage(self, step):
-    """What is wrong with a step, or None."""
-    if not self._manifest(step).exists():
-      return "it was not finished"
-    try:
-      wanted = read_json(self._manifest(step))
-    except BadInput:
-      return "its manifest cannot be read"
-    present = self._files(step)
-    for name, (size, crc) in wanted.items():
-      if name not in present:
-        return f"{name} is missing"
-      data = present[name].read_bytes()
-      if len(data) != size:
-        return f"{name} has {len(data)} bytes of {size}"
-      if zlib.crc32(data) != crc:
-        return f"{name} has a wrong checksum"
-    return None
-
   def _set_aside(self, step):
-    target = self.root / "damaged" / str(step)
-    if jax.process_index() == 0:
+    """Into W/damaged; its manifest goes first, so that it never stands beside another save of that step."""
+    source, target = self.root / "checkpoints" / str(step), self.root / "damaged" / str(step)
+    self.manifests.path(step).unlink(missing_ok=True)
+    if target.exists():
+      target.rmtree()
+    if is_local(source):
       target.parent.mkdir(exist_ok=True)
-      if target.exists():
-        target.rmtree()
-      (self.root / "checkpoints" / str(step)).rename(target)
-      self._manifest(step).unlink(missing_ok=True)
-
-  def _set_aside_unfinished(self):
-    """What a kill in the middle of a save left: temporary folders, which nothing reads again."""
-    for path in (self.root / "checkpoints").iterdir():
-      if "orbax-checkpoint-tmp" in path.name:
-        path.rmtree()
-
-
-def _walk(directory):
-  """All files below a directory, local or in a bucket."""
-  for path in directory.iterdir():
-    if path.is_dir():
-      yield from _walk(path)
+      source.rename(target)
     else:
-      yield path
+      copy_tree(source, target)
+      source.rmtree()
+
+  def _remove_unfinished(self):
+    """What a kill in the middle of a save left: temporary folders and parts, which nothing reads again."""
+    self.manifests.clear_parts()
+    if (self.root / "checkpoints").exists():
+      for path in (self.root / "checkpoints").iterdir():
+        if "orbax-checkpoint-tmp" in path.name:
+          path.rmtree()

@@ -1,19 +1,25 @@
 """Files on a disk or in a bucket: written whole or not at all, JSON, JSON lines, safetensors.
 
-Every writer writes `NAME.partial` beside its target and renames it, so that a reader never meets half a file
-and a killed writer leaves the old one.
+On a disk every writer writes `NAME.partial` beside its target and renames it; in a bucket, where an object
+appears when it is whole, a local file is uploaded. So a reader never meets half a file, and a killed writer
+leaves the old one.
 """
 
 import contextlib
 import json
 import math
 import os
+import tempfile
 
+import fsspec
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from sora_jax.errors import BadInput
+
+# A remembered listing of a bucket hides what other processes wrote since.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 DTYPES = {  # numpy's names -> those of safetensors
   "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int64": "I64"
@@ -28,17 +34,22 @@ def is_local(path):
 
 @contextlib.contextmanager
 def replacing(path):
-  """A path beside `path` to write to; the file becomes `path` when the block ends.
+  """A path to write to, beside `path` or, of a bucket, on this machine; it becomes `path` at the end.
 
   Where the block raises, it is removed.
   """
   path = epath.Path(path)
+  if not is_local(path):
+    with tempfile.TemporaryDirectory() as directory:
+      partial = epath.Path(directory) / path.name
+      yield partial
+      copy(partial, path)
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.parent / f"{path.name}.partial"
   try:
     yield partial
-    if is_local(partial):
-      sync(partial)
+    sync(partial)
     partial.replace(path)
   except BaseException:
     partial.unlink(missing_ok=True)
@@ -51,8 +62,27 @@ def sync(path):
     os.fsync(f.fileno())
 
 
+def copy(source, target):
+  """Copies a file between disks and buckets, a piece at a time."""
+  target = epath.Path(target)
+  if is_local(target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+  with target.open("wb") as f:
+    for piece in pieces_of(source):
+      f.write(piece)
+
+
+def copy_tree(source, target):
+  """Copies all files below a directory."""
+  for path in epath.Path(source).iterdir():
+    (copy_tree if path.is_dir() else copy)(path, epath.Path(target) / path.name)
+
+
 def write_bytes(path, content):
   """Writes a file of these bytes."""
+  if not is_local(path):
+    epath.Path(path).write_bytes(content)
+    return
   with replacing(path) as partial:
     partial.write_bytes(content)
 
@@ -101,17 +131,23 @@ def read_json_if_exists(path):
   return read_json(path) if epath.Path(path).exists() else {}
 
 
-def append_jsonl(path, value):
-  """Appends one line of JSON; a line that a kill or a full disk cut short is ended first."""
+def append_jsonl(path, *values):
+  """Appends lines of JSON; a line that a kill or a full disk cut short is ended first.
+
+  In a bucket, where objects do not grow, the file is written anew: append several lines at a time.
+  """
+  lines = b"".join(
+    json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for value in values
+  )
+  if not is_local(path):
+    path = epath.Path(path)
+    path.write_bytes((path.read_bytes() if path.exists() else b"") + lines)
+    return
   os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
   with open(path, "a+b") as f:
     f.seek(max(0, f.tell() - 1))
     torn = f.read(1) not in (b"", b"\n")
-    f.write(
-      (b"\n" if torn else b"")
-      + json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
-      + b"\n"
-    )
+    f.write((b"\n" if torn else b"") + lines)
 
 
 def read_jsonl(path):

@@ -124,6 +124,10 @@ def copy_part(source, target, link=False):
   source, target = epath.Path(source), epath.Path(target)
   if not source.exists():
     raise BadInput(f"there is no {source}; run launch.encode first, which puts it beside its records")
+  if not files.is_local(target):  # no rename there: what a kill left out is copied now
+    for path in source.iterdir():
+      if not (target / path.name).exists():
+        files.copy(path, target / path.name)
   if target.exists() and any(target.iterdir()):
     if fingerprint(source) != fingerprint(target):
       raise BadInput(
@@ -136,7 +140,7 @@ def copy_part(source, target, link=False):
   partial.mkdir(parents=True)
   for path in source.iterdir():
     if not (link and path.name == WEIGHTS and _hard_link(path, partial / path.name)):
-      shutil.copyfile(path, partial / path.name)
+      files.copy(path, partial / path.name)
   if target.exists():
     target.rmtree()
   partial.rename(target)
@@ -154,8 +158,10 @@ def _hard_link(path, target):
 def copy_source(source, target):
   """Copies W/source, what an import keeps for the export, into another work directory, where there is one."""
   source, target = epath.Path(source) / "source", epath.Path(target) / "source"
-  if source.exists() and not target.exists():
+  if source.exists() and not files.is_local(target):
+    files.copy_tree(source, target)
+  elif source.exists() and not target.exists():
     partial = target.parent / "source.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial)
+    files.copy_tree(source, partial)
     partial.rename(target)

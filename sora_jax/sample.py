@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax import batch as batches, masks, patches
+from sora_jax import batch as batches, masks, multihost, patches
 from sora_jax.diffusion import flow, guidance
 from sora_jax.diffusion.samplers import SAMPLERS
 
@@ -111,9 +111,7 @@ def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, 
   at `model.boundary`; what is given to it together must share its noise levels.
   """
   batch, guided, settings, sigmas, times = _assemble(rows, shape)
-  keys_BG = flow.clip_keys(jax.random.key(NOISE_KEY), batch.uid_BG2, batch.epoch_BG)
-  keys_BG = keys_BG[: len(rows)]
-  x, noise_BLP, text_BSE = _start(model, params, batch, keys_BG, sigmas[..., 0], guided=guided)
+  x, noise_BLP, text_BSE = _start(model, params, batch, sigmas[..., 0], guided=guided)
   carry = SAMPLERS[sampler][0](x, None)
   steps, text_kv, of_expert = sigmas.shape[-1] - 1, None, None
   for i in range(steps):
@@ -142,7 +140,7 @@ def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, 
     )
     x.block_until_ready()
     on_step(i + 1, steps)
-  x = np.asarray(x)
+  x = multihost.to_host(x)
   tokens = []
   for b, row in enumerate(rows):
     ends = np.cumsum([len(one.clip.tokens_LP) for one in row])
@@ -182,10 +180,11 @@ def _first_half(batch):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "guided"))
-def _start(model, params, batch, keys_BG, sigma_BG, *, guided):
+def _start(model, params, batch, sigma_BG, *, guided):
   """The noised canvas [B, L, P], and what no step changes: its noise, the text embeddings."""
   text_BSE = model.embed_text(params, batch)
   rows = _first_half(batch) if guided else batch
+  keys_BG = flow.clip_keys(jax.random.key(NOISE_KEY), rows.uid_BG2, rows.epoch_BG)
   noise_BLP = flow.token_noise(keys_BG, rows.segment_BL, rows.coords_BL3, rows.tokens_BLP.shape[-1])
   sigma_BL1 = flow.gather_sigma(*flow.token_sigma(sigma_BG, rows.segment_BL, _clean(model, rows)))
   return flow.interpolate(rows.tokens_BLP, noise_BLP, sigma_BL1), noise_BLP, text_BSE

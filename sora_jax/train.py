@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sora_jax import batch as batches, flops, layout as layouts, optim
+from sora_jax import batch as batches, flops, layout as layouts, multihost, optim
 from sora_jax.diffusion import flow
 
 # xxHash's, one an axis: what stands elsewhere counts differently
@@ -307,14 +307,7 @@ def place_batch(batch, layout, part=0, parts=1):
       return None
     if order is not None and name.rsplit("_", 1)[1].startswith("BL"):
       value = value[:, order]
-    local = len(value)
-    shape = (local * parts, *value.shape[1:])
-
-    def piece(index):
-      start, stop, _ = index[0].indices(shape[0])
-      return value[(slice(start - part * local, stop - part * local), *index[1:])]
-
-    return jax.make_array_from_callback(shape, batch_sharding(name, shape, layout), piece)
+    return multihost.place_rows(value, lambda shape: batch_sharding(name, shape, layout), part, parts)
 
   return dataclasses.replace(
     batch, **{f.name: place(f.name, getattr(batch, f.name)) for f in dataclasses.fields(batch)}

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from sora_jax import layout as layouts, metrics as image_quality, optim
 from sora_jax.models import critics, vae
@@ -115,6 +116,7 @@ def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None, params=None)
   state = VAETrainState(zero, params, params, tx.init(params), zero, history, critic, critic_opt)
   if layout is None:
     return jax.tree.map(jnp.copy, state)
+  state = multihost_utils.broadcast_one_to_all(state)  # no two processes begin with other weights
   return jax.device_put(state, shardings(cfg, tx, losses, layout), may_alias=False)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from sora_jax import checkpoint, layout as layouts
+from sora_jax import checkpoint, files, layout as layouts, manifests
 
 
 def state(seed):
@@ -94,3 +94,39 @@ def test_an_interrupted_save_leaves_nothing(tmp_path):
   (left / "half").write_bytes(b"x")
   _, step, _ = reopened(tmp_path)
   assert step == 2 and not left.exists()
+
+
+def of_process(tmp_path, process, count):
+  """The manifests of a work directory, as a process of several sees them."""
+  one = manifests.Manifests(tmp_path)
+  one.process, one.count = process, count
+  return one
+
+
+def test_three_processes_hash_what_they_wrote_and_check_a_share_each(tmp_path):
+  """Their parts make the manifest of one process; a damaged file is seen by the process whose share it is."""
+  root = tmp_path / "checkpoints" / "7"
+  sizes = {"params/ocdbt.process_0/d/a": 900, "params/ocdbt.process_1/d/b": 700, "params/d/c": 50, "meta": 2}
+  sizes |= {f"opt/ocdbt.process_2/{i}": 100 + i for i in range(5)}
+  for name, size in sizes.items():
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(bytes(size))
+  three = [of_process(tmp_path, process, 3) for process in range(3)]
+  (tmp_path / "manifests").mkdir()
+  (tmp_path / "manifests" / "7.1.part").write_text("{}")
+  three[0].clear_parts()  # what a kill left is of another save
+  assert not three[0].has_parts(7)
+  own = [one.hash_own(7) for one in three]
+  assert [len(part) for part in own] == [3, 1, 5] and three[0].has_parts(7)
+  three[0].write(7, own[0])
+  written = files.read_json(tmp_path / "manifests" / "7.json")
+  alone = of_process(tmp_path, 0, 1)
+  assert written == dict(sorted(alone.hash_own(7).items())) and len(written) == len(sizes)
+  assert [path.name for path in (tmp_path / "manifests").iterdir()] == ["7.json"]
+  assert [one._damage_of_share(7) for one in three] == [None] * 3
+  for name in sizes:
+    whole = (root / name).read_bytes()
+    (root / name).write_bytes(b"\1" + whole[1:])
+    seen = [one._damage_of_share(7) for one in three]
+    assert [line for line in seen if line] == [f"{name} has a wrong checksum"], seen
+    (root / name).write_bytes(whole)

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OURS = ("sora_jax", "data", "launch", "configs", "tests")
-BASIS = tuple(f"sora_jax.{name}" for name in ("batch", "patches", "masks", "layout"))
+BASIS = tuple(f"sora_jax.{name}" for name in ("batch", "patches", "masks", "layout", "multihost"))
 STEP = (
   *BASIS,
   *(f"sora_jax.{name}" for name in ("models", "diffusion", "tasks", "optim", "metrics", "flops")),
@@ -31,6 +31,7 @@ ALLOWED = {
       "patches",
       "masks",
       "layout",
+      "multihost",
       "diffusion",
       "safety",
       "metrics",
@@ -44,13 +45,16 @@ ALLOWED = {
   "sora_jax.train": STEP,
   "sora_jax.train_vae": STEP,
   "sora_jax.sample": STEP,
-  "sora_jax.checkpoint": ("sora_jax.files",),
+  "sora_jax.checkpoint": ("sora_jax.manifests", "sora_jax.multihost", "sora_jax.files"),
+  "sora_jax.manifests": ("sora_jax.files", "sora_jax.multihost"),
   "sora_jax.parts": ("sora_jax.files", "sora_jax.models"),
   "sora_jax.workdir": tuple(
     f"sora_jax.{name}" for name in ("checkpoint", "parts", "files", "models", "layout")
   ),
   "sora_jax.codec": ("sora_jax.models",),
-  "sora_jax.embedder": tuple(f"sora_jax.{name}" for name in ("workdir", "parts", "models", "layout")),
+  "sora_jax.embedder": tuple(
+    f"sora_jax.{name}" for name in ("workdir", "parts", "models", "layout", "multihost")
+  ),
   "sora_jax.pipeline": (
     *STEP,
     *(f"sora_jax.{name}" for name in ("workdir", "codec", "embedder", "sample", "video")),

@@ -74,8 +74,10 @@ def watch(processes, lines):
   while any(process.poll() is None for process in processes):
     time.sleep(0.05)
     if failed is None:
-      codes = (None, program.OK, program.STOPPED)
-      failed = next((n for n, process in enumerate(processes) if process.returncode not in codes), None)
+      failed = _first_failed([process.poll() for process in processes])
+      if failed is not None:
+        time.sleep(1.0)  # one that is killed may need longer to end than another that misses it
+        failed = _first_failed([process.poll() for process in processes])
     lines.show(failed)
     if failed is not None:
       since = since or time.monotonic()
@@ -85,7 +87,7 @@ def watch(processes, lines):
       time.sleep(0.5)
   codes = [process.returncode for process in processes]
   if failed is None:
-    failed = next((n for n, code in enumerate(codes) if code not in (program.OK, program.STOPPED)), None)
+    failed = _first_failed(codes)
   lines.show(failed, wait=0.0)
   if failed is None:
     return program.STOPPED if program.STOPPED in codes else program.OK
@@ -94,6 +96,15 @@ def watch(processes, lines):
       f"process {failed} was ended by signal {-codes[failed]}; run the same command again to go on"
     )
   return codes[failed] if codes[failed] > 0 else program.FAILED
+
+
+def _first_failed(codes):
+  """The number of the process to blame, or None.
+
+  One that was killed (its code is negative) is the cause, even if another that missed it ended as quickly.
+  """
+  failed = [n for n, code in enumerate(codes) if code not in (None, program.OK, program.STOPPED)]
+  return min(failed, key=codes.__getitem__, default=None)
 
 
 class Lines:

@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 
+from etils import epath
+
 from launch.common import program
 from sora_jax import files, parts
 from sora_jax.errors import BadInput
@@ -18,10 +20,12 @@ _locks = []  # open files, so that a lock lasts until its file is closed or the 
 
 
 def lock_workdir(workdir):
-  """One program at a time writes in W; BadInput where another is at work.
+  """One program at a time writes in W; BadInput where another is at work. In a bucket nothing keeps it away.
 
   Returns the open file. The lock is held until it is closed, or the program ends.
   """
+  if not files.is_local(workdir):
+    return None
   os.makedirs(workdir, exist_ok=True)
   lock = open(os.path.join(workdir, ".lock"), "w")
   _locks.append(lock)
@@ -36,9 +40,8 @@ def lock_workdir(workdir):
 
 def has_model(workdir):
   """Does W hold a whole checkpoint, or a model? Until then it belongs to nobody."""
-  manifests = os.path.join(workdir, "manifests")
-  written = os.listdir(manifests) if os.path.isdir(manifests) else []
-  return os.path.exists(os.path.join(workdir, "model")) or any(name.endswith(".json") for name in written)
+  workdir = epath.Path(workdir)
+  return (workdir / "model").exists() or any((workdir / "manifests").glob("*.json"))
 
 
 def claim_workdir(workdir, config, free_to_change):
@@ -46,13 +49,13 @@ def claim_workdir(workdir, config, free_to_change):
 
   free_to_change: keys (dotted) that may differ between runs.
   """
-  path = os.path.join(workdir, "config.json")
+  path = epath.Path(workdir) / "config.json"
   mine = {
     "format_version": parts.FORMAT_VERSION,
     "program": program.name(),
     **json.loads(config.to_json_best_effort()),
   }
-  if os.path.exists(path) and has_model(workdir):
+  if path.exists() and has_model(workdir):
     here, there = flatten_config(mine), flatten_config(files.read_json(path))
     there = {key: value for key, value in ADDED.items() if key in here} | there
     keys = sorted(key for key in here.keys() | there.keys() if not key.startswith(free_to_change))
@@ -77,7 +80,9 @@ def flatten_config(tree, prefix=""):
 
 
 def need_disk(directory, num_bytes, what):
-  """BadInput unless the disk of `directory` has that many bytes free."""
+  """BadInput unless the disk of `directory` has that many bytes free. A bucket has."""
+  if not files.is_local(directory):
+    return
   os.makedirs(directory, exist_ok=True)
   free = shutil.disk_usage(directory).free
   if free < num_bytes:

@@ -82,6 +82,7 @@ def run_steps(
       bar.update(step, note)
       if last or stopping or (due and not record.bad):  # a good checkpoint: amid bad steps none is made
         with record.doing("checkpoint"):
+          record.log.flush()
           checkpoints.save(step, items(state), {"step": step, "cursor": cursor})
         record.saved(step)
         rollbacks, due = 0, False

@@ -53,8 +53,8 @@ def check_rows(config, layout):
     raise BadInput(f"config.data.row_tokens is {data.row_tokens}; a multiple of {tokens}: {axes} share a row")
 
 
-def plan_rows(config, index, model):
-  """The plan of the rows, whether or not all clips fit."""
+def plan_rows(config, index, model, weights=None):
+  """The plan of the rows, whether or not all clips fit. weights: instead of config.data.weights."""
   data = config.data
   shape = checked(lambda: RowShape(data.row_tokens, data.row_clips, data.row_text), "config.data")
   null_ids, null_embedding = index.null_text
@@ -71,7 +71,7 @@ def plan_rows(config, index, model):
     seed=config.seed,
     null_text_tokens=len(null_ids) if model.text is not None else len(null_embedding),
     text_pad=model.dit.text_pad or None,
-    weights=tuple(data.weights) or None,
+    weights=tuple(data.weights if weights is None else weights) or None,
   )
 
 

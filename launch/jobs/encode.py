@@ -7,7 +7,6 @@ prepares OUT, and writes report and index when all have finished.
 """
 
 import importlib
-import pathlib
 import pkgutil
 
 import jax
@@ -164,4 +163,4 @@ def prepare_parts(model, out, captions, vocab):
   elif not (out / "text" / "tokenizer.model").exists():
     if not any(captions):
       say("no file has a caption: a model can be trained on these records, but not to follow prompts")
-    text.train_tokenizer(captions, pathlib.Path(out) / "text" / "tokenizer.model", vocab)
+    text.train_tokenizer(captions, out / "text" / "tokenizer.model", vocab)

@@ -1,16 +1,22 @@
 """The sampling job: requests in; mp4 files (png for one frame) and manifest.jsonl out. What is there already
 is kept.
 
-Used by launch.sample, launch.evaluate, and for samples during training.
+Used by launch.sample, launch.evaluate, and for samples during training. Of several processes all denoise the
+same rows, and the first decodes and writes.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import tempfile
 import time
 import zlib
 
-from launch.common import program, progress
+import jax
+from etils import epath
+
+from launch.common import processes, program, progress
 from sora_jax import files, video
 from sora_jax.errors import BadInput
 
@@ -22,20 +28,20 @@ def read_requests(path):
 
   A request without an id gets the number of its line.
   """
-  if not os.path.exists(path):
+  path = epath.Path(path)
+  if not path.exists():
     raise BadInput(f"--requests={path} does not exist; give a file of one JSON object a line")
   requests, broken = [], []
-  with open(path, encoding="utf-8", errors="replace") as f:
-    for number, line in enumerate(f, 1):
-      if not line.strip():
-        continue
-      try:
-        fields = json.loads(line)
-        if not isinstance(fields, dict):
-          raise ValueError("not an object in braces")
-        requests.append({"id": f"{number:05d}", **fields})
-      except ValueError as error:
-        broken.append((number, f"not valid JSON: {error}"))
+  for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").split("\n"), 1):
+    if not line.strip():
+      continue
+    try:
+      fields = json.loads(line)
+      if not isinstance(fields, dict):
+        raise ValueError("not an object in braces")
+      requests.append({"id": f"{number:05d}", **fields})
+    except ValueError as error:
+      broken.append((number, f"not valid JSON: {error}"))
   return requests, broken
 
 
@@ -44,7 +50,7 @@ def read_manifest(out):
 
   A line cut short by a kill counts nothing: its request is done again.
   """
-  return {line["id"]: line for line in files.read_jsonl(os.path.join(out, MANIFEST)) if "id" in line}
+  return {line["id"]: line for line in files.read_jsonl(epath.Path(out) / MANIFEST) if "id" in line}
 
 
 def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
@@ -52,7 +58,26 @@ def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
 
   A request that cannot be done gets a manifest line with its error; the others are done.
   """
-  os.makedirs(out, exist_ok=True)
+  todo, counts = processes.from_first(f"what {out} lacks", lambda: _missing(pipe, requests, out))
+  first, finished, stop = not jax.process_index(), 0, processes.Stop(stop)
+  steps = sum(request.steps for request in todo)
+  with progress.Bar("sampling", steps or 1, every=1e9 if quiet else 15.0) as bar:
+    for result in pipe.run(todo, stop=stop, progress=lambda done, total: bar.update(done)):
+      finished += 1
+      counts["failed" if result.error else "ok"] += 1
+      if result.error and first:
+        note_failure(out, result.request.id, result.error, dataclasses.asdict(result.request))
+        progress.say(f"request {result.request.id}: {result.error}")
+      elif first:
+        write(pipe, result, out)
+  counts["stopped"] = len(todo) - finished
+  processes.wait(f"{out} is written")  # a collective does not wait as long as decoding may take
+  return counts
+
+
+def _missing(pipe, requests, out):
+  """-> (Requests that OUT lacks, counts so far). Those that cannot be parsed get their manifest line."""
+  epath.Path(out).mkdir(parents=True, exist_ok=True)
   manifest, counts = read_manifest(out), {"ok": 0, "kept": 0, "failed": 0, "stopped": 0}
   todo, names = [], set()
   for fields in requests:
@@ -71,25 +96,12 @@ def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
       counts["failed"] += 1
       note_failure(out, name, str(error), fields)
       progress.say(f"request {name}: {error}")
-  finished = 0
-  steps = sum(request.steps for request in todo)
-  with progress.Bar("sampling", steps or 1, every=1e9 if quiet else 15.0) as bar:
-    for result in pipe.run(todo, stop=stop, progress=lambda done, total: bar.update(done)):
-      finished += 1
-      if result.error:
-        counts["failed"] += 1
-        note_failure(out, result.request.id, result.error, dataclasses.asdict(result.request))
-        progress.say(f"request {result.request.id}: {result.error}")
-      else:
-        write(pipe, result, out)
-        counts["ok"] += 1
-  counts["stopped"] = len(todo) - finished
-  return counts
+  return todo, counts
 
 
 def _is_made(pipe, request, line, out):
   """Does the manifest say that this very request was made by this very model, and is the file there?"""
-  return line.get("request") == digest(pipe, request) and os.path.exists(os.path.join(out, line["path"]))
+  return line.get("request") == digest(pipe, request) and (epath.Path(out) / line["path"]).exists()
 
 
 def write(pipe, result, out):
@@ -97,11 +109,15 @@ def write(pipe, result, out):
   began, request = time.monotonic(), result.request
   image = request.frames == 1
   name = request.id + (".png" if image else ".mp4")
-  if image:
-    video.write_png(os.path.join(out, name), next(result.frames))
-    size = result.size
-  else:
-    size = video.write_mp4(os.path.join(out, name), result.frames, request.fps)
+  with contextlib.nullcontext(out) if files.is_local(out) else tempfile.TemporaryDirectory() as directory:
+    path = os.path.join(directory, name)
+    if image:
+      video.write_png(path, next(result.frames))
+      size = result.size
+    else:
+      size = video.write_mp4(path, result.frames, request.fps)
+    if not files.is_local(out):
+      files.copy(path, epath.Path(out) / name)
   line = {
     "id": request.id,
     "status": "ok",
@@ -120,7 +136,7 @@ def write(pipe, result, out):
     "step": pipe.step,
     "request": digest(pipe, request),
   }
-  files.append_jsonl(os.path.join(out, MANIFEST), line)
+  files.append_jsonl(epath.Path(out) / MANIFEST, line)
 
 
 def digest(pipe, request):
@@ -149,4 +165,4 @@ def note_failure(out, name, error, fields):
     "error": error,
     "prompt": prompt,
   }
-  files.append_jsonl(os.path.join(out, MANIFEST), line)
+  files.append_jsonl(epath.Path(out) / MANIFEST, line)

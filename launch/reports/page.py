@@ -92,10 +92,10 @@ def document(title, header, sections) -> str:
   return re.sub(r"@\{(\w+)\}", lambda match: fill[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
-def save(path, text) -> pathlib.Path:
+def save(path, text):
   """Writes a page atomically -> its path. Creates missing folders."""
   files.write_bytes(path, text.encode("utf-8", "backslashreplace"))
-  return pathlib.Path(path)
+  return path
 
 
 def check(story: dict) -> None:

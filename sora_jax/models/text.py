@@ -14,8 +14,6 @@ import html
 import io
 import json
 import math
-import os
-import pathlib
 import re
 
 import flax.linen as nn
@@ -24,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import sentencepiece
+from etils import epath
 from jax import lax
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -189,7 +188,7 @@ class Tokenizer:
   """
 
   def __init__(self, path):
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     try:
       data = path.read_bytes()
       self._model = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -266,11 +265,11 @@ def train_tokenizer(captions, path, vocab_size=512):
     shuffle_input_sentence=False,
     minloglevel=2,
   )
-  path = pathlib.Path(path)
+  path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
   partial.write_bytes(written.getvalue())
-  os.replace(partial, path)
+  partial.replace(path)
   return Tokenizer(path).vocab
 
 

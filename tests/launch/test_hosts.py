@@ -16,6 +16,7 @@ import pytest
 from data import records
 from launch.common import children
 from tests import conftest
+from tests.launch import test_kills
 
 TRAIN = (
   "--config=configs/t2v.py:tiny",
@@ -119,6 +120,51 @@ def test_two_train_what_one_does(tmp_path):
   np.testing.assert_allclose(losses[0], losses[1], rtol=1e-2)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("count", [2, 4])
+def test_samples_and_held_out_loss_of_several(tmp_path, count):
+  """On the same mesh, of one process and of several: the same loss on held-out clips, the same videos."""
+  flags = (
+    "--config.data.rows=4",
+    "--config.eval.every=2",
+    f"--config.data.held_out={tmp_path / 'records'}",
+    "--config.sample.every=2",
+    "--config.sample.steps=2",
+    "--config.sample.frames=5",
+    f"--config.mesh.fsdp={count}",
+  )
+  test_kills.write_records(tmp_path / "records")
+  runs = [test_kills.TrainingRun(tmp_path, name, 2, *flags, devices=count) for name in ("one", "several")]
+  runs[0].finish()
+  runs[1].finish(processes=count)
+  made = [
+    {path.name: path.read_bytes() for path in (run.workdir / "samples" / "2").glob("*.mp4")} for run in runs
+  ]
+  losses = [[value for name, value in run.metrics()[2].items() if "held_out" in name] for run in runs]
+  assert len(losses[0]) == 6 and losses[0] == losses[1]
+  assert len(made[0]) == 2 and made[0] == made[1]
+
+
+@pytest.mark.faults
+def test_two_train_the_vae_that_one_does(tmp_path):
+  flags = (
+    "--config=configs/vae.py:tiny",
+    "--config.steps=2",
+    "--config.log_every=1",
+    "--config.eval_every=2",
+  )
+  for count in (1, 2):
+    run(count, "train_vae", *flags, "--config.data.count=40", f"--workdir={tmp_path / str(count)}")
+  one, two = (
+    [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("1", "2")
+  )
+  for name in ("loss", "kl", "psnr", "held_out_psnr", "held_out_ssim"):
+    values = [[line[name] for line in lines if name in line] for lines in (one, two)]
+    assert values[0]
+    np.testing.assert_allclose(*values, rtol=1e-4)
+  assert (tmp_path / "2" / "vae" / "weights.safetensors").exists()
+
+
 def test_one_line_for_all(tmp_path):
   """What is wrong is said once, with exit code 2, however many processes found it."""
   done = run(2, "encode", f"--source={tmp_path / 'nothing'}", f"--out={tmp_path / 'out'}", code=2)
@@ -145,6 +191,12 @@ def test_the_worst_exit_code_counts(codes, worst):
   processes = [Child(code) for code in codes]
   assert children.watch(processes, children.Lines()) == worst
   assert all(child.asked for child, code in zip(processes, codes, strict=True) if code is None)
+
+
+def test_the_process_that_was_killed_is_blamed(capsys):
+  """Not the one that missed it, and ended as quickly."""
+  assert children.watch([Child(1), Child(-9)], children.Lines()) == 1
+  assert "process 1 was ended by signal 9" in capsys.readouterr().err
 
 
 def test_lines_are_told_once_and_those_of_the_survivors_not_at_all(capsys):
