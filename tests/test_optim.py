@@ -160,7 +160,7 @@ def test_moments_in_bfloat16(name):
 
   (ours, opt, tx), (theirs, _, _) = updates("bfloat16"), updates("float32")
   assert {leaf.dtype.name for leaf in jax.tree.leaves(opt) if leaf.ndim} == {"bfloat16"}
-  assert apart(ours, theirs) < 0.05
+  assert apart(ours, theirs) < 0.1
   placed = optim.abstract(tx, BOXED, layout.Layout(layout.make_mesh(fsdp=4, tensor=2)))[1]
   cut = [
     leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(placed) if leaf.shape == (2, 16, 64)

@@ -251,11 +251,11 @@ def test_one_row_on_all_devices():
 def test_tokens_are_dealt_to_devices():
   """Each device of a row gets blocks of all of it; the law of the checksum holds in any order."""
   layout = layout_of(context=4)
-  order = train.dealing((1, 1024), layout)
+  order = train.dealing((1, 1536), layout)
   np.testing.assert_array_equal(order[:256], [*range(128), *range(512, 640)])
-  np.testing.assert_array_equal(np.sort(order), np.arange(1024))
-  assert train.dealing((1, 1000), layout) is None and train.dealing((1, 1024), layout_of(fsdp=1)) is None
-  long = batches.RowShape(length=1024, clips=4, text=24)
+  np.testing.assert_array_equal(np.sort(order), np.arange(1536))
+  assert train.dealing((1, 1000), layout) is None and train.dealing((1, 1536), layout_of(fsdp=1)) is None
+  long = batches.RowShape(length=1536, clips=4, text=24)
   batch = batches.pack([[clip(1, (8, 8, 8)), clip(2, (5, 8, 8))]], long)
   placed, loss = train.place_batch(batch, layout), train.loss_fn
   np.testing.assert_array_equal(np.asarray(placed.segment_BL), batch.segment_BL[:, order])

@@ -32,6 +32,9 @@ FREE = (  # move no bytes; what loops and calls contain is counted where it stan
   "parameter constant tuple get-tuple-element bitcast while conditional after-all call optimization-barrier"
 ).split()
 SLICES = ("dynamic-slice", "slice", "gather")
+# An asynchronous collective of the TPU compiler stands in the fusion that starts it, in those that run beside
+# it, and in the one that ends it.
+CARRIED = re.compile(r"async-collective-done|(^| )async_collective_fusion")
 PALLAS = "tpu_custom_call"
 LIBRARY = re.compile("matmul|conv|gemm|cublas|cudnn", re.I)  # custom calls that hide products
 
@@ -105,10 +108,11 @@ class _Counter:
   mesh_shape: dict
   tiles_run: object
 
-  def run(self, name, runs=1, fused=False, in_async=False):
+  def run(self, name, runs=1, fused=False, in_async=False, going_on=False):
     """Counts `runs` executions of a computation -> Census.
 
-    fused: it is the inside of a fusion, whose memory traffic is that of the fusion.
+    fused: it is the inside of a fusion, whose memory traffic is that of the fusion. going_on: its collectives
+    were started, and counted, before.
     """
     census = Census()
     computation = self.module.computations[name]
@@ -117,13 +121,13 @@ class _Counter:
         self.loop(census, computation, ins, runs)
       elif ins.op == "conditional":
         names = self.module.branches(ins)
-        branches = [self.run(branch, runs, fused, in_async) for branch in names]
+        branches = [self.run(branch, runs, fused, in_async, going_on) for branch in names]
         census.add(max(branches, key=lambda branch: branch.flops))
       elif ins.op in ("dot", "convolution"):
         flops = runs * hlo.product_flops(ins, computation)
         census.dense_flops += flops
         census.products.append((flops, runs, str(ins.shape), _tail(ins)))
-      elif ins.op.removesuffix("-start") in COLLECTIVES:
+      elif ins.op.removesuffix("-start") in COLLECTIVES and not going_on:
         self.collective(census, computation, ins, runs, "all-reduce-scatter" in name, in_async)
       if ins.op == "custom-call" or ins.op == "async-start" and PALLAS in ins.attributes:
         self.custom_call(census, computation, ins, runs)
@@ -141,6 +145,7 @@ class _Counter:
               runs,
               fused or ins.op not in ("call", "custom-call"),
               overlaps or "async" in label and "collective" in label,
+              going_on or CARRIED.search(f"{ins.name} {called}") is not None,
             )
           )
     return census

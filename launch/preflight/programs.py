@@ -210,8 +210,8 @@ def coding(name, vae_size, layout, size, frames, rows=1):
         struct(1, height, width, 3),
         struct(time_stride, height, width, 3),
       )
-    stream, _ = jax.eval_shape(
-      lambda params, x: chunk(params, None, x, cfg=cfg, layout=layout, first=True), params, first
+    stream = jax.eval_shape(
+      lambda params, x: chunk(params, None, x, cfg=cfg, layout=layout, first=True)[0], params, first
     )
     return chunk.lower(params, stream, later, cfg=cfg, layout=layout, first=False)
 

@@ -38,7 +38,8 @@ LANES = 128  # splash needs lengths and head sizes that are multiples of it
 # Bytes of gradients of queries, one for each tile of keys, that the backward pass stores: those of several
 # heads together, and at most those of one head.
 FUSED_BYTES = 256 << 20, 7 << 28
-VMEM_VALUES = 4096 * 128  # in a larger tile of keys: the kernel would not fit the vector memory of a v5e
+LARGE_TILE = 2048 * 256  # most values in a tile of keys that is larger than those of the forward pass
+LARGE_TILES = {"TPU v5 lite": 2048 * 128}  # of devices with less vector memory
 
 
 def attend(
@@ -70,15 +71,15 @@ def attend(
   if log_count_BM is not None:
     query_BLNK, key_BMNK = _with_counts(query_BLNK * scale, key_BMNK, lax.stop_gradient(log_count_BM))
     scale = 1.0
-  platform = layout.mesh.devices.flat[0].platform if layout else jax.default_backend()
+  device = layout.mesh.devices.flat[0] if layout else jax.devices()[0]
   if kernel is None:
-    kernel = "splash" if platform == "tpu" else "blocks"
+    kernel = "splash" if device.platform == "tpu" else "blocks"
   args = query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM
 
   saved = query_BLNK.shape[1] == key_BMNK.shape[1]  # attention to the text is cheap to repeat
 
   def run(*args):
-    return KERNELS[kernel](*args, scale, saved)
+    return KERNELS[kernel](*args, scale, saved, device.device_kind)
 
   if layout is None or layout.mesh.size == 1:
     return run(*args)
@@ -184,7 +185,7 @@ def tiles_meet(segment_q, segment_k):
 # -- blocks --------------------------------------------------------------------------------------------------
 
 
-def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, saved):
+def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, saved, kind):
   """Attention over tiles of one long row, which joins all rows. -> [B, L, N, K]
 
   Segment ids are made unique to their row first.
@@ -194,7 +195,7 @@ def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, sav
   for 16 clips of 48 to 640 tokens, 12 heads of 128, tiles of 256 take 1.5 times as long. See `_by_density`
   for rows of one long clip.
   """
-  del saved  # it always is
+  del saved, kind  # of the other kernel
   B, L, N, _ = query_BLNK.shape
   M = key_BMNK.shape[1]
   ids = jnp.maximum(segment_BL.max(), segment_BM.max()) + 1
@@ -396,7 +397,7 @@ def _tile_size(length):
   return next((tile for tile in (1024, 512, 256) if length >= 8 * tile), LANES)
 
 
-def _backward_plan(heads, queries, keys, tile, head_size, itemsize):
+def _backward_plan(heads, queries, keys, tile, head_size, itemsize, kind=""):
   """How the backward pass runs -> (heads at a time, keys in its tiles, whether it is one kernel).
 
   One kernel needs 5 products of a tile where two need 7, but stores a gradient of all queries for each tile
@@ -408,7 +409,8 @@ def _backward_plan(heads, queries, keys, tile, head_size, itemsize):
   def stored(tile):
     return -(-keys // tile) * queries * head_size * itemsize
 
-  tiles = [n * tile for n in (1, 2, 4) if n == 1 or n * tile * head_size <= VMEM_VALUES]
+  largest = LARGE_TILES.get(kind, LARGE_TILE) // head_size
+  tiles = [n * tile for n in (1, 2, 4) if n == 1 or n * tile <= largest]
   key_tile = next((tile for tile in tiles if stored(tile) <= most), None)
   if key_tile is None:
     return heads, tile, False
@@ -416,11 +418,11 @@ def _backward_plan(heads, queries, keys, tile, head_size, itemsize):
   return max(n for n in divisors if n == 1 or n * stored(key_tile) <= few), key_tile, True
 
 
-def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, saved, interpret=False):
+def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, saved, kind, interpret=False):
   """The splash kernel row by row (a device of a pod holds one or two).
 
   Lengths are padded to a multiple of the tile, the head size to a multiple of 128. saved: whether remat
-  policies may save output and logsumexp.
+  policies may save output and logsumexp. kind: of the device.
   """
   (L, N, K), M = query_BLNK.shape[1:], key_BMNK.shape[1]
   tile_q, tile_k = _tile_size(L), _tile_size(M)
@@ -431,7 +433,7 @@ def _splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, sav
 
   queries = padded(L, tile_q)
   at_a_time, tile_b, fused = _backward_plan(
-    N, queries, padded(M, tile_k), tile_k, padded(K, LANES), query_BLNK.dtype.itemsize
+    N, queries, padded(M, tile_k), tile_k, padded(K, LANES), query_BLNK.dtype.itemsize, kind
   )
   keys = padded(M, tile_b)
   sizes = splash_kernel.BlockSizes(

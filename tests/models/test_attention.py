@@ -116,6 +116,7 @@ def test_how_the_backward_pass_runs():
   assert attention._backward_plan(10, 75_776, 75_776, 1024, 128, 2) == (1, 1024, True)
   assert attention._backward_plan(40, 19_456, 512, 128, 256, 2) == (5, 128, True)
   assert attention._backward_plan(3, 81_920, 81_920, 1024, 256, 2) == (1, 2048, True)
+  assert attention._backward_plan(3, 81_920, 81_920, 1024, 256, 2, "TPU v5 lite") == (3, 1024, False)
   assert attention._backward_plan(5, 65_536, 524_288, 1024, 128, 2) == (5, 1024, False)
 
 

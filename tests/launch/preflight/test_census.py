@@ -286,3 +286,37 @@ def test_padding_to_tiles():
   assert all(array.padded_bytes >= array.num_bytes for array in arrays)
   assert hlo.Array("bf16", (3, 40), (1, 0), (8, 128)).padded_bytes == 8 * 128 * 2
   assert hlo.Array("s4", (3, 40)).padded_bytes == 60
+
+
+ASYNC = """HloModule step, entry_computation_layout={(bf16[4,8]{1,0})->bf16[16,8]{1,0}}, num_partitions=4
+
+%fused_computation (p: bf16[4,8]) -> bf16[16,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %g = bf16[16,8]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%async_collective_fusion (q: bf16[4,8]) -> bf16[16,8] {
+  %q = bf16[4,8]{1,0} parameter(0)
+  ROOT %h = bf16[16,8]{1,0} all-gather(%q), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%fused_computation.1 (r: bf16[4,8]) -> bf16[16,8] {
+  %r = bf16[4,8]{1,0} parameter(0)
+  ROOT %i = bf16[16,8]{1,0} all-gather(%r), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: bf16[4,8]) -> bf16[16,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %async-collective-start = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%fused_computation
+  %fusion.7 = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%async_collective_fusion
+  ROOT %async-collective-done = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%fused_computation.1
+}
+"""
+
+
+def test_an_asynchronous_collective_counts_once():
+  """In the fusion that starts it, not in those that run beside it and end it."""
+  (gather,) = census.count(ASYNC, {"data": 4}).collectives
+  assert gather.is_async and gather.runs == 1 and gather.payload_bytes == 16 * 8 * 2
+  plain = ASYNC.replace("async-collective-done", "other.1").replace("async_collective_fusion", "other")
+  assert len(census.count(plain, {"data": 4}).collectives) == 3
