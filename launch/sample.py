@@ -15,6 +15,7 @@ from launch.common.progress import say
 from launch.jobs import sample
 from sora_jax import tasks, workdir as workdirs
 from sora_jax.errors import BadInput
+from sora_jax.layout import AXES
 from sora_jax.pipeline import Pipeline, read_image
 
 FLAGS = flags.FLAGS
@@ -28,13 +29,26 @@ def define_flags():
   flags.DEFINE_string("requests", None, "file of requests, one JSON object a line")
   flags.DEFINE_string("out", "out", "where the files go")
   flags.DEFINE_enum("weights", "ema", ["ema", "params"], "running mean of the weights, or the last ones")
+  flags.DEFINE_string(
+    "mesh", "", "devices that share the work, as fsdp=2,context=2; empty: chosen from the rows"
+  )
   for name in FIELDS:
     flags.DEFINE_string(name, None, f"with --prompt: {tasks.FIELDS[name].help}")
 
 
+def mesh():
+  """--mesh -> {axis: devices}; None where it is empty."""
+  if not FLAGS.mesh:
+    return None
+  axes = dict(part.partition("=")[::2] for part in FLAGS.mesh.split(","))
+  if not set(axes) <= set(AXES) or not all(number.isdigit() and int(number) for number in axes.values()):
+    raise BadInput(f"--mesh={FLAGS.mesh}: axes of {', '.join(AXES)} with numbers, as fsdp=2,context=2")
+  return {name: int(number) for name, number in axes.items()}
+
+
 def main():
   requests, broken = chosen_requests()
-  pipe = Pipeline.open(FLAGS.workdir or workdirs.shipped(), FLAGS.weights, say)
+  pipe = Pipeline.open(FLAGS.workdir or workdirs.shipped(), FLAGS.weights, say, mesh=mesh())
   say(
     f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with "
     f"{FLAGS.workdir or 'the model that ships'} (step {pipe.step}) into {FLAGS.out}"

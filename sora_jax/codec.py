@@ -91,12 +91,12 @@ def encode_image_video(cfg, params, image_1HWC, latent_frames):
   return encode_on_canvas(cfg, params, chunks, [image_1HWC.shape[1:3]], 1)[0]
 
 
-def decode_frames(cfg, params, latents_THWC):
+def decode_frames(cfg, params, latents_THWC, layout=None):
   """Raw latents -> iterator of frames [H, W, 3] in [-1, 1], not clipped; streamed, so that memory does not
-  grow with length.
+  grow with length. layout: of devices that share each frame.
   """
   chunks = (latents_THWC[None, t : t + 1] for t in range(len(latents_THWC)))
-  for chunk_1THWC in vae.decode_stream(params, chunks, cfg):
+  for chunk_1THWC in vae.decode_stream(params, chunks, cfg, layout):
     yield from np.asarray(chunk_1THWC)[0]
 
 

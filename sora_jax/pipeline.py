@@ -95,17 +95,20 @@ class Pipeline:
   keep_text_encoder: bool = False  # in memory between calls, where it is frozen
 
   @classmethod
-  def open(cls, workdir, weights="ema", say: Callable = lambda line: None, keep_text_encoder=False):
+  def open(
+    cls, workdir, weights="ema", say: Callable = lambda line: None, keep_text_encoder=False, mesh=None
+  ):
     """From a work directory of launch.train or launch.import_weights, or an export of it.
 
     weights: "ema", the running mean, or "params", the last ones. say: takes lines for the user, as of damaged
     checkpoints.
     keep_text_encoder: a frozen text encoder stays in memory while videos are denoised, so that the next call
-    need not load it again; it may be larger than the transformer. BadInput where `workdir` holds no such
-    model.
+    need not load it again; it may be larger than the transformer.
+    mesh: how many devices cut what, as {"fsdp": 2, "context": 2}; None: see `workdir.sampling_layout`.
+    BadInput where `workdir` holds no such model.
     """
     config = workdirs.read_config(workdir)
-    layout = workdirs.sampling_layout(config)
+    layout = workdirs.sampling_layout(config, mesh)
     model = workdirs.make_model(config, epath.Path(workdir) / "text", layout)
     # imported weights stay in what they are computed in
     half = "dit" in config.model and model.dit.dtype == "bfloat16"
@@ -131,7 +134,7 @@ class Pipeline:
         f"{model.dit.channels}; they are not for each other"
       )
     settings = config.sample
-    return cls(
+    pipe = cls(
       model=model,
       params=params,
       vae_cfg=vae_cfg,
@@ -146,6 +149,10 @@ class Pipeline:
       step=step,
       identity=identity,
     )
+    if pipe.vae_layout:
+      whole = pipe.vae_layout.fitted(())
+      pipe = dataclasses.replace(pipe, vae_params=jax.device_put(vae_params, whole))
+    return pipe
 
   def __call__(self, prompt, **fields):
     """One video, uint8 [T, H, W, 3].
@@ -375,7 +382,14 @@ class Pipeline:
   def pixels(self, latents_THWC):
     """Normalised latents -> iterator of frames [H, W, 3] in [-1, 1], before they are cut and rounded."""
     raw = vae.denormalise(np.asarray(latents_THWC, np.float32), self.vae_cfg)
-    return codec.decode_frames(self.vae_cfg, self.vae_params, raw)
+    return codec.decode_frames(self.vae_cfg, self.vae_params, raw, self.vae_layout)
+
+  @property
+  def vae_layout(self):
+    """Of the devices that share the frames of a video; None where one decodes alone."""
+    layout = self.model.layout
+    several = layout is not None and layout.mesh.size > 1 and jax.process_count() == 1
+    return layout if several else None
 
   def decode(self, latents_THWC, frames, size):
     """Normalised latents -> iterator of `frames` frames, uint8 [H, W, 3], cut to `size`; memory does not grow

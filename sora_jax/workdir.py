@@ -10,6 +10,7 @@ A config is a ConfigDict: a page of configs/, or the dict of W/config.json.
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import zlib
@@ -73,19 +74,20 @@ def make_layout(config):
   return layouts.Layout(checked(mesh, "config.mesh (on one device: --config.mesh.fsdp=1)"))
 
 
-def sampling_layout(config):
-  """config.mesh where the devices fit it, for a job may run elsewhere than the training; else weights are cut
-  over the devices.
+def sampling_layout(config, mesh=None):
+  """The Layout of a sampling job, over all devices. mesh: {"fsdp": 2, "context": 2, "tensor": 1} or some of
+  them; BadInput where it does not fit the devices.
 
-  Over as many as a power of two allows, since heads and widths rarely have other factors.
+  None: the rows that are denoised together, with and without their prompts, lie on fsdp as far as they go,
+  and context cuts their tokens, so that no device computes what another does; as many devices as a power of
+  two allows, since heads and widths rarely have other factors.
   """
-  if "mesh" in config:
-    try:
-      return make_layout(config)
-    except BadInput:
-      pass
+  if mesh is not None:
+    return layouts.Layout(checked(lambda: layouts.make_mesh(**mesh), "mesh"))
   count = jax.device_count()
-  return layouts.Layout(layouts.make_mesh(fsdp=count & -count))  # its largest factor that is a power of two
+  count &= -count  # its largest factor that is a power of two
+  fsdp = math.gcd(2 * config.sample.rows, count)
+  return layouts.Layout(layouts.make_mesh(fsdp=fsdp, context=count // fsdp))
 
 
 def adopt(config):
