@@ -59,13 +59,14 @@ def live_links(topology):
   return sum(0 if side == 1 else 1 if side == 2 else 2 for side in sides)
 
 
-def times(kind, chip, topology, flops, hbm_bytes, sent, head_size=128):
-  """Work of a device -> Times. kind: a key of chips.CHIPS."""
+def times(kind, chip, topology, flops, hbm_bytes, sent, overlapped=0.0, head_size=128):
+  """Work of a device -> Times. kind: a key of chips.CHIPS. overlapped: what of `sent` is asynchronous."""
   share = SHARE[kind] if head_size < 256 else SHARE_OF_LARGE_HEADS.get(kind, SHARE[kind])
   links = min(live_links(topology), LINKS[kind])
   bandwidth = chip.ici_bandwidth * links / LINKS[kind] if links else math.inf
   compute, hbm, network = flops / chip.peak_flops, hbm_bytes / chip.hbm_bandwidth, sent / bandwidth
-  return Times(compute, hbm, network, max(compute / share, hbm) + network)
+  waits = (sent - overlapped) / bandwidth
+  return Times(compute, hbm, network, max(compute / share, hbm, network - waits) + waits)
 
 
 def residuals(chips):
