@@ -149,9 +149,8 @@ class Pipeline:
       step=step,
       identity=identity,
     )
-    if pipe.vae_layout:
-      whole = pipe.vae_layout.fitted(())
-      pipe = dataclasses.replace(pipe, vae_params=jax.device_put(vae_params, whole))
+    if pipe._vae_devices():
+      pipe = dataclasses.replace(pipe, vae_params=jax.device_put(vae_params, model.layout.fitted(())))
     return pipe
 
   def __call__(self, prompt, **fields):
@@ -382,14 +381,17 @@ class Pipeline:
   def pixels(self, latents_THWC):
     """Normalised latents -> iterator of frames [H, W, 3] in [-1, 1], before they are cut and rounded."""
     raw = vae.denormalise(np.asarray(latents_THWC, np.float32), self.vae_cfg)
-    return codec.decode_frames(self.vae_cfg, self.vae_params, raw, self.vae_layout)
+    return codec.decode_frames(self.vae_cfg, self.vae_params, raw, self._frame_layout(raw.shape[1:3]))
 
-  @property
-  def vae_layout(self):
+  def _frame_layout(self, grid_HW):
     """Of the devices that share the frames of a video; None where one decodes alone."""
+    devices = self._vae_devices()
+    return vae.frame_layout(devices, grid_HW) if devices else None
+
+  def _vae_devices(self):
     layout = self.model.layout
     several = layout is not None and layout.mesh.size > 1 and jax.process_count() == 1
-    return layout if several else None
+    return list(layout.mesh.devices.flat) if several else []
 
   def decode(self, latents_THWC, frames, size):
     """Normalised latents -> iterator of `frames` frames, uint8 [H, W, 3], cut to `size`; memory does not grow

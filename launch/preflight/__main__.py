@@ -98,18 +98,23 @@ def check_program(config, devices, index, text):
 
 def make_program(config, devices, index, text):
   """The Program that the flags ask for."""
-  layout = programs.make_layout(config, devices)
   if FLAGS.program in ("encode", "decode"):
-    size = tuple(int(side) for side in FLAGS.size)
-    return programs.coding(FLAGS.program, FLAGS.vae, layout, size, FLAGS.frames)
-  model = workdirs.make_model(config, text, layout)
+    return programs.coding(FLAGS.program, FLAGS.vae, devices, frame_size(), FLAGS.frames)
+  model = workdirs.make_model(config, text, programs.make_layout(config, devices))
   if FLAGS.program == "train":
     if index is None:
       row = programs.full_row(config, model)
     else:
       row = programs.median_row(settings.plan_rows(config, index, model))
-    return programs.training(config, model, layout, row)
+    return programs.training(config, model, model.layout, row)
   return programs.sampling(config, model, rows=config.sample.rows)
+
+
+def frame_size():
+  """--size -> (height, width)."""
+  if len(FLAGS.size) != 2 or not all(side.isdigit() and int(side) for side in FLAGS.size):
+    raise BadInput(f"--size={','.join(FLAGS.size)}: height and width in pixels, as 720,1280")
+  return tuple(int(side) for side in FLAGS.size)
 
 
 if __name__ == "__main__":

@@ -183,20 +183,21 @@ def sampling(config, model, rows=1, guided=True):
   return Program("sample", model.layout, lower, twice * rows * work, rows * tokens, facts=facts)
 
 
-def coding(name, vae_size, layout, size, frames, rows=1):
-  """The VAE over `rows` clips: "decode" a latent frame, or "encode" the frames of one, after the first.
+def coding(name, vae_size, devices, size, frames):
+  """The VAE over one clip: "decode" a latent frame, or "encode" the frames of one, after the first.
 
   vae_size: a key of vae.SIZES. size: height and width in pixels. A video is a sequence of these calls.
   """
   cfg = pick(vae.SIZES, vae_size, "--vae")
   time_stride, stride, _ = cfg.stride
   height, width = size
+  layout = vae.frame_layout(devices, (height // stride, width // stride))
   boxed = jax.eval_shape(
     vae.VAE(cfg).init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1, *cfg.stride[1:], 3), jnp.float32)
   )["params"]
 
   def struct(frames, height, width, channels):
-    shape = (rows, frames, height, width, channels)
+    shape = (1, frames, height, width, channels)
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
   def lower():
@@ -215,5 +216,5 @@ def coding(name, vae_size, layout, size, frames, rows=1):
     )
     return chunk.lower(params, stream, later, cfg=cfg, layout=layout, first=False)
 
-  facts = {"clips": rows, "size": f"{height} x {width}", "calls": -(-(frames - 1) // time_stride)}
+  facts = {"size": f"{height} x {width}", "calls": -(-(frames - 1) // time_stride)}
   return Program(name, layout, lower, facts=facts)

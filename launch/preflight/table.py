@@ -150,9 +150,7 @@ def make(entry):
   )
   devices = programs.devices_of(entry.topology)
   if entry.program in ("encode", "decode"):
-    config.mesh.fsdp, config.mesh.context = 1, len(devices)
-    layout = programs.make_layout(config, devices)
-    return programs.coding(entry.program, entry.settings["vae"], layout, entry.settings["size"], 81)
+    return programs.coding(entry.program, entry.settings["vae"], devices, entry.settings["size"], 81)
   if entry.program == "sample":
     rows = 2  # with and without the prompt
     config.mesh.fsdp, config.mesh.context = rows, len(devices) // rows

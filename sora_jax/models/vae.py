@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sora_jax.layout import Layout, unbox
+from sora_jax.layout import Layout, make_mesh, unbox
 from sora_jax.models.vae_blocks import (
   Conv,
   Decoder,
@@ -254,6 +254,22 @@ def network(cfg, shape, layout=None):
   B, _, H, W, channels = shape
   stride = cfg.stride[1:] if channels == 3 else (1, 1)
   return VAE(cfg, fixed_cuts(layout, (B, H // stride[0], W // stride[1])))
+
+
+def frame_layout(devices, grid_HW):
+  """The Layout in which devices share the frames of one clip, with latents of this height and width.
+
+  Each side is cut over a power of two of devices, as many as divide it; weights are whole.
+  """
+  powers = [2**i for i in range(len(devices).bit_length()) if len(devices) % 2**i == 0]
+
+  def fits(h, w):
+    return len(devices) % (h * w) == grid_HW[0] % h == grid_HW[1] % w == 0
+
+  cuts = [(h, w) for h in powers for w in powers if fits(h, w)]
+  h, w = max(cuts, key=lambda cut: (cut[0] * cut[1], -abs(cut[0] - cut[1])))
+  mesh = make_mesh(fsdp=h, context=w, devices=devices)
+  return Layout(mesh).with_rules(act_height="fsdp", act_width="context", conv_in=None)
 
 
 @functools.partial(jax.jit, static_argnames=("cfg", "layout"))

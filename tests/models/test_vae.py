@@ -306,3 +306,16 @@ def test_frames_are_cut_over_devices(mesh, clips, part):
   for a, b in zip(jax.tree.leaves((means, frames)), jax.tree.leaves(alone), strict=True):
     np.testing.assert_allclose(a, b, atol=5e-5)
   assert frames[1].sharding.shard_shape(frames[1].shape) == part
+
+
+def test_how_devices_share_a_frame():
+  """A power of two along each side, as many as divide it, in squares where there is a choice."""
+
+  def cuts(count, grid):
+    shape = vae.frame_layout(jax.devices()[:count], grid).mesh.shape
+    return shape["fsdp"], shape["context"], shape["data"]
+
+  assert cuts(8, (90, 160)) == (2, 4, 1)
+  assert cuts(8, (67, 120)) == (1, 8, 1)
+  assert cuts(8, (3, 5)) == (1, 1, 8)
+  assert cuts(4, (16, 16)) == (2, 2, 1)
