@@ -381,7 +381,12 @@ class Pipeline:
   def pixels(self, latents_THWC):
     """Normalised latents -> iterator of frames [H, W, 3] in [-1, 1], before they are cut and rounded."""
     raw = vae.denormalise(np.asarray(latents_THWC, np.float32), self.vae_cfg)
-    return codec.decode_frames(self.vae_cfg, self.vae_params, raw, self._frame_layout(raw.shape[1:3]))
+    layout, params = self._frame_layout(raw.shape[1:3]), self.vae_params
+    if layout:
+      params = jax.device_put(
+        params, layout.fitted(())
+      )  # they lie there already, by the name of another mesh
+    return codec.decode_frames(self.vae_cfg, params, raw, layout)
 
   def _frame_layout(self, grid_HW):
     """Of the devices that share the frames of a video; None where one decodes alone."""
