@@ -258,6 +258,8 @@ class Pipeline:
 
     Those too long for a row go alone.
     """
+    layout = self.model.layout
+    devices = 1 if layout is None else layout.ways(("fsdp", "context"))
     alike = {}
     for one in planned:
       request = one.request
@@ -269,7 +271,7 @@ class Pipeline:
       alone = [[one] for one in entries if one.tokens > self.row_tokens]
       for part in [*alone, together] if together else alone:
         tokens, text_tokens = ([getattr(one, name) for one in part] for name in ("tokens", "text_tokens"))
-        rows, shape = sample.share_rows(tokens, text_tokens, self.row_tokens)
+        rows, shape = sample.share_rows(tokens, text_tokens, self.row_tokens, devices=devices)
         for start in range(0, len(rows), self.rows):
           yield [[part[i] for i in row] for row in rows[start : start + self.rows]], shape
 

@@ -70,15 +70,17 @@ def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform")
   )
 
 
-def share_rows(tokens, text_tokens, row_tokens, row_clips=64):
+def share_rows(tokens, text_tokens, row_tokens, row_clips=64, devices=1):
   """Which canvases share a row: first-fit decreasing, from their sizes alone.
 
   tokens, text_tokens: of each canvas [N]; its text counts its prompts or its negative prompt, whichever are
   more. -> (list of rows, each a list of positions in 0..N-1; RowShape). A row has `row_tokens` tokens, or
-  more where one canvas needs it, or fewer (in steps of 64) where all fit in less.
+  more where one canvas needs it, or fewer (in steps of 64) where all fit in less. devices: those that may cut
+  a row, whose tokens are a multiple of them.
   """
   tokens, text_tokens = np.asarray(tokens), np.asarray(text_tokens)
-  length = math.ceil(max(tokens.max(), min(row_tokens, tokens.sum())) / ROW_STEP) * ROW_STEP
+  step = math.lcm(ROW_STEP, devices)
+  length = math.ceil(max(tokens.max(), min(row_tokens, tokens.sum())) / step) * step
   rows, room = [], np.zeros(len(tokens), np.int64)
   for i in np.argsort(-tokens, kind="stable").tolist():
     fits = room[: len(rows)] >= tokens[i]

@@ -141,3 +141,9 @@ def test_noise_depends_only_on_the_seed():
   first = {i: t for i, t in zip(rows[0], tokens, strict=True)}
   np.testing.assert_array_equal(first[0], first[1][:8])
   assert np.std(first[0]) > 0.5
+
+
+def test_rows_are_a_multiple_of_the_devices():
+  """So that all of them share its tokens."""
+  for devices, length in ((1, 128), (32, 128), (48, 192)):
+    assert sample.share_rows([100], [4], 320, devices=devices)[1].length == length

@@ -159,14 +159,14 @@ def training(config, model, layout, row):
 def sampling(config, model, rows=1, guided=True):
   """One step of the sampler over `rows` rows, with guidance: twice as many rows through the model."""
   tokens, text, clips = config.sample.row_tokens, min(config.data.row_text, model.dit.text_pad or 512), 1
+  _, row = sample.share_rows([tokens], [text], tokens, devices=model.layout.ways(("fsdp", "context")))
   twice = 2 if guided else 1
-  shape = batches.RowShape(tokens, clips, text)
-  cfg = model.dit
+  shape, cfg = dataclasses.replace(row, clips=clips), model.dit
 
   def lower():
     params = workdirs.targets(model, "bfloat16" if cfg.dtype == "bfloat16" else None)
     batch = train.batch_shapes(model, twice * rows, shape)
-    x = jax.ShapeDtypeStruct((rows, tokens, cfg.values_in), jnp.float32)
+    x = jax.ShapeDtypeStruct((rows, shape.length, cfg.values_in), jnp.float32)
     text_BSE = jax.eval_shape(model.embed_text, params, batch)
     text_kv = jax.eval_shape(lambda *args: sample._text_kv(model, *args), params, text_BSE, batch.prompt_BS)
     carry = jax.eval_shape(lambda x: SAMPLERS[config.sample.sampler][0](x, None), x)
