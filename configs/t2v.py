@@ -83,6 +83,7 @@ def neutral():
   config.sigma.base_tokens = 4096
   config.sigma.shift_power = 0.5
   config.sigma.uniform = 0.1
+  config.sigma.light = 0.0  # > 0: errors at smaller sigma count less
 
   config.sample = ml_collections.ConfigDict()  # what launch.sample does where a request does not say
   config.sample.every = 0  # 0: draw no samples during training
@@ -125,7 +126,8 @@ def tiny():
   config.optim.learning_rate = 4e-3
   config.optim.warmup = 20
   # Latents of the linear codec are like pixels; sigma 0.8 to 0.95 decides shape and place
-  config.sigma.base_shift = 4.0
+  config.sigma.base_shift = 6.0
+  config.sigma.light = 0.5
   config.sigma.base_tokens = 64
   config.sample.prompts = ("a red ball moves left", "a blue square moves up")
   config.sample.size = (64, 64)
@@ -154,6 +156,7 @@ def world():
   config.model.remat = "none"
   config.data.image_to_video = 0.15
   config.sigma.base_shift = 3.0
+  config.sigma.light = 0.0
   config.data.rows = 10
   config.steps = 4500
   config.checkpoint_every = 200
