@@ -110,7 +110,8 @@ def mixed(batch, keys_BG, sigma_BG):
 
 
 def loss_fn(params, model, batch, key, sigma, frozen=None, count=None):
-  """Mean squared error of the velocity over all not-given tokens of the global batch. -> scalar
+  """Mean squared error of the velocity, weighted by noise level (flow.loss_weight), over all not-given tokens
+  of the global batch. -> scalar
 
   frozen: weights beside `params`, by key, which no gradient is taken of (those that adapters adapt). count:
   what the sum over tokens is divided by, where the batch is a part of a larger one.
@@ -119,7 +120,10 @@ def loss_fn(params, model, batch, key, sigma, frozen=None, count=None):
   x_BLP, noise_BLP, sigma_BU, sigma_index_BL, _ = noised(batch, key, sigma)
   text_BSE = model.embed_text(params, batch)
   predicted = model.velocity(params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE)
-  total, tokens = flow.velocity_loss(predicted, batch.tokens_BLP, noise_BLP, batch.segment_BL, batch.given_BL)
+  weight_BL = flow.loss_weight(flow.gather_sigma(sigma_BU, sigma_index_BL)[..., 0], sigma)
+  total, tokens = flow.velocity_loss(
+    predicted, batch.tokens_BLP, noise_BLP, batch.segment_BL, batch.given_BL, weight_BL
+  )
   return total / jnp.maximum(tokens if count is None else count, 1)
 
 

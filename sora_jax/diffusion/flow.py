@@ -2,7 +2,7 @@
 
   x_sigma  = (1 - sigma) * data + sigma * noise          sigma in [0, 1]: 0 is data, 1 is noise
   velocity = dx/dsigma = noise - data                    what the model predicts; data = x - sigma * velocity
-  loss     = E |model(x_sigma, sigma, text) - velocity|^2
+  loss     = E weight(sigma) |model(x_sigma, sigma, text) - velocity|^2
 
 Lipman et al., Flow Matching, arXiv:2210.02747; Liu et al., Rectified Flow, arXiv:2209.03003. Sigma is drawn
 from a logit-normal distribution and shifted towards noise, more for longer clips (Esser et al., SD3,
@@ -32,15 +32,19 @@ class SigmaConfig:
   base_tokens: int = 256
   shift_power: float = 0.5  # shift = base_shift * (tokens / base_tokens) ** shift_power; SD3 eq. 23 has 0.5
   uniform: float = 0.1  # share of clips whose sigma is drawn uniformly, so that both ends are trained
+  # Below this sigma an error counts (sigma / light)^2, as the same error of the data does at every sigma
+  # (compare Min-SNR, arXiv:2303.09556); 0: all errors of velocity count the same.
+  light: float = 0.0
   low: float = 0.0  # sigma lies in [low, high]: the range of an expert
   high: float = 1.0
 
   def __post_init__(self):
     positive = self.std > 0 and self.base_shift > 0 and self.base_tokens >= 1
-    if not positive or not 0 <= self.uniform <= 1 or not 0 <= self.low < self.high <= 1:
+    shares = 0 <= self.uniform <= 1 and 0 <= self.light <= 1
+    if not positive or not shares or not 0 <= self.low < self.high <= 1:
       raise ValueError(
-        "sigma needs std > 0, base_shift > 0, base_tokens >= 1, 0 <= uniform <= 1, 0 <= low < high <= 1; "
-        f"not {self}"
+        "sigma needs std > 0, base_shift > 0, base_tokens >= 1, 0 <= uniform <= 1, 0 <= light <= 1, "
+        f"0 <= low < high <= 1; not {self}"
       )
 
 
@@ -163,13 +167,21 @@ def gather_sigma(sigma_BU, sigma_index_BL):
   return jnp.take_along_axis(sigma_BU, sigma_index_BL, axis=1)[..., None]
 
 
-def velocity_loss(predicted_BLP, data_BLP, noise_BLP, segment_BL, given_BL):
-  """(sum over tokens of the mean squared error of a token's velocity, number of these tokens).
+def loss_weight(sigma, cfg):
+  """The weight of the squared error of a velocity at noise level sigma.
+
+  Since velocity = (x - data) / sigma, a model of the data otherwise spends itself on the least noise.
+  """
+  return jnp.minimum(1.0, jnp.square(sigma / cfg.light)) if cfg.light else jnp.ones_like(sigma)
+
+
+def velocity_loss(predicted_BLP, data_BLP, noise_BLP, segment_BL, given_BL, weight_BL=1.0):
+  """(sum over tokens of the mean squared error of a token's velocity, times weight_BL; number of tokens).
 
   Given tokens and padding are left out. Divide the sums over all rows and hosts, so that every token has the
   same weight.
   """
   counts_BL = (segment_BL > 0) & ~given_BL
   velocity_BLP = noise_BLP - data_BLP
-  error_BL = jnp.mean(jnp.square(predicted_BLP.astype(jnp.float32) - velocity_BLP), axis=-1)
+  error_BL = jnp.mean(jnp.square(predicted_BLP.astype(jnp.float32) - velocity_BLP), axis=-1) * weight_BL
   return jnp.sum(jnp.where(counts_BL, error_BL, 0.0)), jnp.sum(counts_BL)

@@ -28,6 +28,20 @@ def rotary(coords_BL3, head_size, theta=10_000.0):
   return jnp.cos(angle_BL1K), jnp.sin(angle_BL1K)
 
 
+def place_waves(coords_BL3, segment_BL, waves):
+  """The position of each token within its clip, [B, L, waves ** 3]: the first terms of a cosine transform
+  (DCT-II) over t, y and x together.
+  """
+
+  def largest(coords_L3, segment_L):
+    return jax.ops.segment_max(coords_L3, segment_L, num_segments=segment_L.shape[0] + 1)[segment_L]
+
+  share_BL3 = (coords_BL3 + 0.5) / (1 + jax.vmap(largest)(coords_BL3, segment_BL))
+  wave_BL3W = jnp.cos(jnp.pi * share_BL3[..., None] * jnp.arange(waves))
+  product = jnp.einsum("BLt,BLy,BLx->BLtyx", *jnp.moveaxis(wave_BL3W, 2, 0))
+  return product.reshape(*segment_BL.shape, waves**3)
+
+
 def apply_rope(x_BLNK, cos, sin):
   """Rotates pairs (i, i + K/2) of each head by the token's angles."""
   first, second = jnp.split(x_BLNK, 2, axis=-1)

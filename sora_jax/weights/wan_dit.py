@@ -152,10 +152,10 @@ def config_from_diffusers(theirs, expand_timesteps=False):
 
 def config_to_diffusers(cfg):
   """DiTConfig -> their config.json. Raises BadInput where their class has no such model."""
-  if cfg.predicts != "velocity" or cfg.rope_theta != 10_000:
+  if cfg.predicts != "velocity" or cfg.rope_theta != 10_000 or cfg.place_waves:
     raise BadInput(
-      "WanTransformer3DModel predicts velocity, with rope_theta 10000; this model has "
-      f"predicts={cfg.predicts!r}, rope_theta {cfg.rope_theta:g}"
+      "WanTransformer3DModel predicts velocity, with rope_theta 10000 and place_waves 0; this model has "
+      f"predicts={cfg.predicts!r}, rope_theta {cfg.rope_theta:g}, place_waves {cfg.place_waves}"
     )
   return {
     "_class_name": "WanTransformer3DModel",

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sora_jax import batch as batches, patches
 from sora_jax.diffusion import flow
@@ -84,6 +85,19 @@ def test_given_tokens_and_padding_have_no_sigma_and_no_loss():
   predicted[0, 8] = 9.0
   other, _ = flow.velocity_loss(predicted, packed.tokens_BLP, noise, packed.segment_BL, packed.given_BL)
   assert int(count) == 12 and float(loss) == float(same) and float(other) > float(loss)
+
+
+def test_errors_at_low_noise_count_less():
+  """Below `light` the weight makes the error that of the data, whatever sigma; above it nothing changes."""
+  sigma, cfg = jnp.array([0.1, 0.2, 0.5, 0.9]), flow.SigmaConfig(light=0.4)
+  weight = np.asarray(flow.loss_weight(sigma, cfg))
+  error_of_data = weight / np.square(sigma)
+  assert error_of_data[0] == pytest.approx(error_of_data[1]) and (weight[2:] == 1).all()
+  assert (np.asarray(flow.loss_weight(sigma, flow.SigmaConfig())) == 1).all()
+  one = jnp.ones((1, 1, 1))
+  arrays = (3 * one, 0 * one, 0 * one, jnp.ones((1, 1), int), jnp.zeros((1, 1), bool))
+  loss, count = flow.velocity_loss(*arrays, jnp.full((1, 1), 0.25))
+  assert float(loss) == 2.25 and int(count) == 1
 
 
 def test_the_path_and_its_velocity():

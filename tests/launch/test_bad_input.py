@@ -27,7 +27,7 @@ def model(tmp_path_factory):
   (workdir / "text").mkdir()
   text.train_tokenizer(["a red ball moves left", "a blue square"], workdir / "text" / "tokenizer.model")
   whole = t2v.Model(
-    dit.SIZES["tiny"],
+    dit.SIZES[config.model.size],
     dataclasses.replace(text.SIZES["tiny"], vocab=text.Tokenizer(workdir / "text/tokenizer.model").vocab),
   )
   parts.save_part(workdir / "model", {"step": 7}, layout.unbox(jax.jit(whole.init)(jax.random.key(0))))

@@ -84,7 +84,7 @@ def test_the_program(directory, run_program, tmp_path):
     "balance",
     "clips a row",
     "text a row",
-    "config.steps = 2000",
+    f"config.steps = {t2v.get_config().steps}",
     "3.41 epochs",
     "image",
     "Next: python -m launch.train --config=configs/t2v.py:tiny",

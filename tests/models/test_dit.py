@@ -13,7 +13,7 @@ import pytest
 
 from sora_jax import layout as layouts, patches
 from sora_jax.errors import BadInput
-from sora_jax.models import dit
+from sora_jax.models import dit, primitives
 from sora_jax.weights import files, wan_dit
 from tests.golden.calls import dit_velocities
 
@@ -201,6 +201,7 @@ def test_every_size(name):
   else:
     ranges = {
       "tiny": (1.4e6, 1.8e6),
+      "quick": (1.4e6, 1.8e6),
       "S": (4e7, 7e7),
       "B": (1e8, 1.5e8),
       "L": (3.5e8, 5e8),
@@ -208,7 +209,7 @@ def test_every_size(name):
     }
     low, high = ranges[name]
     assert low <= count <= high
-    assert name == "tiny" or dit.SIZES[name].head_size == 256
+    assert name in ("tiny", "quick") or dit.SIZES[name].head_size == 256
 
 
 @pytest.mark.parametrize(
@@ -251,6 +252,50 @@ def test_wan_weights_give_wan_outputs(name):
   for key, value in back.items():
     np.testing.assert_array_equal(value, tensors[key])
   assert {**wan_dit.config_to_diffusers(cfg), "_diffusers_version": theirs["_diffusers_version"]} == theirs
+
+
+def test_a_position_is_within_the_clip():
+  """It is the same for a clip alone and beside others; the first wave of an axis falls from its start to its
+  end.
+  """
+  packed, alone = row_of([0, 1, 2]), row_of([2])
+  waves, same = (
+    np.asarray(primitives.place_waves(row["coords"], row["segment"], 2)) for row in (packed, alone)
+  )
+  np.testing.assert_array_equal(waves[0, TOKENS[2]], same[0, :12])
+  assert (waves[..., 0] == 1).all()
+  np.testing.assert_allclose(waves[0, 18:30:4, 4], np.cos(np.pi * np.array([1, 3, 5]) / 6), atol=1e-6)
+
+
+def test_a_model_that_knows_positions(params):
+  """Its velocity depends on where a token is, not on what else is in the row. diffusers has no such model."""
+  cfg = dataclasses.replace(CFG, place_waves=2)
+  more = params | {"place": jax.random.normal(jax.random.key(3), (8, CFG.width))}
+  packed, alone = (np.asarray(run(more, row, cfg)) for row in (ROW, row_of([0])))
+  np.testing.assert_allclose(packed[0, TOKENS[0]], alone[0, :12], atol=1e-5)
+  assert np.abs(packed - np.asarray(run(params, ROW)))[0, TOKENS[0]].max() > 1e-2
+  with pytest.raises(BadInput, match="place_waves 2"):
+    wan_dit.config_to_diffusers(cfg)
+
+
+def test_attention_starts_at_a_neighbour():
+  """By the biases alone, a head's highest score is at most one step away along each axis, wherever the token
+  is. Heads differ.
+  """
+  size, steps_seen = 48, []
+  coords = patches.coords((5, 5, 5)).astype(np.float32)
+  angles = primitives.rotary(jnp.asarray(coords[None]), size, 30.0)
+  inner = (np.abs(coords - 2) <= 1).all(-1)
+  for seed in range(4):
+    rotated = {}
+    for name, init in dit.neighbour_bias(6.0).items():
+      bias = jnp.broadcast_to(init(jax.random.key(seed), (3, size)), (1, 125, 3, size))
+      rotated[name] = primitives.apply_rope(bias, *angles)[0]
+    best = np.asarray(jnp.einsum("LNK,MNK->LNM", rotated["query"], rotated["key"]).argmax(-1))
+    steps = (coords[best] - coords[:, None])[inner]
+    assert (steps == steps[:1]).all() and np.abs(steps).max() <= 1
+    steps_seen.extend(map(tuple, steps[0]))
+  assert len(set(steps_seen)) > 4
 
 
 def test_a_model_that_predicts_data_gives_its_velocity(params):

@@ -35,6 +35,9 @@ from data.clips import Item, RawClip
 FPS = 8.0
 SIZES = ((64, 64), (48, 80), (80, 48), (64, 96))  # (height, width) in pixels
 LENGTHS = (1, 9, 17)  # frames; 1 is an image
+# Objects are as large as if the short side were at least this: in small frames (data/sources/shapes_small)
+# they look as they do in those above.
+LEAST_SHORT = 48
 SOFT = 3.0  # pixels from full coverage to none at an edge
 SPLITS = ("train", "held_out")
 
@@ -125,14 +128,17 @@ def held_out(scene: Scene) -> bool:
   return any((objects[0] + word) % 3 == 0 for word in words)
 
 
-def draw_scene(rng: np.random.Generator, split: str) -> Scene:
+SHARES = {kind: share for kind, (_, _, share, _) in KINDS.items()}
+
+
+def draw_scene(rng: np.random.Generator, split: str, shares=SHARES) -> Scene:
   """A scene of the split.
 
-  Kinds have the shares in KINDS; words are uniform among those that the split allows.
+  Kinds have the given shares, {kind: share}; words are uniform among those that the split allows.
   """
-  kinds = [kind for kind in KINDS if split == "train" or kind != "still"]
-  shares = np.array([KINDS[kind][2] for kind in kinds])
-  kind = kinds[np.searchsorted(np.cumsum(shares / shares.sum()), rng.random())]
+  kinds = [kind for kind in shares if split == "train" or kind != "still"]
+  values = np.array([shares[kind] for kind in kinds])
+  kind = kinds[np.searchsorted(np.cumsum(values / values.sum()), rng.random())]
   colours = tuple(COLOURS)
   while True:
     first = int(rng.integers(6))
@@ -158,7 +164,7 @@ def _stage(scene, size, frames, rng):
   size = np.array(size, float)
   short = size.min()
   u = np.arange(frames) / (frames - 1) if frames > 1 else np.array([0.5])
-  diameter = short * rng.uniform(0.33, 0.42)
+  diameter = max(short, LEAST_SHORT) * rng.uniform(0.33, 0.42)
   zoom = np.ones(frames)
   shift = np.zeros((frames, 2))
   low, high = diameter / 2 + 2, size - diameter / 2 - 2  # limits of a centre
