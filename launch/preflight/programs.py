@@ -15,7 +15,7 @@ from launch.common import settings
 from sora_jax import batch as batches, flops, layout as layouts, sample, train, workdir as workdirs
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.errors import BadInput, checked, pick
-from sora_jax.models import attention, vae
+from sora_jax.models import splash, vae
 
 ENVIRONMENT = {  # libtpu looks for a TPU otherwise, and lets one process in
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -91,12 +91,12 @@ class Row:
 
     def run(queries, keys):
       own = keys >= length
-      tile_q, tile_k = attention._tile_size(queries), attention._tile_size(keys)
+      tile_q, tile_k = splash.tile_size(queries), splash.tile_size(keys)
       segment_q, segment_k = (
         np.pad(x, (0, -len(x) % tile)).reshape(-1, tile)
         for x, tile in ((lengths[True], tile_q), (lengths[own], tile_k))
       )
-      return float(np.asarray(attention.tiles_meet(segment_q, segment_k)).mean())
+      return float(np.asarray(splash.tiles_meet(segment_q, segment_k)).mean())
 
     return run
 

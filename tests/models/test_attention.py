@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sora_jax.layout import Layout, make_mesh
-from sora_jax.models import attention
+from sora_jax.models import attention, splash
 
 
 def plain(query, key, value, segment_BL, segment_BM, scale):
@@ -44,7 +44,7 @@ KEYS = segments([(1, 3), (2, 90), (3, 30), (0, 7)], [(4, 20), (1, 60), (3, 50)])
 @pytest.mark.parametrize("cross", [False, True])
 def test_a_query_attends_to_the_keys_of_its_segment(kernel, fused_bytes, cross, monkeypatch):
   """Output and gradients are those of plain softmax, also for queries without a key and for padding."""
-  monkeypatch.setattr(attention, "FUSED_BYTES", fused_bytes)
+  monkeypatch.setattr(splash, "FUSED_BYTES", fused_bytes)
   query, key, value, weight = inputs(2, 150, 130 if cross else 150, 2, 16)
   ids = (QUERIES, KEYS) if cross else (QUERIES, QUERIES)
 
@@ -105,19 +105,19 @@ def test_tiles_of_other_segments_are_skipped():
   out = jax.jit(attention.attend)(query, key, value, ids, ids)
   assert np.isfinite(out[0, :64]).all() and np.isfinite(out[0, 192:]).all()
   assert np.isnan(out[0, 64:192]).all()
-  meet = attention.tiles_meet(ids.reshape(4, 64), ids.reshape(4, 64))
+  meet = splash.tiles_meet(ids.reshape(4, 64), ids.reshape(4, 64))
   np.testing.assert_array_equal(meet, [[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
-  assert not attention.tiles_meet(jnp.zeros((1, 64), int), ids.reshape(4, 64)).any()  # padding meets nothing
+  assert not splash.tiles_meet(jnp.zeros((1, 64), int), ids.reshape(4, 64)).any()  # padding meets nothing
 
 
 def test_how_the_backward_pass_runs():
   """One kernel for few heads, with larger tiles of keys where memory needs them; else two kernels."""
-  assert attention._backward_plan(6, 1024, 1024, 128, 128, 2) == (6, 128, True)
-  assert attention._backward_plan(10, 75_776, 75_776, 1024, 128, 2) == (1, 1024, True)
-  assert attention._backward_plan(40, 19_456, 512, 128, 256, 2) == (5, 128, True)
-  assert attention._backward_plan(3, 81_920, 81_920, 1024, 256, 2) == (1, 2048, True)
-  assert attention._backward_plan(3, 81_920, 81_920, 1024, 256, 2, "TPU v5 lite") == (3, 1024, False)
-  assert attention._backward_plan(5, 65_536, 524_288, 1024, 128, 2) == (5, 1024, False)
+  assert splash.backward_plan(6, 1024, 1024, 128, 128, 2) == (6, 128, True)
+  assert splash.backward_plan(10, 75_776, 75_776, 1024, 128, 2) == (1, 1024, True)
+  assert splash.backward_plan(40, 19_456, 512, 128, 256, 2) == (5, 128, True)
+  assert splash.backward_plan(3, 81_920, 81_920, 1024, 256, 2) == (1, 2048, True)
+  assert splash.backward_plan(3, 81_920, 81_920, 1024, 256, 2, "TPU v5 lite") == (3, 1024, False)
+  assert splash.backward_plan(5, 65_536, 524_288, 1024, 128, 2) == (5, 1024, False)
 
 
 @pytest.mark.parametrize("kernel", ["blocks", "splash_interpret"])

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 
 from launch.packing import figures as packing, peers, reference
 from sora_jax.batch import RowShape
-from sora_jax.models import attention
+from sora_jax.models import splash
 
 SHAPE = RowShape(40_960, clips=12, text=2000)
 
@@ -20,7 +20,7 @@ def test_tiles_are_those_that_the_attention_runs(clips):
   segment = np.zeros(60 * packing.TILE, int)
   segment[: sum(clips)] = np.repeat(np.arange(len(clips)) + 1, clips)
   tiles = segment.reshape(-1, packing.TILE)
-  assert packing.tiles(np.array(clips, int)) == int(np.sum(attention.tiles_meet(tiles, tiles)))
+  assert packing.tiles(np.array(clips, int)) == int(np.sum(splash.tiles_meet(tiles, tiles)))
 
 
 def test_figures_of_rows_that_are_worked_out_by_hand():
