@@ -115,7 +115,7 @@ def main():
   claims.need_disk(out, 500e6, "the quickstart")
   write_requests(out)
   todo = stages(out)
-  say("sora_jax quickstart: 9 to 12 minutes on two CPU cores. It will, one after another:")
+  say("sora_jax quickstart: about 12 minutes on two CPU cores. It will, one after another:")
   for number, (_, description, _, _) in enumerate(todo, 1):
     say(f"  {number}. {description}")
   say(f"and write {out / 'index.html'}. Stop it at any time; run again, it goes on.")
