@@ -183,34 +183,24 @@ def _wan(depth, heads, mlp, channels=16, conditioning="replacement", **kwargs):
   return DiTConfig(depth=depth, heads=heads, **shape, **kwargs)
 
 
+_SMALL = DiTConfig(
+  depth=5,
+  heads=3,
+  head_size=48,
+  mlp=432,
+  channels=48,
+  patch=(1, 2, 2),
+  rope_theta=30.0,
+  predicts="data",
+  remat="dots",
+)
+
 SIZES = {
   # The model that ships, for two CPU cores. Its grids are few patches wide, where longer rotary waves would
   # distinguish neighbours no better than no positions at all.
-  "tiny": DiTConfig(
-    depth=5,
-    heads=3,
-    head_size=48,
-    mlp=432,
-    channels=48,
-    patch=(1, 2, 2),
-    rope_theta=30.0,
-    predicts="data",
-    remat="dots",
-  ),
+  "tiny": _SMALL,
   # What the quickstart trains: as tiny, and learns shapes and directions in a tenth of the time.
-  "quick": DiTConfig(
-    depth=5,
-    heads=3,
-    head_size=48,
-    mlp=432,
-    channels=48,
-    patch=(1, 2, 2),
-    rope_theta=30.0,
-    place_waves=4,
-    near=6.0,
-    predicts="data",
-    remat="dots",
-  ),
+  "quick": dataclasses.replace(_SMALL, place_waves=4, near=6.0),
   "S": _ours(12, 2),
   "B": _ours(12, 3),
   "L": _ours(24, 4),
