@@ -42,10 +42,8 @@ RULES = (
   ("act_batch", ("data", "fsdp")),
   ("act_length", ("fsdp", "context")),  # fsdp where the rows leave it
   ("act_text", None),
-  (
-    "act_text_embed",
-    ("fsdp", "context"),
-  ),  # products with the text add up over context, where its weights are cut
+  # products with the text add up over the devices that cut its weights
+  ("act_text_embed", ("fsdp", "context")),
   ("act_embed", None),
   ("act_heads", "tensor"),
   ("act_head_dim", None),

@@ -385,9 +385,8 @@ class Pipeline:
     raw = vae.denormalise(np.asarray(latents_THWC, np.float32), self.vae_cfg)
     layout, params = self._frame_layout(raw.shape[1:3]), self.vae_params
     if layout:
-      params = jax.device_put(
-        params, layout.fitted(())
-      )  # they lie there already, by the name of another mesh
+      # They are on these devices already, under another mesh: nothing is copied.
+      params = jax.device_put(params, layout.fitted(()))
     return codec.decode_frames(self.vae_cfg, params, raw, layout)
 
   def _frame_layout(self, grid_HW):

@@ -65,29 +65,28 @@ def identity(workdir, which="ema"):
 # --- configs to dataclasses
 
 
-def make_layout(config):
-  """config.mesh -> Layout over all devices; BadInput where it does not fit them."""
-
-  def mesh():
-    return layouts.make_mesh(fsdp=config.mesh.fsdp, context=config.mesh.context, tensor=config.mesh.tensor)
-
-  return layouts.Layout(checked(mesh, "config.mesh (on one device: --config.mesh.fsdp=1)"))
+def make_layout(config, devices=None):
+  """config.mesh -> Layout over these devices, or all; BadInput where it does not fit them."""
+  sizes = {name: config.mesh[name] for name in ("fsdp", "context", "tensor")}
+  remedy = " (on one device: --config.mesh.fsdp=1)" if devices is None else ""
+  return layouts.Layout(checked(lambda: layouts.make_mesh(**sizes, devices=devices), f"config.mesh{remedy}"))
 
 
-def sampling_layout(config, mesh=None):
-  """The Layout of a sampling job, over all devices. mesh: {"fsdp": 2, "context": 2, "tensor": 1} or some of
-  them; BadInput where it does not fit the devices.
+def sampling_layout(config, mesh=None, devices=None):
+  """The Layout of a sampling job, over these devices, or all.
+
+  mesh: {"fsdp": 2, "context": 2, "tensor": 1} or some of them; BadInput where it does not fit the devices.
 
   None: the rows that are denoised together, with and without their prompts, lie on fsdp as far as they go,
   and context cuts their tokens, so that no device computes what another does; as many devices as a power of
   two allows, since heads and widths rarely have other factors.
   """
   if mesh is not None:
-    return layouts.Layout(checked(lambda: layouts.make_mesh(**mesh), "mesh"))
-  count = jax.device_count()
+    return layouts.Layout(checked(lambda: layouts.make_mesh(**mesh, devices=devices), "mesh"))
+  count = jax.device_count() if devices is None else len(devices)
   count &= -count  # its largest factor that is a power of two
   fsdp = math.gcd(2 * config.sample.rows, count)
-  return layouts.Layout(layouts.make_mesh(fsdp=fsdp, context=count // fsdp))
+  return layouts.Layout(layouts.make_mesh(fsdp=fsdp, context=count // fsdp, devices=devices))
 
 
 def adopt(config):

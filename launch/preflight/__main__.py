@@ -100,14 +100,15 @@ def make_program(config, devices, index, text):
   """The Program that the flags ask for."""
   if FLAGS.program in ("encode", "decode"):
     return programs.coding(FLAGS.program, FLAGS.vae, devices, frame_size(), FLAGS.frames)
-  model = workdirs.make_model(config, text, programs.make_layout(config, devices))
-  if FLAGS.program == "train":
-    if index is None:
-      row = programs.full_row(config, model)
-    else:
-      row = programs.median_row(settings.plan_rows(config, index, model))
-    return programs.training(config, model, model.layout, row)
-  return programs.sampling(config, model, rows=config.sample.rows)
+  if FLAGS.program == "sample":
+    layout = workdirs.sampling_layout(config, devices=devices)
+    return programs.sampling(config, workdirs.make_model(config, text, layout), rows=config.sample.rows)
+  model = workdirs.make_model(config, text, workdirs.make_layout(config, devices))
+  if index is None:
+    row = programs.full_row(config, model)
+  else:
+    row = programs.median_row(settings.plan_rows(config, index, model))
+  return programs.training(config, model, model.layout, row)
 
 
 def frame_size():

@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from launch.common import settings
 from sora_jax import batch as batches, flops, layout as layouts, sample, train, workdir as workdirs
 from sora_jax.diffusion.samplers import SAMPLERS
-from sora_jax.errors import BadInput, checked, pick
+from sora_jax.errors import BadInput, pick
 from sora_jax.models import splash, vae
 
 ENVIRONMENT = {  # libtpu looks for a TPU otherwise, and lets one process in
@@ -62,16 +62,6 @@ def devices_of(topology):
       "like v5e:16x16, v5p:4x4x4, v6e:16x16 or tpu7x:4x4x4"
     ) from None
   return sorted(found, key=lambda device: (device.process_index, device.id))
-
-
-def make_layout(config, devices):
-  """config.mesh over these devices."""
-  mesh = config.mesh
-
-  def make():
-    return layouts.make_mesh(fsdp=mesh.fsdp, context=mesh.context, tensor=mesh.tensor, devices=devices)
-
-  return layouts.Layout(checked(make, "config.mesh"))
 
 
 @dataclasses.dataclass(frozen=True)

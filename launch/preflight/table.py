@@ -152,11 +152,10 @@ def make(entry):
   if entry.program in ("encode", "decode"):
     return programs.coding(entry.program, entry.settings["vae"], devices, entry.settings["size"], 81)
   if entry.program == "sample":
-    rows = 2  # with and without the prompt
-    config.mesh.fsdp, config.mesh.context = rows, len(devices) // rows
-  model = workdirs.make_model(config, None, programs.make_layout(config, devices))
-  if entry.program == "sample":
-    return programs.sampling(config, model)
+    return programs.sampling(
+      config, workdirs.make_model(config, None, workdirs.sampling_layout(config, devices=devices))
+    )
+  model = workdirs.make_model(config, None, workdirs.make_layout(config, devices))
   row = programs.full_row(config, model)
   if entry.packed:
     data = config.data

@@ -74,9 +74,8 @@ def _in_host_memory(saved, moved):
 REMAT = {  # what a block saves for its backward pass
   "none": None,  # everything
   "full": jax.checkpoint_policies.nothing_saveable,  # its input
-  "attention": jax.checkpoint_policies.save_only_these_names(
-    SAVED
-  ),  # its input, the output of self-attention
+  # Its input, the output of self-attention.
+  "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
   # Its input, the products with weights, the output of attention.
   "dots": jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

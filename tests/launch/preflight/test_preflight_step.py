@@ -24,7 +24,7 @@ def small(**values):
 
 
 def program_of(config):
-  mesh = layout.Layout(programs.make_layout(config, jax.devices()).mesh)
+  mesh = layout.Layout(workdirs.make_layout(config, jax.devices()).mesh)
   model = workdirs.make_model(config, None, mesh)
   row = programs.Row(np.array([100, 90, 40]), np.array([5, 9, 4]))
   return programs.training(config, model, mesh, row)
@@ -122,12 +122,12 @@ def test_times_of_published_steps():
 def test_settings_that_need_less():
   """Each changes the page, leaves the original alone, and is a flag that a user can type."""
   config = small(model__remat="dots")
-  tries = search.tries(config, programs.make_layout(config, jax.devices()))
+  tries = search.tries(config, workdirs.make_layout(config, jax.devices()))
   assert "--config.model.remat=full" in tries and "--config.ema_decay=0" in tries
   for words, values in tries.items():
     other = search.changed(config, **values)
     assert other.to_json() != config.to_json() and words.startswith("--config.")
-  meshes = list(search.meshes(config, programs.make_layout(config, jax.devices())))
+  meshes = list(search.meshes(config, workdirs.make_layout(config, jax.devices())))
   assert (2, 4) in meshes and (4, 2) in meshes and all(fsdp * context <= 8 for fsdp, context in meshes)
 
 
