@@ -89,8 +89,10 @@ def check_program(config, devices, index, text):
     out.mkdir(parents=True, exist_ok=True)
     (out / "preflight.txt").write_text("\n".join(lines) + "\n")
     files.write_json(out / "preflight.json", numbers)
-    (out / "preflight.svg").write_text(report.picture(numbers))
-    say(f"the same: {out}/preflight.txt, preflight.json, preflight.svg")
+    say(f"the same: {out}/preflight.txt, preflight.json")
+    if numbers["memory"]["assigned"] is not None:
+      (out / "preflight.svg").write_text(report.picture(numbers))
+      say(f"what fills the memory: {out}/preflight.svg")
   if not found.fits and FLAGS.program == "train":
     search.suggest(config, make, FLAGS.topology, found)
   return found.fits

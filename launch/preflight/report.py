@@ -2,6 +2,7 @@
 
 import collections
 import html
+import math
 
 from launch.preflight import estimate
 from launch.reports import charts, tables
@@ -26,7 +27,7 @@ def facts(found, topology):
     "fits": found.fits,
     "memory": {
       "limit": found.chip.hbm_bytes,
-      "assigned": found.assigned,
+      "assigned": found.assigned if math.isfinite(found.assigned) else None,
       "arguments": found.arguments,
       "live_peak": found.live_peak,
       "host": found.host,
@@ -63,6 +64,12 @@ def facts(found, topology):
   }
 
 
+def gib(numbers):
+  """Memory that the compiler assigns, for a table; "?" where it refused before it knew."""
+  assigned = numbers["memory"]["assigned"]
+  return "?" if assigned is None else f"{assigned / GIB:.1f}"
+
+
 def collectives(census):
   """[((kind, axes, asynchronous), [runs, bytes sent])], the most bytes first."""
   sums = collections.defaultdict(lambda: [0.0, 0.0])
@@ -83,6 +90,9 @@ def lines(numbers):
       f"{numbers['parameters'] / 1e9:.2f} G parameters; {numbers['rows']} rows of {numbers['row_tokens']:,} "
       f"tokens; {numbers['tokens']:,} tokens a step"
     )
+  if memory["assigned"] is None:
+    yield f"the compiler refuses it, not for its memory as a whole: {numbers['error'][:300]}"
+    return
   room = 1 - memory["assigned"] / memory["limit"]
   verdict = f"fits, {room:.0%} to spare" if numbers["fits"] else "DOES NOT FIT"
   yield (

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import pathlib
 
 from launch.common.progress import say
@@ -66,14 +67,15 @@ def suggest(config, make, topology, found, count=3):
   best `count` of them do.
   """
   over = (found.assigned - found.chip.hbm_bytes) / GIB
-  say(f"{over:.1f} GiB too much; compiling settings that need less")
+  say((f"{over:.1f} GiB too much; " if math.isfinite(over) else "") + "compiling settings that need less")
   results = []
   for words, values in tries(config, found.program.layout).items():
     try:
       numbers, other = check(make(changed(config, **values)), topology)
     except BadInput:  # this mesh does not serve these rows
       continue
-    results.append((other.assigned, words, numbers, other))
+    if math.isfinite(other.assigned):
+      results.append((other.assigned, words, numbers, other))
     if len(results) == 2 * count:
       break
   for assigned, words, numbers, other in sorted(results, key=lambda result: result[0])[:count]:
@@ -136,7 +138,7 @@ def _cells(settings, numbers):
     str(fsdp),
     str(context),
     policy,
-    f"{numbers['memory']['assigned'] / GIB:.1f}",
+    report.gib(numbers),
     "yes" if numbers["fits"] else "no",
     f"{ratio:.3f}" if ratio else "",
     f"{numbers['sent'] / 1e9:.1f}" if "sent" in numbers else "",

@@ -16,13 +16,12 @@ from data import plan as plans
 from launch.common import program
 from launch.common.progress import say
 from launch.packing import reference
-from launch.preflight import programs, search
+from launch.preflight import programs, report, search
 from launch.reports import tables
 from sora_jax import batch as batches, files, workdir as workdirs
 from sora_jax.errors import BadInput
 
 FLAGS = flags.FLAGS
-GIB = 2**30
 CLIPS = 100_000  # of the reference mixture, of which a median row is taken
 
 
@@ -168,14 +167,14 @@ def make(entry):
 
 def cells(entry, numbers):
   """A row of the table."""
-  memory, ratio = numbers["memory"], numbers.get("executed_over_model")
+  ratio = numbers.get("executed_over_model")
   sent = numbers.get("sent")
   goals = [f"<= {goal:g}" if goal else "" for goal in (entry.gib, entry.ratio, entry.sent)]
   fits = "" if numbers["fits"] else " no fit"
   return (
     entry.name,
     entry.topology,
-    f"{memory['assigned'] / GIB:.1f}{fits}",
+    report.gib(numbers) + fits,
     goals[0],
     f"{ratio:.3f}" if ratio else "",
     goals[1],

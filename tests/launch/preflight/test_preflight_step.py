@@ -84,6 +84,14 @@ def test_what_is_said_of_a_step(found):
   assert "DOES NOT FIT" in lines and "RESOURCE_EXHAUSTED" in lines and not full.fits
 
 
+def test_a_program_that_is_refused_for_another_reason(found):
+  """Such as the vector memory of a kernel: no number of GiB is made up, and the JSON is JSON."""
+  other = dataclasses.replace(found, assigned=float("inf"), error="RESOURCE_EXHAUSTED: E1001: VmemOom")
+  numbers = report.facts(other, "v5e:2x4")
+  assert "Infinity" not in json.dumps(numbers) and report.gib(numbers) == "?" and not other.fits
+  assert "VmemOom" in list(report.lines(numbers))[-1]
+
+
 def test_a_program_that_is_refused():
   """The compiler's own words become the memory that it wanted; another failure is not swallowed."""
 
