@@ -12,6 +12,12 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 12, 16, 36
 POINTS = 240  # a longer curve is divided into this many intervals; their means are drawn
 NOISY = 48  # a curve with at least so many points is also drawn smoothed, over the faint original
 
+SHEET = (  # style of a file of its own
+  ":root{--series-0:#2b6cb8;--series-1:#c8560f;--series-2:#6a51a3}text{fill:#222}.tick,.axis{font-size:12px;"
+  "fill:#666}.last{font-size:12px;font-weight:600}.grid{stroke:#e4e4e4}path{fill:none}.line{stroke-width:2}"
+  ".faint{stroke-width:1;opacity:.25}.hit{opacity:0}"
+)
+
 
 def number(value) -> str:
   """A short decimal of 3 to 4 significant digits; large numbers have a space between thousands."""
@@ -90,10 +96,10 @@ def line_chart(curve, width) -> str:
   faint = sorted(y for _, points, smoothed in drawn if smoothed for _, y in points)
   ys += faint[len(faint) // 50 : len(faint) - len(faint) // 50]  # a rare spike may leave the frame
   goal = curve.get("goal")
-  log = curve.get("log") and min(ys) > 0
+  log, log_x = curve.get("log") and min(ys) > 0, curve.get("log_x") and min(xs) > 0
   if goal is not None:
     ys.append(goal)
-  frame = _Frame(width, (min(xs), max(xs)), _span(ys, log), log)
+  frame = _Frame(width, (min(xs), max(xs)), _span(ys, log), log, log_x)
 
   marks = [frame.grid(), frame.axis(curve.get("x", "step"))]
   if goal is not None:
@@ -159,13 +165,16 @@ def bar_chart(bars, width) -> str:
 class _Frame:
   """Data coordinates -> units of the SVG."""
 
-  def __init__(self, width, across, up, log):
-    self.width, (self.left, self.right), (self.low, self.high), self.log = width, across, up, log
+  def __init__(self, width, across, up, log, log_x=False):
+    self.width, (self.left, self.right), (self.low, self.high) = width, across, up
+    self.log, self.log_x = log, log_x
     if self.right <= self.left:
       self.right = self.left + 1
 
   def x(self, value):
-    return LEFT + (self.width - LEFT - RIGHT) * (value - self.left) / (self.right - self.left)
+    scale = math.log if self.log_x else float
+    part = (scale(value) - scale(self.left)) / (scale(self.right) - scale(self.left))
+    return LEFT + (self.width - LEFT - RIGHT) * part
 
   def y(self, value):
     """The vertical position. Spikes of the faint curve are cut a little outside the frame."""
@@ -190,7 +199,7 @@ class _Frame:
     y = HEIGHT - BOTTOM + 16
     marks = [
       f'<text class="tick" x="{self.x(v):.1f}" y="{y}" text-anchor="middle">{round_number(v)}</text>'
-      for v in ticks(self.left, self.right, 5)
+      for v in (log_ticks(self.left, self.right) if self.log_x else ticks(self.left, self.right, 5))
     ]
     return "".join(marks) + self.name(name)
 
@@ -211,6 +220,27 @@ def _span(values, log):
 
 def _path(frame, points):
   return "M" + "L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in points)
+
+
+def sheet(curve, bars, width=480) -> str:
+  """One file.svg of a curve and of bars, side by side, each below its title and the names of its series."""
+  names = [s["name"] for s in curve["series"]]
+  legend = "".join(
+    f'<circle cx="{LEFT + 6 + 120 * i}" cy="38" r="5" fill="var(--series-{s["key"]})"/>'
+    f'<text x="{LEFT + 16 + 120 * i}" y="42">{html.escape(s["name"])}</text>'
+    for i, s in enumerate(curve["series"])
+  )
+  body = ""
+  for i, (draw, chart) in enumerate(((line_chart, curve), (bar_chart, bars))):
+    place = f'<svg x="{i * width}" y="52" width="{width}" height="{HEIGHT}"'
+    body += f'<text x="{i * width + LEFT}" y="18" font-weight="600">{html.escape(chart["title"])}</text>'
+    body += draw(chart, width).replace("<svg", place, 1)
+  return (
+    f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * width} {HEIGHT + 56}" role="img" '
+    f'aria-label="{html.escape(", ".join(names), quote=True)}" font-family="system-ui, sans-serif" '
+    f'font-size="13"><style>{SHEET}</style><rect width="100%" height="100%" fill="#fff"/>{legend}{body}'
+    "</svg>\n"
+  )
 
 
 def _svg(title, width, marks, names):

@@ -24,8 +24,8 @@ that a misspelt part is not lost.
             for "%"; with neither there is no bar, only the number); more is better
   reconstructions  [{caption: str, original: path, reconstruction: path, psnr: float dB, ssim: float}]
   curves    [{title: str, unit: str, x: str, series: [{key, name: str, x: [n], y: [n]}], goal: float, log:
-            bool}]: `x` names the horizontal axis (else "step"); a value that is None or not finite is left
-            out
+            bool, log_x: bool}]: `x` names the horizontal axis (else "step"); a value that is None or not
+            finite is left out; log, log_x: logarithmic axes
   bars      [{title: str, unit: str, x: str, labels: [n], series: [{key, name: str, y: [n]}]}]
   next      [{say: str, command: str}]: what to try, with the command to copy
 
@@ -63,7 +63,7 @@ PARTS = {
   "prompts": (("prompt", "videos"), ("verdicts",)),
   "scores": (("name", "values"), ("unit", "chance", "goals", "most")),
   "reconstructions": (("caption", "original", "reconstruction"), ("psnr", "ssim")),
-  "curves": (("title", "series"), ("unit", "x", "goal", "log")),
+  "curves": (("title", "series"), ("unit", "x", "goal", "log", "log_x")),
   "bars": (("title", "labels", "series"), ("unit", "x")),
   "next": (("say", "command"), ()),
 }

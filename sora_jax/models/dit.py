@@ -193,13 +193,17 @@ _SMALL = DiTConfig(
   predicts="data",
   remat="dots",
 )
+_QUICK = dataclasses.replace(_SMALL, place_waves=4, near=6.0)
 
 SIZES = {
   # The model that ships, for two CPU cores. Its grids are few patches wide, where longer rotary waves would
   # distinguish neighbours no better than no positions at all.
   "tiny": _SMALL,
   # What the quickstart trains: as tiny, and learns shapes and directions in a tenth of the time.
-  "quick": dataclasses.replace(_SMALL, place_waves=4, near=6.0),
+  "quick": _QUICK,
+  # A third and three times of its compute, for launch.scaling.
+  "quick-small": dataclasses.replace(_QUICK, depth=4, heads=2, mlp=288),
+  "quick-large": dataclasses.replace(_QUICK, depth=6, heads=5, mlp=720),
   "S": _ours(12, 2),
   "B": _ours(12, 3),
   "L": _ours(24, 4),
