@@ -29,7 +29,7 @@ SIZES = (
   "quick-small",
   "quick",
   "quick-large",
-)  # keys of sora_jax.models.dit.SIZES; the quickstart's is quick
+)  # keys of sora_jax.models.dit_config.SIZES; the quickstart's is quick
 QUESTIONS = ("colour", "shape", "direction")
 NEEDED = ("records", "small", "start", "dit", "fresh", "fresh.json", "requests.jsonl")
 
