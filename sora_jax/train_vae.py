@@ -117,7 +117,14 @@ def init_state(cfg, tx, losses, key, layout=None, video_BTHWC=None, params=None)
   if layout is None:
     return jax.tree.map(jnp.copy, state)
   state = multihost_utils.broadcast_one_to_all(state)  # no two processes begin with other weights
-  return jax.device_put(state, shardings(cfg, tx, losses, layout), may_alias=False)
+  return jax.tree.map(_placed, state, shardings(cfg, tx, losses, layout))
+
+
+def _placed(x, sharding):
+  """A whole array of each process, as one that is cut over their devices. (jax.device_put compares those of
+  the processes, and refuses NaN, with which the history of losses begins.)"""
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda index: np.array(x[index]))
 
 
 def shardings(cfg, tx, losses, layout):

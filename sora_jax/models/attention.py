@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from sora_jax.layout import names_in
-from sora_jax.models.splash import SAVED, splash, tiles_meet
+from sora_jax.models.splash import SAVED, splash, tiles_meet, with_counts
 
 MASKED, LOWEST = -1e30, -1e20  # a masked score, and the initial running maximum: exp(MASKED - LOWEST) is 0
 COARSE = 4096  # most keys in a tile of `blocks`
@@ -57,40 +57,25 @@ def attend(
   scale = query_BLNK.shape[-1] ** -0.5 if scale is None else scale
   if bias is not None:
     return _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias)
-  if log_count_BM is not None:
-    query_BLNK, key_BMNK = _with_counts(query_BLNK * scale, key_BMNK, lax.stop_gradient(log_count_BM))
-    scale = 1.0
   device = layout.mesh.devices.flat[0] if layout else jax.devices()[0]
   if kernel is None:
     kernel = "splash" if device.platform == "tpu" else "blocks"
   args = query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM
+  if log_count_BM is not None:
+    args += (lax.stop_gradient(log_count_BM),)
 
   saved = query_BLNK.shape[1] == key_BMNK.shape[1]  # attention to the text is cheap to repeat
 
   def run(*args):
-    return KERNELS[kernel](*args, scale, saved, device.device_kind)
+    return KERNELS[kernel](*args, scale=scale, saved=saved, kind=device.device_kind)
 
   if layout is None or layout.mesh.size == 1:
     return run(*args)
   return _over_devices(run, args, layout)
 
 
-def _with_counts(query_BLNK, key_BMNK, log_count_BM):
-  """Adds log_count to the scores by two more entries in every head, 1 in queries and log_count in keys.
-
-  So the kernels need no change. There are two entries because bfloat16 holds only half the digits of
-  log_count.
-  """
-  high = log_count_BM.astype(key_BMNK.dtype)
-  low = (log_count_BM - high.astype(log_count_BM.dtype)).astype(high.dtype)
-  parts = jnp.stack([high, low], -1)
-  count = jnp.broadcast_to(parts[:, :, None], (*key_BMNK.shape[:3], 2))
-  ones = jnp.ones_like(query_BLNK[..., :2])
-  return jnp.concatenate([query_BLNK, ones], -1), jnp.concatenate([key_BMNK, count], -1)
-
-
 def _over_devices(run, args, layout):
-  """`run(query, key, value, segment_BL, segment_BM)`, each device on its own rows, heads and queries.
+  """`run(query, key, value, segment_BL, segment_BM, ...)`, each device on its own rows, heads and queries.
 
   Keys of another length than the queries (text) are whole on every device. Where queries and keys are tokens
   of a row that is cut over devices, heads are exchanged for tokens, so that a device has whole rows of some
@@ -103,9 +88,9 @@ def _over_devices(run, args, layout):
   spec = layout.fitted(query_BLNK.shape, "act_batch", "act_length", "act_heads", None).spec
   batch, length, heads, _ = spec
   own = PartitionSpec(batch, length, heads, None)
-  if M != L or length is None:
-    whole = PartitionSpec(batch, None, heads, None)
-    specs = own, whole, whole, PartitionSpec(batch, length), PartitionSpec(batch, None)
+  if M != L or length is None or len(args) > 5:
+    whole, ids = PartitionSpec(batch, None, heads, None), PartitionSpec(batch, None)
+    specs = own, whole, whole, PartitionSpec(batch, length), *[ids] * len(args[4:])
     return jax.shard_map(run, mesh=layout.mesh, in_specs=specs, out_specs=own, check_vma=False)(*args)
   exchanged, gathered = _exchange(N // layout.ways(heads), length, layout)
 
@@ -160,7 +145,9 @@ def _dense(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, bias
 # -- blocks --------------------------------------------------------------------------------------------------
 
 
-def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, saved, kind):
+def _blocks(
+  query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, log_count_BM=None, *, scale, saved, kind
+):
   """Attention over tiles of one long row, which joins all rows. -> [B, L, N, K]
 
   Segment ids are made unique to their row first.
@@ -171,6 +158,9 @@ def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, sav
   for rows of one long clip.
   """
   del saved, kind  # of the other kernel
+  query_BLNK = query_BLNK * scale
+  if log_count_BM is not None:
+    query_BLNK, key_BMNK = with_counts(query_BLNK, key_BMNK, log_count_BM[:, :, None])
   B, L, N, _ = query_BLNK.shape
   M = key_BMNK.shape[1]
   ids = jnp.maximum(segment_BL.max(), segment_BM.max()) + 1
@@ -193,7 +183,7 @@ def _blocks(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, sav
     return _flash(*(x[:, None] for x in head), segment_q, segment_k)[:, 0]
 
   segment_q, segment_k = tiles(unique_ids(segment_BL), tile), tiles(unique_ids(segment_BM), tile)
-  arrays = (query_BLNK * scale, key_BMNK, value_BMNK)
+  arrays = (query_BLNK, key_BMNK, value_BMNK)
   heads = [jnp.moveaxis(tiles(x.astype(jnp.float32), tile), 2, 1) for x in arrays]  # each [n, N, tile, K]
   if short:
     out = _flash(*heads, segment_q, segment_k)

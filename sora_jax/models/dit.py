@@ -56,8 +56,11 @@ from sora_jax.models.dit_config import (
 )
 from sora_jax.models.primitives import (
   apply_rope,
+  gate,
   gather_rows,
+  gradients_together,
   layer_norm,
+  modulate,
   normal,
   place_waves,
   rms_norm,
@@ -85,7 +88,9 @@ class Part(nn.Module):
   def kernel(self, name, shape, axes, init, whole=True):
     """A weight in the compute dtype. whole: gathered from the devices that it is cut over."""
     value = self.weight(name, shape, axes, init).astype(self.cfg.dtype)
-    return self.layout.gathered(value, *axes) if whole and self.layout is not None else value
+    if self.layout is None:
+      return value
+    return self.layout.gathered(value, *axes) if whole else self.layout.as_stored(value, *axes)
 
   def product(self, x, kernel):
     """x [B, L, inputs...] times a weight [inputs..., outputs...] -> [B, L, outputs...], in the compute dtype.
@@ -101,7 +106,11 @@ class Part(nn.Module):
 
   def linear(self, x, name, shape, axes, init):
     """`product` with the weight `name`, plus a bias over its last axis."""
-    y = self.product(x, self.kernel(name, shape, axes, init))
+    x, kernel = gradients_together(x, self.kernel(name, shape, axes, init))
+    return self.product_and_bias(x, kernel, name, axes)
+
+  def product_and_bias(self, x, kernel, name, axes):
+    y, shape = self.product(x, kernel), kernel.shape
     return y + self.weight(f"{name}_bias", shape[-1:], axes[-1:]).astype(y.dtype)
 
 
@@ -148,6 +157,8 @@ class Attention(Part):
       biases[name] = self.weight(f"{name}_bias", (N, K), heads[1:], init).astype(dtype)
       if name != "value":
         norms[name] = self.weight(f"{name}_norm", (N, K), heads[1:], nn.initializers.ones)
+    x_BLD, *together = gradients_together(x_BLD, *kernels.values())
+    kernels = dict(zip(kernels, together))
 
     def project(x_BLD, length, *names):
       """One product for all names on one device: fewer passes over x. One product each where joining weights
@@ -195,10 +206,12 @@ class Mlp(Part):
   @nn.compact
   def __call__(self, x_BLD):
     D, F = self.cfg.width, self.cfg.mlp
-    h_BLF = self.linear(x_BLD, "in", (D, F), ("embed", "mlp"), normal(D))
+    in_DF = self.kernel("in", (D, F), ("embed", "mlp"), normal(D))
+    out_FD = self.kernel("out", (F, D), ("mlp", "embed"), normal(F, (3 * self.cfg.depth) ** -0.5))
+    x_BLD, in_DF, out_FD = gradients_together(x_BLD, in_DF, out_FD)
+    h_BLF = self.product_and_bias(x_BLD, in_DF, "in", ("embed", "mlp"))
     h_BLF = nn.gelu(self.shard(h_BLF, "act_batch", "act_length", "act_mlp"), approximate=True)
-    init = normal(F, (3 * self.cfg.depth) ** -0.5)
-    return self.linear(h_BLF, "out", (F, D), ("mlp", "embed"), init)
+    return self.product_and_bias(h_BLF, out_FD, "out", ("mlp", "embed"))
 
 
 def _gates_open(key, shape, dtype=jnp.float32):
@@ -222,17 +235,17 @@ class Block(Part):
     table_6D = self.weight("table", (6, cfg.width), (None, "embed"), _gates_open)
     modulation_BU6D = table_6D + row["modulation_BU6D"]
 
-    def modulation(i):
-      return gather_rows(modulation_BU6D[:, :, i], row["index_BL"])
+    def modulation(*parts):
+      return (*(modulation_BU6D[:, :, i] for i in parts), row["index_BL"])
 
     def residual(x):
       return self.shard(x, "act_batch", "act_length", "act_embed")
 
-    h_BLD = (layer_norm(x_BLD, cfg.eps) * (1 + modulation(1)) + modulation(0)).astype(dtype)
+    h_BLD = modulate(layer_norm(x_BLD, cfg.eps), *modulation(0, 1)).astype(dtype)
     self_attention = Attention(cfg, self.layout, name="self")
     h_BLD = self_attention(h_BLD, None, row["segment_BL"], row["segment_BL"], row["angles"])
     h_BLD = checkpoint_name(h_BLD, SELF_OUT)
-    x_BLD = residual((x_BLD + h_BLD * modulation(2)).astype(dtype))
+    x_BLD = residual((x_BLD + gate(h_BLD, *modulation(2))).astype(dtype))
 
     h_BLD = x_BLD
     if cfg.cross_norm:
@@ -250,9 +263,9 @@ class Block(Part):
     )
     x_BLD = residual(x_BLD + h_BLD)
 
-    h_BLD = (layer_norm(x_BLD, cfg.eps) * (1 + modulation(4)) + modulation(3)).astype(dtype)
+    h_BLD = modulate(layer_norm(x_BLD, cfg.eps), *modulation(3, 4)).astype(dtype)
     h_BLD = checkpoint_name(Mlp(cfg, self.layout, name="mlp")(h_BLD), MLP_OUT)
-    x_BLD = residual((x_BLD + h_BLD * modulation(5)).astype(dtype))
+    x_BLD = residual((x_BLD + gate(h_BLD, *modulation(5))).astype(dtype))
     return x_BLD, None
 
 
@@ -331,8 +344,8 @@ class DiT(Part):
     x_BLD, _ = blocks(cfg, self.layout, name="blocks")(x_BLD, text_kv, row)
 
     modulation_BU2D = self.weight("table", (2, D), (None, "embed")) + time_BUD[:, :, None]
-    shift_BLD, scale_BLD = (gather_rows(modulation_BU2D[:, :, i], sigma_index_BL) for i in range(2))
-    x_BLD = layer_norm(x_BLD, cfg.eps) * (1 + scale_BLD) + shift_BLD
+    shift_BUD, scale_BUD = modulation_BU2D[:, :, 0], modulation_BU2D[:, :, 1]
+    x_BLD = modulate(layer_norm(x_BLD, cfg.eps), shift_BUD, scale_BUD, sigma_index_BL)
     out_BLP = self.linear(x_BLD, "velocity", (D, P), ("embed", "patch"), nn.initializers.zeros)
     out_BLP = out_BLP.astype(jnp.float32)
     if cfg.predicts == "velocity":

@@ -71,11 +71,82 @@ def _gather_rows_forward(values_BUD, index_BL):
 
 def _gather_rows_backward(saved, d_out_BLD):
   index_BL, U = saved
-  one_hot_BLU = jax.nn.one_hot(index_BL, U.shape[0], dtype=d_out_BLD.dtype)
-  return jnp.einsum("BLU,BLD->BUD", one_hot_BLU, d_out_BLD, precision=lax.Precision.HIGHEST), None
+  return _sums_by_index(d_out_BLD, index_BL, U.shape[0]), None
 
 
 gather_rows.defvjp(_gather_rows_forward, _gather_rows_backward)
+
+
+def _sums_by_index(x_BLD, index_BL, length):
+  """[B, L, D] -> sums over the tokens of each index, [B, U, D]."""
+  one_hot_BLU = jax.nn.one_hot(index_BL, length, dtype=x_BLD.dtype)
+  return jnp.einsum("BLU,BLD->BUD", one_hot_BLU, x_BLD, precision=lax.Precision.HIGHEST)
+
+
+@jax.custom_vjp
+def gate(x_BLD, gate_BUD, index_BL):
+  """x times the gate of each token's noise level, float32.
+
+  The backward pass gathers the gates again. They are [B, L, D] in float32, too much to keep.
+  """
+  return x_BLD * gather_rows(gate_BUD, index_BL)
+
+
+def _gate_forward(*args):
+  return gate(*args), args
+
+
+def _gate_backward(saved, d_out_BLD):
+  x_BLD, gate_BUD, index_BL = saved
+  d_out_BLD, index_BL = lax.optimization_barrier((d_out_BLD, index_BL))
+  d_x_BLD = d_out_BLD * gather_rows(gate_BUD, index_BL)
+  return d_x_BLD.astype(x_BLD.dtype), _sums_by_index(d_out_BLD * x_BLD, index_BL, gate_BUD.shape[1]), None
+
+
+gate.defvjp(_gate_forward, _gate_backward)
+
+
+@jax.custom_vjp
+def modulate(x_BLD, shift_BUD, scale_BUD, index_BL):
+  """x (1 + scale) + shift of each token's noise level, float32; gathered again as in `gate`."""
+  return x_BLD * (1 + gather_rows(scale_BUD, index_BL)) + gather_rows(shift_BUD, index_BL)
+
+
+def _modulate_forward(x_BLD, shift_BUD, scale_BUD, index_BL):
+  return modulate(x_BLD, shift_BUD, scale_BUD, index_BL), (x_BLD, scale_BUD, index_BL)
+
+
+def _modulate_backward(saved, d_out_BLD):
+  x_BLD, scale_BUD, index_BL = saved
+  d_out_BLD, index_BL = lax.optimization_barrier((d_out_BLD, index_BL))
+  d_x_BLD = d_out_BLD * (1 + gather_rows(scale_BUD, index_BL))
+  d_shift_BUD = _sums_by_index(d_out_BLD, index_BL, scale_BUD.shape[1])
+  d_scale_BUD = _sums_by_index(d_out_BLD * x_BLD, index_BL, scale_BUD.shape[1])
+  return d_x_BLD, d_shift_BUD, d_scale_BUD, None
+
+
+modulate.defvjp(_modulate_forward, _modulate_backward)
+
+
+@jax.custom_vjp
+def gradients_together(*args):
+  """The identity. None of the arguments' gradients is used before all are there.
+
+  Around a part of a block: the compiler would put off the gradients of its weights, and keep what they are
+  computed from.
+  """
+  return args
+
+
+def _gradients_together_forward(*args):
+  return args, None
+
+
+def _gradients_together_backward(_, gradients):
+  return tuple(lax.optimization_barrier(gradients))
+
+
+gradients_together.defvjp(_gradients_together_forward, _gradients_together_backward)
 
 
 def layer_norm(x, eps):

@@ -17,8 +17,8 @@ PAST = jnp.iinfo(jnp.int32).max
 SAVED = "attention"  # name of the output and logsumexp, for remat policies that save them
 LANES = 128  # splash needs lengths and head sizes that are multiples of it
 # Bytes of gradients of queries, one for each tile of keys, that the backward pass stores: those of several
-# heads together, and at most those of one head.
-FUSED_BYTES = 256 << 20, 7 << 28
+# heads together; those of one head, above which larger tiles of keys are used, and above which two kernels.
+FUSED_BYTES = 256 << 20, 1 << 30, 7 << 28
 LARGE_TILE = 2048 * 256  # most values in a tile of keys that is larger than those of the forward pass
 LARGE_TILES = {"TPU v5 lite": 2048 * 128}  # of devices with less vector memory
 
@@ -68,24 +68,48 @@ def backward_plan(heads, queries, keys, tile, head_size, itemsize, kind=""):
   """How the backward pass runs -> (heads at a time, keys in its tiles, whether it is one kernel).
 
   One kernel needs 5 products of a tile where two need 7, but stores a gradient of all queries for each tile
-  of keys before it adds them up. Few heads at a time keep that near FUSED_BYTES[0], and larger tiles of keys,
-  up to 4 of the forward pass together, below FUSED_BYTES[1]; where they do not, two kernels run.
+  of keys before it adds them up. Few heads at a time keep that near FUSED_BYTES[0]; larger tiles of keys,
+  up to 4 of the forward pass together, below FUSED_BYTES[1]. Above FUSED_BYTES[2] two kernels run instead.
   """
-  few, most = FUSED_BYTES
+  few, *limits = FUSED_BYTES
 
   def stored(tile):
     return -(-keys // tile) * queries * head_size * itemsize
 
   largest = LARGE_TILES.get(kind, LARGE_TILE) // head_size
   tiles = [n * tile for n in (1, 2, 4) if n == 1 or n * tile <= largest]
-  key_tile = next((tile for tile in tiles if stored(tile) <= most), None)
+  key_tile = next((tile for limit in limits for tile in tiles if stored(tile) <= limit), None)
   if key_tile is None:
     return heads, tile, False
   divisors = [n for n in range(1, heads + 1) if heads % n == 0]
   return max(n for n in divisors if n == 1 or n * stored(key_tile) <= few), key_tile, True
 
 
-def splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, saved, kind, interpret=False):
+def with_counts(query, key, log_count):
+  """Adds log_count, which fits key.shape[:-1], to the scores by two more entries in every head.
+
+  They are 1 in queries and log_count in keys, so the kernels need no change. There are two because bfloat16
+  holds only half the digits of log_count.
+  """
+  high = log_count.astype(key.dtype)
+  parts = jnp.stack([high, (log_count - high.astype(log_count.dtype)).astype(high.dtype)], -1)
+  counts = jnp.broadcast_to(parts, (*key.shape[:-1], 2))
+  return jnp.concatenate([query, jnp.ones_like(query[..., :2])], -1), jnp.concatenate([key, counts], -1)
+
+
+def splash(
+  query_BLNK,
+  key_BMNK,
+  value_BMNK,
+  segment_BL,
+  segment_BM,
+  log_count_BM=None,
+  *,
+  scale,
+  saved,
+  kind,
+  interpret=False,
+):
   """The splash kernel row by row (a device of a pod holds one or two).
 
   Lengths are padded to a multiple of the tile, the head size to a multiple of 128. saved: whether remat
@@ -98,7 +122,7 @@ def splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, save
   def padded(length, tile):
     return -(-length // tile) * tile
 
-  queries = padded(L, tile_q)
+  queries, K = padded(L, tile_q), K + 2 * (log_count_BM is not None)
   at_a_time, tile_b, fused = backward_plan(
     N, queries, padded(M, tile_k), tile_k, padded(K, LANES), query_BLNK.dtype.itemsize, kind
   )
@@ -116,12 +140,12 @@ def splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, save
   )
 
   def heads_first(x_LNK, length):
-    x_NLK = jnp.moveaxis(x_LNK, 1, 0)
-    edges = [(0, 0), (0, length - x_NLK.shape[1]), (0, -x_NLK.shape[2] % LANES)]
-    return jnp.pad(x_NLK, edges).reshape(N // at_a_time, at_a_time, length, -1)
+    x_NLK = jnp.pad(jnp.moveaxis(x_LNK, 1, 0), [(0, 0), (0, length - len(x_LNK)), (0, 0)])
+    return x_NLK.reshape(N // at_a_time, at_a_time, length, -1)
 
   def row(args):
-    query_LNK, key_MNK, value_MNK, segment_L, segment_M = args
+    query_LNK, key_MNK, value_MNK, segment_L, segment_M, *log_count_M = args
+    counts_M = [jnp.pad(x_M, (0, keys - M)) for x_M in log_count_M]
     heads = (
       heads_first(query_LNK * scale, queries),
       heads_first(key_MNK, keys),
@@ -147,10 +171,16 @@ def splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, save
     )
 
     def run(heads):
-      return kernel(*heads, splash_kernel.SegmentIds(ids_q, ids_k))
+      query, key, value = heads
+      for count_M in counts_M:
+        query, key = with_counts(query, key, count_M)
+      query, key, value = (
+        jnp.pad(x, [(0, 0), (0, 0), (0, -x.shape[-1] % LANES)]) for x in (query, key, value)
+      )
+      return kernel(query, key, value, splash_kernel.SegmentIds(ids_q, ids_k))[..., :size]
 
     out = run([x[0] for x in heads]) if at_a_time == N else lax.map(run, heads)
-    out_LNK = jnp.moveaxis(out.reshape(N, queries, -1), 0, 1)[:L, :, :size]
+    out_LNK = jnp.moveaxis(out.reshape(N, queries, -1), 0, 1)[:L]
     nearest = jnp.sort(segment_M)
     nearest = nearest[jnp.clip(jnp.searchsorted(nearest, segment_L), max=M - 1)]
     has_key = (segment_L > 0) & (nearest == segment_L)
@@ -158,6 +188,7 @@ def splash(query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM, scale, save
     return jnp.where(has_key[:, None, None], out_LNK, 0).astype(query_BLNK.dtype)
 
   args = query_BLNK, key_BMNK, value_BMNK, segment_BL, segment_BM
+  args += () if log_count_BM is None else (log_count_BM,)
   if query_BLNK.shape[0] == 1:
     return row(jax.tree.map(lambda x: x[0], args))[None]
   return lax.map(row, args)

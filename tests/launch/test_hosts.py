@@ -141,7 +141,8 @@ def test_samples_and_held_out_loss_of_several(tmp_path, count):
     {path.name: path.read_bytes() for path in (run.workdir / "samples" / "2").glob("*.mp4")} for run in runs
   ]
   losses = [[value for name, value in run.metrics()[2].items() if "held_out" in name] for run in runs]
-  assert len(losses[0]) == 6 and losses[0] == losses[1]
+  assert len(losses[0]) == 6
+  np.testing.assert_allclose(*losses, rtol=1e-6)  # sums of several devices, in any order
   assert len(made[0]) == 2 and made[0] == made[1]
 
 

@@ -113,7 +113,8 @@ def test_tiles_of_other_segments_are_skipped():
 def test_how_the_backward_pass_runs():
   """One kernel for few heads, with larger tiles of keys where memory needs them; else two kernels."""
   assert splash.backward_plan(6, 1024, 1024, 128, 128, 2) == (6, 128, True)
-  assert splash.backward_plan(10, 75_776, 75_776, 1024, 128, 2) == (1, 1024, True)
+  assert splash.backward_plan(10, 75_776, 75_776, 1024, 128, 2) == (1, 2048, True)
+  assert splash.backward_plan(6, 40_960, 40_960, 1024, 256, 2) == (1, 1024, True)
   assert splash.backward_plan(40, 19_456, 512, 128, 256, 2) == (5, 128, True)
   assert splash.backward_plan(3, 81_920, 81_920, 1024, 256, 2) == (1, 2048, True)
   assert splash.backward_plan(3, 81_920, 81_920, 1024, 256, 2, "TPU v5 lite") == (3, 1024, False)
