@@ -7,7 +7,7 @@ Variants, with the hardware that each was written for and what to expect:
          --source=shapes_small:12000): colours, shapes and directions follow the prompt, at the sizes of these
          clips.
   tiny   two CPU cores, six minutes on the embedded world, with the weights of `start` as --config.init:
-         colours, directions and more than half of the shapes follow, at all sizes. What the quickstart trains.
+         colours, directions and more than half of the shapes follow, at all sizes. The quickstart trains it.
          From random weights, colours alone follow.
   world  two CPU cores, an hour and a half on the embedded world: the small model that ships, which was then
          trained on for an hour (commands and scores: sora_jax/assets/world/README.md).
