@@ -17,7 +17,6 @@ import pathlib
 
 from absl import flags
 
-from launch import quickstart
 from launch.common import children, log, program
 from launch.common.progress import say
 from launch.reports import charts, page, tables
@@ -30,6 +29,7 @@ SIZES = (
   "quick",
   "quick-large",
 )  # keys of sora_jax.models.dit_config.SIZES; the quickstart's is quick
+SHOWN = 16  # prompts on the page
 QUESTIONS = ("colour", "shape", "direction")
 NEEDED = ("records", "small", "start", "dit", "fresh", "fresh.json", "requests.jsonl")
 
@@ -161,7 +161,7 @@ def write_page(out, homes, models):
   requests = list(files.read_jsonl(homes["quick"] / "requests.jsonl"))
   keys = {size: str(i) for i, size in enumerate(SIZES)}
   prompts = []
-  for request in requests[: quickstart.SHOWN]:
+  for request in requests[:SHOWN]:
     suffix = ".png" if request["frames"] == 1 else ".mp4"
     videos = {keys[size]: home / "fresh" / (request["id"] + suffix) for size, home in homes.items()}
     prompts.append({"prompt": request["prompt"], "videos": videos})
