@@ -10,7 +10,8 @@ the prompts that the quickstart judged.
 
 Writes OUT/scaling.json, OUT/scaling.svg (loss while training against compute; shares of prompts that are
 followed) and OUT/index.html (these, and the videos of each prompt side by side). Compute is model FLOPs
-(sora_jax/flops.py). Takes 35 minutes on two CPU cores; it may be stopped at any time and run again.
+(sora_jax/flops.py). It should take about half an hour on two CPU cores; it may be stopped at any time and run
+again.
 """
 
 import pathlib
@@ -24,11 +25,8 @@ from sora_jax import files
 from sora_jax.errors import BadInput
 
 FLAGS = flags.FLAGS
-SIZES = (
-  "quick-small",
-  "quick",
-  "quick-large",
-)  # keys of sora_jax.models.dit_config.SIZES; the quickstart's is quick
+# Keys of sora_jax.models.dit_config.SIZES; the quickstart's is quick.
+SIZES = ("quick-small", "quick", "quick-large")
 SHOWN = 16  # prompts on the page
 QUESTIONS = ("colour", "shape", "direction")
 NEEDED = ("records", "small", "start", "dit", "fresh", "fresh.json", "requests.jsonl")
@@ -96,7 +94,7 @@ def stages(size, start, home):
 
 
 def measured(home):
-  """What is known of a model -> {parameters, flops, loss_by_sigma, scores, curve: [(FLOPs so far, loss)]}."""
+  """What is known of a model -> {flops, loss, loss_by_sigma, scores, curve: [(FLOPs so far, loss)]}."""
   report, spent, curve = files.read_json(home / "fresh.json"), 0.0, []
   for run in ("start", "dit"):
     before = 0
