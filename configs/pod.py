@@ -59,6 +59,7 @@ def wan(size):
     config.data.image_to_video = 0.15
     config.data.row_text = 2048
   if size == "wan-14b":
+    config.model.scans = 4  # 3.3 GiB less
     config.model.param_dtype = config.optim.moment_dtype = "bfloat16"
     config.ema_decay = 0.0
   return config

@@ -42,6 +42,7 @@ def neutral():
   config.model.size = "S"  # a key of sora_jax.models.dit_config.SIZES; "init": that of config.init
   config.model.expert = ""  # which of two experts in config.init to train: high or low (noise)
   config.model.remat = "full"  # a key of sora_jax.models.dit_config.REMAT: what the backward pass finds
+  config.model.scans = 1  # over the layers, one after another; more: less memory for 14B, longer to compile
   config.model.dtype = "float32"  # of activations
   config.model.param_dtype = "float32"  # of weights; bfloat16 is rounded stochastically
   config.model.text = ""  # a key of sora_jax.models.text.SIZES; "": embeddings of the records

@@ -147,9 +147,8 @@ def make_model(config, text_dir, layout):
     size = checked(lambda: make(**config.model.dit.to_dict()), "config.model.dit")
   else:
     size = pick(dit.SIZES, config.model.size, "config.model.size")
-  cfg = checked(
-    lambda: dataclasses.replace(size, remat=config.model.remat, dtype=config.model.dtype), "config.model"
-  )
+  own = {"remat": config.model.remat, "scans": config.model.get("scans", 1), "dtype": config.model.dtype}
+  cfg = checked(lambda: dataclasses.replace(size, **own), "config.model")
   encoder = None
   if config.model.text:
     tokenizer = text.Tokenizer(epath.Path(text_dir) / "tokenizer.model")

@@ -39,6 +39,8 @@ def tries(config, layout):
   shape, out = layout.mesh.shape, {}
   if config.model.remat not in LEANEST:
     out["--config.model.remat=full"] = {"model__remat": "full"}
+  if config.model.scans == 1 and config.model.remat != "none":
+    out["--config.model.scans=4"] = {"model__scans": 4}
   if config.model.remat != "full_offload":
     out["--config.model.remat=full_offload"] = {"model__remat": "full_offload"}
   if shape["data"] > 1:

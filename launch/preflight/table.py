@@ -42,7 +42,7 @@ class Entry:
 def clip(tokens=75_600, size="wan-14b", **settings):
   """A step on rows that one clip fills each."""
   row = {"model__size": size, "data__rows": 1, "data__row_clips": 1, "data__row_tokens": tokens}
-  return row | {"data__row_text": 512, "mesh__fsdp": 1, "model__remat": "full"} | settings
+  return row | {"data__row_text": 512, "mesh__fsdp": 1, "model__remat": "full", "model__scans": 4} | settings
 
 
 BF16 = {"model__param_dtype": "bfloat16", "optim__moment_dtype": "bfloat16", "ema_decay": 0.0}

@@ -67,6 +67,7 @@ from sora_jax.models.primitives import (
   rotary,
   sinusoids,
 )
+from sora_jax.models.scan import scan_layers
 
 
 class Part(nn.Module):
@@ -330,18 +331,7 @@ class DiT(Part):
       "log_count_BS": log_count_BS,
     }
 
-    block = Block
-    if REMAT[cfg.remat] is not None:
-      block = nn.remat(Block, policy=REMAT[cfg.remat], prevent_cse=False)
-    blocks = nn.scan(
-      block,
-      variable_axes={"params": 0, "lora": 0},
-      split_rngs={"params": True},
-      in_axes=(0, nn.broadcast),
-      length=cfg.depth,
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    x_BLD, _ = blocks(cfg, self.layout, name="blocks")(x_BLD, text_kv, row)
+    x_BLD = self.layers(x_BLD, text_kv, row)
 
     modulation_BU2D = self.weight("table", (2, D), (None, "embed")) + time_BUD[:, :, None]
     shift_BUD, scale_BUD = modulation_BU2D[:, :, 0], modulation_BU2D[:, :, 1]
@@ -352,6 +342,30 @@ class DiT(Part):
       return out_BLP
     sigma_BL1 = gather_rows(sigma_BU[..., None], sigma_index_BL)
     return (tokens_BLP - out_BLP) / jnp.maximum(sigma_BL1, MIN_SIGMA)
+
+  def layers(self, x_BLD, text_kv, row):
+    """All blocks, one after another."""
+    cfg, policy = self.cfg, REMAT[self.cfg.remat]
+    if cfg.scans > 1 and not self.is_initializing():
+      weights, adapters = (self.variables.get(name, {}).get("blocks", {}) for name in ("params", "lora"))
+
+      def layer(x_BLD, weights, inputs):
+        adapters, text_kv = inputs
+        variables = {"params": weights, "lora": adapters}
+        return Block(cfg, self.layout).apply(variables, x_BLD, text_kv, row)[0]
+
+      return scan_layers(layer, x_BLD, weights, (adapters, text_kv), cfg.scans, policy)
+
+    block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
+    blocks = nn.scan(
+      block,
+      variable_axes={"params": 0, "lora": 0},
+      split_rngs={"params": True},
+      in_axes=(0, nn.broadcast),
+      length=cfg.depth,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return blocks(cfg, self.layout, name="blocks")(x_BLD, text_kv, row)[0]
 
 
 class Time(Part):

@@ -73,6 +73,7 @@ class DiTConfig:
   lora_scale: float = 1.0  # of adapters, if there are any
   dtype: str = "float32"  # of activations; weights are float32
   remat: str = "none"
+  scans: int = 1  # scans over the layers, one after another (models/scan.py)
 
   def __post_init__(self):
     object.__setattr__(self, "patch", tuple(self.patch))
@@ -93,6 +94,11 @@ class DiTConfig:
     for name, known in choices.items():
       if getattr(self, name) not in known:
         raise ValueError(f"DiTConfig: {name}={getattr(self, name)!r}; known: {', '.join(known)}")
+    if not 1 <= self.scans <= (1 if self.remat == "none" else self.depth):
+      raise ValueError(
+        f"DiTConfig: scans={self.scans}, remat={self.remat!r} with {self.depth} layers; scans must be 1 to "
+        "the number of layers, and 1 for remat='none'"
+      )
     if (self.conditioning == "channels") != (self.cond_channels > 0):
       raise ValueError(
         f"DiTConfig: conditioning={self.conditioning!r} with cond_channels={self.cond_channels}; "

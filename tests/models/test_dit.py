@@ -4,6 +4,7 @@ Wan's weights give Wan's outputs.
 """
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 
 from sora_jax import layout as layouts, patches
 from sora_jax.errors import BadInput
-from sora_jax.models import dit, primitives
+from sora_jax.models import dit, lora, primitives
 from sora_jax.weights import files, wan_dit
 from tests.golden.calls import dit_velocities
 
@@ -162,9 +163,26 @@ def test_one_zero_stands_for_all_the_padding_of_a_prompt(params):
   assert np.abs(run((0, 0)) - full).max() > 1e-3
 
 
-def test_remat_changes_nothing_but_memory(params):
-  cfg = dataclasses.replace(CFG, remat="full")
+@pytest.mark.parametrize("scans", [1, 2])
+def test_remat_changes_nothing_but_memory(params, scans):
+  cfg = dataclasses.replace(CFG, remat="full", scans=scans)
   assert_close(jax.jit(jax.value_and_grad(lambda p: loss(p, ROW, cfg)))(params), gradient(params, ROW))
+
+
+def test_adapters_in_several_scans(params):
+  """Velocity and gradients of adapters are the same in two scans as in one."""
+  boxed = jax.eval_shape(lambda: dit.DiT(CFG).init(jax.random.key(0), *args(ROW)))["params"]
+  config = lora.LoRAConfig(rank=2, alpha=4.0, targets=("to_q", "ffn.net.2"))
+  adapters = jax.tree.map(lambda a: a + 0.1, layouts.unbox(lora.init(jax.random.key(1), config, boxed)))
+
+  @functools.partial(jax.jit, static_argnums=1)
+  def run(adapters, scans):
+    model = dit.DiT(dataclasses.replace(CFG, lora_scale=config.scale, remat="full", scans=scans))
+    return model.apply({"params": params, "lora": adapters}, *args(ROW))
+
+  one, two = (jax.vjp(lambda a, n=scans: run(a, n), adapters) for scans in (1, 2))
+  assert np.abs(one[0] - velocity(params, ROW)).max() > 1e-3
+  assert_close((two[0], two[1](two[0])), (one[0], one[1](one[0])))
 
 
 def test_sharded_is_unsharded(params):
@@ -220,6 +238,9 @@ def test_every_size(name):
     {"head_size": 15},
     {"depth": 0},
     {"remat": "some"},
+    {"scans": 0},
+    {"scans": 2},  # of a model that saves everything
+    {"scans": 3, "remat": "full"},
     {"dtype": "int8"},
     {"conditioning": "channels"},
     {"patch": (1, 2)},
