@@ -28,6 +28,7 @@ FLAGS = flags.FLAGS
 # Keys of sora_jax.models.dit_config.SIZES; the quickstart's is quick.
 SIZES = ("quick-small", "quick", "quick-large")
 SHOWN = 16  # prompts on the page
+LIGHT = 0.5  # noise levels below count less in training (sigma.light in configs/t2v.py)
 QUESTIONS = ("colour", "shape", "direction")
 NEEDED = ("records", "small", "start", "dit", "fresh", "fresh.json", "requests.jsonl")
 
@@ -94,7 +95,9 @@ def stages(size, start, home):
 
 
 def measured(home):
-  """What is known of a model -> {flops, loss, loss_by_sigma, scores, curve: [(FLOPs so far, loss)]}."""
+  """What is known of a model -> {flops, loss, loss_by_sigma, scores, curve: [(FLOPs so far, loss)]}. The loss is
+  the mean of those that training weighs in full.
+  """
   report, spent, curve = files.read_json(home / "fresh.json"), 0.0, []
   for run in ("start", "dit"):
     before = 0
@@ -104,9 +107,10 @@ def measured(home):
       if run == "dit":
         curve.append((spent, line["loss"]))
   losses = report["loss_by_sigma"]
+  weighed = [loss for sigma, loss in losses.items() if float(sigma) >= LIGHT]
   return {
     "flops": spent,
-    "loss": sum(losses.values()) / len(losses),
+    "loss": sum(weighed) / len(weighed),
     "loss_by_sigma": losses,
     "scores": {name: report["scores"][name] for name in QUESTIONS if name in report["scores"]},
     "curve": curve,

@@ -42,19 +42,20 @@ class Entry:
 def clip(tokens=75_600, size="wan-14b", **settings):
   """A step on rows that one clip fills each."""
   row = {"model__size": size, "data__rows": 1, "data__row_clips": 1, "data__row_tokens": tokens}
-  return row | {"data__row_text": 512, "mesh__fsdp": 1, "model__remat": "full", "model__scans": 4} | settings
+  return row | {"data__row_text": 512, "mesh__fsdp": 1, "model__remat": "full"} | settings
 
 
 BF16 = {"model__param_dtype": "bfloat16", "optim__moment_dtype": "bfloat16", "ema_decay": 0.0}
 FOUR, CUBE, V5E, V6E = "v5p:2x2x1", "v5p:4x4x4", "v5e:16x16", "v6e:16x16"
 SAVED = {"model__remat": "attention"}
+THRIFTY = BF16 | {"model__scans": 4}
 LONG = {"mesh__fsdp": 8, "mesh__context": 8}
 PACKED = {"data__row_clips": 64, "data__row_text": 4096, "data__row_tokens": 81_920, "data__rows": 256}
 XL = PACKED | {"model__size": "XL"}
 
 ENTRIES = (
-  Entry("14B lean", FOUR, clip(mesh__context=4, **BF16), 38, None, 130),
-  Entry("14B fast", FOUR, clip(mesh__context=4, model__remat="attention", **BF16), 50, 1.20, 130),
+  Entry("14B lean", FOUR, clip(mesh__context=4, **THRIFTY), 38, None, 130),
+  Entry("14B fast", FOUR, clip(mesh__context=4, model__remat="attention", **THRIFTY), 50, 1.20, 130),
   Entry("14B lean, offload", FOUR, clip(mesh__context=4, model__remat="full_offload", **BF16), 38, None, 130),
   Entry(
     "14B fast, offload", FOUR, clip(mesh__context=4, model__remat="gated_offload", **BF16), 50, 1.20, 130
