@@ -95,8 +95,9 @@ def stages(size, start, home):
 
 
 def measured(home):
-  """What is known of a model -> {flops, loss, loss_by_sigma, scores, curve: [(FLOPs so far, loss)]}. The loss is
-  the mean of those that training weighs in full.
+  """What is known of a model -> {flops, loss, loss_by_sigma, scores, curve: [(FLOPs so far, loss)]}.
+
+  The loss is the mean of those that training weighs in full.
   """
   report, spent, curve = files.read_json(home / "fresh.json"), 0.0, []
   for run in ("start", "dit"):
