@@ -136,7 +136,7 @@ class _Counter:
         census.hbm_bytes += runs * hbm
         census.host_bytes += runs * host
       if ins.op in ("fusion", "call", "async-start", "call-start", "custom-call"):
-        overlaps = in_async or ins.op == "async-start"
+        overlaps = in_async or ins.op in ("async-start", "call-start")
         for called, _ in self.module.called(ins, "calls", "to_apply"):
           label = (called + ins.name).lower()
           census.add(

@@ -5,8 +5,9 @@ bandwidth, bytes sent over the bandwidth of the links that are live in the topol
 time of products at the share of the peak that published steps of the same kind reach, and that of the
 collectives, which the compiler puts between the products where it does not say that they are asynchronous.
 
-Published steps (`PUBLISHED`): Wan 2.1 14B, 75,600 tokens, of MaxDiffusion's README (August 2026). Their
-executed FLOPs and bytes were counted by the census in their own compiled steps. Left out of the estimate:
+Published steps (`PUBLISHED`): Wan 2.1 14B, 75,600 tokens, of MaxDiffusion's README (August 2026) and of
+tpu-recipes (training/ironwood, wan2.1-14b, 32 clips). Executed FLOPs and bytes were counted by the census in
+their own steps, compiled for v5p; a device of TPU7x has the same quarter of a clip. Left out of the estimate:
 input, checkpoints, the host, network between slices, and what XLA overlaps or fails to.
 """
 
@@ -35,6 +36,7 @@ class Published:
 PUBLISHED = (
   Published("MaxDiffusion, full remat", "v5p:2x2x1", 8321e12, 267.6e9, 36.0),
   Published("MaxDiffusion, offload", "v5p:2x2x1", 7178e12, 264.5e9, 32.8),
+  Published("MaxDiffusion on TPU7x, full remat", "tpu7x:4x4x4", 8321e12, 211.6e9, 24.58),
 )
 
 

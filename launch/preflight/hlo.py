@@ -105,8 +105,8 @@ class Module:
 
   def called(self, ins, *keys):
     """The computations that an instruction names under these keys: [(name, Computation)]."""
-    names = (ins.attribute(key) for key in keys)
-    return [(name, self.computations[name]) for name in names if name in self.computations]
+    names = [ins.attribute(key) for key in keys]
+    return [(name, self.computations[name]) for name in names if name]
 
   def branches(self, ins):
     """Names of the computations of a conditional."""
@@ -132,7 +132,7 @@ def parse(text):
       if header:
         current = computations[header[2]] = Computation()
         entry = header[2] if header[1] else entry
-    elif line == "}":
+    elif line == "}" or line.startswith("}, "):  # its thread may follow
       finish()
       current = None
     elif _START.match(line):

@@ -46,7 +46,7 @@ def clip(tokens=75_600, size="wan-14b", **settings):
 
 
 BF16 = {"model__param_dtype": "bfloat16", "optim__moment_dtype": "bfloat16", "ema_decay": 0.0}
-FOUR, CUBE, V5E, V6E = "v5p:2x2x1", "v5p:4x4x4", "v5e:16x16", "v6e:16x16"
+FOUR, CUBE, V5E, V6E, V7X = "v5p:2x2x1", "v5p:4x4x4", "v5e:16x16", "v6e:16x16", "tpu7x:4x4x4"
 SAVED = {"model__remat": "attention"}
 THRIFTY = BF16 | {"model__scans": 4}
 LONG = {"mesh__fsdp": 8, "mesh__context": 8}
@@ -72,6 +72,8 @@ ENTRIES = (
   Entry(
     "14B float32 and EMA, 64 rows", CUBE, clip(data__rows=64, mesh__fsdp=16, model__remat="full_offload")
   ),
+  Entry("14B, 64 rows", V5E, clip(data__rows=64, mesh__fsdp=64, mesh__context=4, **THRIFTY), 15.75),
+  Entry("14B, 32 rows", V7X, clip(data__rows=32, mesh__fsdp=8, mesh__context=4, **SAVED, **BF16), 94.75),
   Entry(
     "XL packed",
     V5E,

@@ -313,6 +313,33 @@ ENTRY %main (x: bf16[4,8]) -> bf16[16,8] {
 }
 """
 
+SPARSECORE = """HloModule step, entry_computation_layout={(bf16[4,8]{1,0})->bf16[4,8]{1,0}}, num_partitions=4
+
+%add (x: bf16[], y: bf16[]) -> bf16[] {
+  %x = bf16[] parameter(0)
+  %y = bf16[] parameter(1)
+  ROOT %sum = bf16[] add(%x, %y)
+}, execution_thread="sparsecore"
+
+%called_computation (p: bf16[4,8]) -> bf16[4,8] {
+  %p = bf16[4,8]{1,0} parameter(0)
+  ROOT %r = bf16[4,8]{1,0} all-reduce(%p), channel_id=1, replica_groups=mesh['a'=4] {'a'}, to_apply=%add
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[4,8]) -> bf16[4,8] {
+  %x = bf16[4,8]{1,0} parameter(0)
+  %start = ((bf16[4,8]{1,0}), bf16[4,8]{1,0}) call-start(%x), async_execution_thread="sparsecore", to_apply=%called_computation
+  ROOT %done = bf16[4,8]{1,0} call-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_the_sparsecore():
+  """On TPU7x and v6e a thread of its own runs them: they are counted, as asynchronous."""
+  (one,) = census.count(SPARSECORE, {"data": 1, "fsdp": 4}).collectives
+  assert (one.kind, one.axes, one.is_async) == ("all-reduce", ("fsdp",), True)
+  assert one.wire_bytes == 2 * 64 * 3 / 4
+
 
 def test_an_asynchronous_collective_counts_once():
   """In the fusion that starts it, not in those that run beside it and end it."""
