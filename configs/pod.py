@@ -40,7 +40,7 @@ def ours(size, stage, chips):
   config.model.remat = remat
   config.data.rows, config.data.row_tokens = ROWS, tokens
   config.data.row_clips, config.data.row_text = clips, text
-  config.data.image_to_video = 0.0 if stage == "images" else 0.15
+  config.data.given.first = 0.0 if stage == "images" else 0.15
   config.optim.learning_rate = rate
   config.micro_steps = parts
   config.mesh.fsdp, config.mesh.context = fsdp, context
@@ -56,7 +56,7 @@ def wan(size):
   config.mesh.context = 4
   if size == "wan-5b":  # 16 x 16 pixels a latent: a quarter of the tokens, four clips a row
     config.data.row_clips = 4
-    config.data.image_to_video = 0.15
+    config.data.given.first = 0.15
     config.data.row_text = 2048
   if size == "wan-14b":
     config.model.scans = 4  # 3.3 GiB less

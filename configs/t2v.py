@@ -63,7 +63,13 @@ def neutral():
   config.data.row_clips = 16
   config.data.row_text = 1024
   config.data.caption_dropout = 0.1
-  config.data.image_to_video = 0.15  # share of clips whose first frame is given
+  config.data.given = ml_collections.ConfigDict()  # shares of the clips of which a part is given, and which
+  config.data.given.first = 0.15  # the first frame
+  config.data.given.start = 0.0
+  config.data.given.end = 0.0
+  config.data.given.ends = 0.0  # start and end
+  config.data.given.frames = 0.0  # any
+  config.data.given.region = 0.0  # all frames around a box
   config.data.base_fps = 0.0  # > 0: time coordinates count frames at this rate, whatever the clip's
   config.data.max_damaged = 10
   config.data.threads = 8
@@ -126,7 +132,7 @@ def tiny():
   config.data.row_tokens = 320
   config.data.row_clips = 12
   config.data.row_text = 80
-  config.data.image_to_video = 0.0
+  config.data.given.first = 0.0
   config.data.threads = 2
   config.optim.name = "muon"
   config.optim.learning_rate = 2e-3  # after `start`; with its 4e-3 a sixth fewer shapes are right
@@ -156,20 +162,25 @@ def start():
   return config
 
 
-def world():
-  """The small model that ships: as `tiny`, for longer, with larger steps."""
-  config = tiny()
-  config.model.size = "tiny"
-  config.model.remat = "none"
-  config.data.image_to_video = 0.15
-  config.sigma.base_shift = 3.0
-  config.sigma.light = 0.0
-  config.data.rows = 10
-  config.steps = 4500
-  config.checkpoint_every = 200
-  config.ema_decay = 0.995
+def world_start():
+  """As `start`, for the small model that ships."""
+  config = start()
+  config.model.size = "world"
+  config.steps = 1500
   config.optim.learning_rate = 3e-3
-  config.sample.steps, config.sample.shift, config.sample.guidance = 20, 4.0, 3.0
+  return config
+
+
+def world():
+  """The small model that ships, after `world_start`: all kinds of scenes, and all that may be given."""
+  config = tiny()
+  config.model.size = "world"
+  config.data.rows = 4
+  config.data.row_text = 128
+  config.data.given = {"first": 0.1, "start": 0.07, "end": 0.07, "ends": 0.1, "frames": 0.05, "region": 0.06}
+  config.steps = 16_000
+  config.checkpoint_every = 250
+  config.ema_decay = 0.999
   return config
 
 
@@ -203,7 +214,7 @@ def finetune():
   config.ema_decay = 0.999
   config.data.rows = 8
   config.data.row_clips = 16
-  config.data.image_to_video = 0.0  # for weights that take given tokens at sigma 0 (Wan 2.2 TI2V-5B) alone
+  config.data.given.first = 0.0  # for weights that take given tokens at sigma 0 (Wan 2.2 TI2V-5B) alone
   config.optim.learning_rate = 1e-5  # adapters bear ten times as much
   config.optim.warmup = 50
   config.sigma.base_shift = ml_collections.config_dict.placeholder(float)  # None: config.init's
@@ -223,7 +234,14 @@ def finetune():
   return config
 
 
-VARIANTS = {"start": start, "tiny": tiny, "world": world, "base": base, "finetune": finetune}
+VARIANTS = {
+  "start": start,
+  "tiny": tiny,
+  "world_start": world_start,
+  "world": world,
+  "base": base,
+  "finetune": finetune,
+}
 
 
 def get_config(variant="tiny"):

@@ -23,11 +23,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from sora_jax import masks
 from sora_jax.video import BadClip
 
 __all__ = [
-  "BadClip", "Dropped", "Item", "RawClip", "crop", "map_in_threads", "pieces", "read_caption", "version",
-  "whole_frames",
+  "BadClip", "Dropped", "Item", "RawClip", "crop", "join_shots", "map_in_threads", "pieces", "read_caption",
+  "read_shots", "shots_of_piece", "version", "whole_frames",
 ]  # fmt: skip
 
 LONGEST_CAPTION = 1 << 20  # bytes; a longer text is not taken for a caption
@@ -41,13 +42,15 @@ class Item:
   """A file of a source, not opened yet.
 
   version: changes with the content of the file.  location: what the source needs to read it; only the source
-  uses it.
+  uses it.  shots: of several captions, one after another in time, ((seconds from the start of the file,
+  caption), ...), the first at 0; then `caption` is all of them.
   """
 
   file: str
   caption: str
   version: str = ""
   location: Any = None
+  shots: tuple[tuple[float, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +121,41 @@ def read_caption(text: bytes | str | None) -> tuple[str, str]:
   if not caption:
     return "", "no caption: an empty one is used"
   return caption, ""
+
+
+def read_shots(entries) -> tuple[str, tuple[tuple[float, str], ...]]:
+  """[{"seconds": 2.0, "prompt": "..."}, ...], one after another -> (caption, shots) of an Item.
+
+  ValueError where they are something else. The last goes on to the end of the file.
+  """
+  shots, start = [], 0.0
+  for entry in entries:
+    seconds, prompt = float(entry["seconds"]), read_caption(entry["prompt"])[0]
+    if not 0 < seconds < math.inf or not prompt:
+      raise ValueError(f"{entry} is no shot")
+    shots.append((start, prompt))
+    start += seconds
+  if not shots:
+    raise ValueError("there are no shots")
+  return join_shots(shots), tuple(shots)
+
+
+def join_shots(shots):
+  """The caption of an Item with shots."""
+  return " ".join(caption for _, caption in shots)
+
+
+def shots_of_piece(shots, start, frames, fps, stride):
+  """Shots of a file -> [(first latent frame, caption)] of a piece of it that begins at `start` seconds.
+
+  A shot of less than a latent frame is left out. stride: of latents in time.
+  """
+  latents, found = 1 + (frames - 1) // stride, {}
+  for begin, caption in shots:
+    at = masks.latent_of_frame(round((begin - start) * fps), stride)
+    if at < latents:
+      found[at] = caption
+  return sorted(found.items())
 
 
 def whole_frames(frames, stride):

@@ -3,7 +3,7 @@
 It is a Grain MapDataset over the steps of the plan. The plan says which clips share a row; threads here read,
 patchify and pack them. The only state is the plan's cursor. It is returned with each batch and stored in the
 checkpoint, and `batches` resumes from it on any number of hosts. What is random about a clip (whether its
-caption is dropped, whether its first frame is given) is a hash of (seed, uid, epoch), so it depends on
+caption is dropped, what of it is given) is a hash of (seed, uid, epoch), so it depends on
 neither the neighbours, nor the hosts, nor the order of reading.
 
 A damaged record is reported once and counted, and its place in the row is padding. Too many of them stop the
@@ -39,7 +39,7 @@ def batches(
   hosts=1,
   embedded=False,
   caption_dropout=0.1,
-  image_to_video=0.0,
+  given=None,
   base_fps=None,
   cond_channels=0,
   max_damaged=10,
@@ -54,7 +54,7 @@ def batches(
     hosts: host h of H has the rows [h R / H, (h + 1) R / H) of each step.
   embedded: texts are the embeddings in the records, not the token ids.
   caption_dropout: share of the clips whose text is the null text.
-  image_to_video: share of the clips of more than one latent frame whose first latent frame is given.
+  given: {one of masks.KINDS: share of the clips of which that is given}.
   base_fps: coordinate t counts latent frames of a video of this rate (`time_scale`); None: of the clip's own
   rate.
   cond_channels: channels joined to the latents, for models that take their image this way (Wan I2V); 0: none.
@@ -76,7 +76,7 @@ def batches(
     slice(host * share, (host + 1) * share),
     embedded,
     caption_dropout,
-    image_to_video,
+    given or {},
     base_fps,
     cond_channels,
     max_damaged,
@@ -126,7 +126,7 @@ class _Loader:
   rows: slice
   embedded: bool
   caption_dropout: float
-  image_to_video: float
+  given: dict
   base_fps: float | None
   cond_channels: int
   max_damaged: int
@@ -159,14 +159,14 @@ class _Loader:
     positions, epochs = np.array([clip for row in rows for clip in row], np.int64).reshape(-1, 2).T
     entries = self.index.rows[positions]
     drop = draw_uniform(self.seed, CAPTION, entries["uid"], epochs) < self.caption_dropout
-    uniform = draw_uniform(self.seed, GIVEN, entries["uid"], epochs)
-    clips = map(self.clip, positions.tolist(), epochs.tolist(), entries, drop, uniform)
+    seeds = mix64(self.seed, GIVEN, entries["uid"], epochs)
+    clips = map(self.clip, positions.tolist(), epochs.tolist(), entries, drop, seeds)
     packed = [[clip for clip in itertools.islice(clips, len(row)) if clip is not None] for row in rows]
     if not any(packed):
       packed[0] = [self.empty_clip()]
     return pack(packed, self.plan.shape), cursor
 
-  def clip(self, position, epoch, entry, drop, uniform):
+  def clip(self, position, epoch, entry, drop, seed):
     """One clip of the index, ready to be packed; None if its record is damaged."""
     try:
       record = self.index[position]
@@ -176,12 +176,15 @@ class _Loader:
     patch, fps = self.plan.patch, float(entry["fps"])
     latents_THWC = whole(record.latents_THWC, patch).astype(np.float32)
     size = latents_THWC.shape[:3]
-    given_T, given_L = masks.draw(uniform, self.image_to_video, size[0], patch[0]), None
-    if given_T.any():
-      given_L = masks.tokens(np.broadcast_to(given_T[:, None, None], size), patch)
-    text = self.null
+    given_L = None
+    if any(self.given.values()):
+      given_L = masks.tokens(masks.draw(np.random.default_rng(seed), self.given, size, patch), patch)
+    texts, prompt_L = [self.null], None
     if not drop:
-      text = self.pad_text(record.text_SE.astype(np.float32) if self.embedded else record.text_ids_S)
+      text = record.text_SE.astype(np.float32) if self.embedded else record.text_ids_S
+      texts = [self.pad_text(part) for part in np.split(text, np.cumsum(record.spans_N2[:-1, 0]))]
+      at_T = np.searchsorted(record.spans_N2[:, 1], np.arange(0, size[0], patch[0]), side="right")
+      prompt_L = np.repeat(at_T, np.prod(size[1:]) // np.prod(patch[1:]))
     cond_LQ = None
     if self.cond_channels:
       cond_THWC = whole(record.cond_THWC, patch).astype(np.float32)
@@ -190,8 +193,9 @@ class _Loader:
     return Clip(
       tokens_LP=patchify(latents_THWC, patch),
       coords_L3=coords_L3,
-      texts=[text],
+      texts=texts,
       given_L=given_L,
+      prompt_L=prompt_L,
       cond_LQ=cond_LQ,
       uid=int(entry["uid"]),
       size=size,

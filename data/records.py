@@ -13,8 +13,9 @@ A directory of records holds
   null_text.safetensors      the encoder's output for the empty string, if texts are embedded
 
 A blob is safetensors: `latents` bfloat16 [T, H, W, C], `text_ids` int32 [S], `text_embedding` bfloat16 [S, E]
-if texts are embedded, `condition` bfloat16 [T, H, W, C] if the model takes one, and the metadata strings
-caption, file, start, fps, source, format_version. Latents are posterior means, normalised.
+if texts are embedded, `condition` bfloat16 [T, H, W, C] if the model takes one, `text_spans` int32 [N, 2] if
+there are several captions, one after another in time, and the metadata strings caption, file, start, fps,
+source, format_version. Latents are posterior means, normalised.
 
 The writer works in shards. A finished shard is safe; a killed run loses only the open one. Several processes
 may write at once, each its own shards (the first number is that of the process), and any number of them may
@@ -65,6 +66,8 @@ class Record:
 
   fps: frames a second of the pixels. start: seconds from the start of the file.
   cond_THWC: latents of the first frame followed by grey frames, for models that are given these (Wan I2V).
+  text_spans_N2: of several captions (N > 1), whose ids and embeddings follow one another: how many text
+    tokens each has, and the latent frame that it begins with, the first 0. None: there is one.
   """
 
   latents_THWC: np.ndarray
@@ -76,10 +79,23 @@ class Record:
   source: str
   text_SE: np.ndarray | None = None
   cond_THWC: np.ndarray | None = None
+  text_spans_N2: np.ndarray | None = None
 
   @property
   def uid(self):
     return uid(self.file, self.start)
+
+  @property
+  def spans_N2(self):
+    """text_spans_N2, or the one span of a single caption."""
+    if self.text_spans_N2 is None:
+      return np.array([[len(self.text_ids_S), 0]], np.int32)
+    return self.text_spans_N2
+
+  @property
+  def text_tokens(self):
+    """What its text takes of a row. Each of several captions may be followed by a zero (plan's text_pad)."""
+    return len(self.text_ids_S) + (0 if self.text_spans_N2 is None else len(self.text_spans_N2))
 
 
 def to_blob(record):
@@ -92,6 +108,8 @@ def to_blob(record):
     arrays["text_embedding"] = np.asarray(record.text_SE, ml_dtypes.bfloat16)
   if record.cond_THWC is not None:
     arrays["condition"] = np.asarray(record.cond_THWC, ml_dtypes.bfloat16)
+  if record.text_spans_N2 is not None:
+    arrays["text_spans"] = np.asarray(record.text_spans_N2, np.int32)
   arrays["text_ids"] = np.asarray(record.text_ids_S, np.int32)
   metadata = {
     "format_version": str(FORMAT_VERSION),
@@ -120,6 +138,7 @@ def from_blob(blob):
       metadata["source"],
       arrays.get("text_embedding"),
       arrays.get("condition"),
+      arrays.get("text_spans"),
     )
   except KeyError as e:
     raise ValueError(f"not a record: it lacks {e}") from e
@@ -207,7 +226,7 @@ class RecordWriter:
     self._bytes += len(blob)
     t, h, w, _ = record.latents_THWC.shape
     self._records.append(
-      [record.file, float(record.start), t, h, w, float(record.fps), len(record.text_ids_S), record.source]
+      [record.file, float(record.start), t, h, w, float(record.fps), record.text_tokens, record.source]
     )
     if self._bytes >= self._shard_bytes:
       self.commit()
@@ -427,7 +446,7 @@ def read(index, i) -> Record:
   except (RuntimeError, ValueError, IndexError) as e:
     raise DamagedRecord(f"{index.describe(i)}: {e}") from e
   size, tokens = (row["t"], row["h"], row["w"]), row["text_tokens"]
-  record_size, record_tokens = record.latents_THWC.shape[:3], len(record.text_ids_S)
+  record_size, record_tokens = record.latents_THWC.shape[:3], record.text_tokens
   if record.uid != row["uid"] or record_size != size or record_tokens != tokens:
     raise BadInput(
       f"{index.directory}: the index does not match its records: for {index.describe(i)}, latents "

@@ -216,7 +216,7 @@ def batches(run, cursor):
     hosts=parts_count,
     embedded=run.model.text is None,
     caption_dropout=data.caption_dropout,
-    image_to_video=data.image_to_video,
+    given=data.given.to_dict(),
     base_fps=data.base_fps or None,
     cond_channels=dit.cond_channels,
     max_damaged=data.max_damaged,
@@ -337,10 +337,14 @@ def check_init(config, model, data):
       "one expert alone makes no videos; set --config.sample.every=0, and sample from the work directory "
       "with launch.sample"
     )
-  if model.dit.conditioning != "token_sigma" and config.data.image_to_video:
+  shares = config.data.given.to_dict()
+  if min(shares.values()) < 0 or sum(shares.values()) > 1:
+    raise BadInput(f"config.data.given is {shares}; shares of the clips, from 0 to 1 together")
+  taken = [name for name, share in shares.items() if share]
+  if model.dit.conditioning != "token_sigma" and taken:
     raise BadInput(
-      f"config.data.image_to_video is {config.data.image_to_video}; these weights know no tokens that are "
-      "given: set it to 0"
+      f"config.data.given.{taken[0]} is {shares[taken[0]]}; these weights know no tokens that are given: set "
+      "it to 0"
     )
 
 

@@ -2,7 +2,8 @@
 
   videos     mp4 mkv webm mov gif avi;  images  png jpg jpeg webp
   captions   NAME.txt beside NAME.mp4, or captions.jsonl ({"file": "a/b.mp4", "caption": "..."}, with paths
-             relative to the folder of captions.jsonl); if a file has both, NAME.txt is used
+             relative to the folder of captions.jsonl); if a file has both, NAME.txt is used. Several
+             captions, one after another in time: "shots": [{"seconds": 2, "prompt": "..."}, ...] instead
 
 A file without a caption is kept with an empty one, and this is noted. data/curation.py turns files into
 clips.
@@ -15,11 +16,21 @@ import pathlib
 from collections.abc import Iterator
 
 from data import curation
-from data.clips import LONGEST_CAPTION, Dropped, Item, RawClip, map_in_threads, read_caption, version
+from data.clips import (
+  LONGEST_CAPTION,
+  Dropped,
+  Item,
+  RawClip,
+  map_in_threads,
+  read_caption,
+  read_shots,
+  version,
+)
 from sora_jax import video
 from sora_jax.errors import BadInput
 
 CAPTIONS = "captions.jsonl"
+LINE = '{"file": "...", "caption": "..."}, or with "shots": [{"seconds": 2, "prompt": "..."}, ...]'
 SUFFIXES = video.VIDEO_SUFFIXES + video.IMAGE_SUFFIXES
 
 
@@ -63,7 +74,8 @@ def open_source(config) -> Source:
     if fault:
       ignored.append((file, fault))
     else:
-      items.append(Item(file, captions.get(file, ""), version_of_file, files[file]))
+      caption, shots = captions.get(file, ("", ()))
+      items.append(Item(file, caption, version_of_file, files[file], shots))
   return Source(
     root.resolve().name, tuple(items), tuple(sorted(notes)), tuple(ignored), curation.Rules.of(config)
   )
@@ -97,7 +109,7 @@ def _name(root, path):
 
 
 def _captions(root, paths, files):
-  """-> ({file: caption}, notes)."""
+  """-> ({file: (caption, shots)}, notes)."""
   captions, notes, stems = {}, [], {}
   for file, path in files.items():
     stems.setdefault(path.with_suffix(""), []).append(file)
@@ -115,14 +127,14 @@ def _captions(root, paths, files):
     for file in stems[path.with_suffix("")]:
       if fault:
         notes.append((file, f"{_name(root, path)}: {fault}"))
-      elif captions.get(file, text) != text:
+      elif captions.get(file, (text,))[0] != text:
         notes.append((file, f"has two captions: that of {_name(root, path)} is used"))
-      captions[file] = text
+      captions[file] = text, ()
   return captions, notes
 
 
 def _read_jsonl(root, path, files, notes):
-  """{file: caption} of one captions.jsonl. Invalid lines are added to `notes`; the others are used."""
+  """{file: (caption, shots)} of one captions.jsonl. Lines that are none of these go into `notes`."""
   captions, (raw, fault) = {}, _read_bytes(path)
   if fault:
     notes.append((_name(root, path), fault))
@@ -131,17 +143,20 @@ def _read_jsonl(root, path, files, notes):
       continue
     try:
       entry = json.loads(line)
-      file, caption = entry["file"], entry["caption"]
-      if not isinstance(file, str) or not isinstance(caption, str):
+      file, raw_caption, shots = entry["file"], entry.get("caption"), ()
+      if "shots" in entry:
+        raw_caption, shots = read_shots(entry["shots"])
+      if not isinstance(file, str) or not isinstance(raw_caption, str):
         raise TypeError
-    except (ValueError, KeyError, TypeError):
-      notes.append((_name(root, path), f'line {number} is not {{"file": "...", "caption": "..."}} in UTF-8'))
+    except (ValueError, KeyError, TypeError, AttributeError):
+      notes.append((_name(root, path), f"line {number} is not {LINE} in UTF-8"))
       continue
     file = os.path.normpath(os.path.join(_name(root, path.parent), file)).replace(os.sep, "/")
     if file not in files:
       notes.append((_name(root, path), f"line {number} names {file}, which does not exist"))
-    captions[file], fault = read_caption(caption)
-    if fault and caption.strip():
+    caption, fault = read_caption(raw_caption)
+    captions[file] = caption, shots
+    if fault and raw_caption.strip():
       notes.append((file, fault))
   return captions
 

@@ -103,13 +103,18 @@ class Unit:
 
   def _begin(self):
     self._records, self._waiting, self._entries, self._pixels = [], {}, {}, 0
+    self._spans = []  # of each record: [(first latent frame, caption)]
 
   @property
   def full(self):
     return self._pixels >= UNIT_PIXELS or len(self._records) >= UNIT_CLIPS
 
-  def add(self, clip, video_THWC, source):
+  def add(self, clip, video_THWC, source, shots=()):
+    """shots: of its file, as in data.clips.Item."""
     record = records.Record(None, None, clip.caption, clip.file, clip.start, clip.fps, source)
+    stride = self._encoder.stride[0]
+    spans = clips.shots_of_piece(shots, clip.start, len(video_THWC), clip.fps, stride)
+    self._spans.append(spans or [(0, clip.caption)])
     shape = codec.shape_on_canvas(video_THWC, self._encoder.stride)
     batch = self._waiting.setdefault(shape, [])
     batch.append((len(self._records), video_THWC))
@@ -137,11 +142,20 @@ class Unit:
     """Encodes the incomplete batches and writes the shard."""
     for batch in list(self._waiting.values()):
       self._run(batch)
-    captions = sorted({record.caption for record in self._records})
+    captions = sorted({caption for spans in self._spans for _, caption in spans})
     texts = dict(zip(captions, self._encoder.texts(captions)))
-    for record in self._records:
-      ids, embedding = texts[record.caption]
-      self._writer.add(dataclasses.replace(record, text_ids_S=ids, text_SE=embedding))
+    for record, spans in zip(self._records, self._spans, strict=True):
+      ids, embeddings = zip(*(texts[caption] for _, caption in spans))
+      spans_N2 = np.array([(len(one), at) for one, (at, _) in zip(ids, spans)], np.int32)
+      self._writer.add(
+        dataclasses.replace(
+          record,
+          text_ids_S=np.concatenate(ids),
+          text_SE=None if embeddings[0] is None else np.concatenate(embeddings),
+          text_spans_N2=spans_N2 if len(spans) > 1 else None,
+          caption=clips.join_shots(spans),
+        )
+      )
     for file, entry in self._entries.items():
       self._writer.close_file(file, entry)
     self._writer.commit()
@@ -161,7 +175,7 @@ def encode(source, items, encoder, writer, stop):
           else:
             video_THWC = clips.crop(clip.video_THWC, encoder.stride)
             if records.uid(clip.file, clip.start) not in writer.uids:
-              unit.add(clip, video_THWC, source.name)
+              unit.add(clip, video_THWC, source.name, item.shots)
             encoded.add_piece(entry, clip, video_THWC)
             bar.advance(0, f"{item.file} up to {entry['seconds']:.1f} s")
           if unit.full:

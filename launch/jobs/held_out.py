@@ -93,7 +93,6 @@ class HeldOut:
       hosts=parts_count,
       embedded=self.model.text is None,
       caption_dropout=0.0,
-      image_to_video=0.0,
       base_fps=data.base_fps or None,
       cond_channels=dit.cond_channels,
       max_damaged=data.max_damaged,

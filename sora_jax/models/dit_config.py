@@ -157,6 +157,8 @@ SIZES = {
   "tiny": _SMALL,
   # What the quickstart trains: as tiny, and learns shapes and directions in a tenth of the time.
   "quick": _QUICK,
+  # As quick, and larger: what is trained to replace the model that ships.
+  "world": dataclasses.replace(_QUICK, depth=6, heads=4, mlp=576),
   # A third and three times of its compute, for launch.scaling.
   "quick-small": dataclasses.replace(_QUICK, depth=4, heads=2, mlp=288),
   "quick-large": dataclasses.replace(_QUICK, depth=6, heads=5, mlp=720),

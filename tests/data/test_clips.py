@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from data import clips
 from data.clips import BadClip, crop, pieces, read_caption, version, whole_frames
 
 
@@ -113,3 +114,27 @@ def test_a_bad_clip_says_why():
   assert str(BadClip("truncated", "3 of 40 frames")) == "truncated: 3 of 40 frames"
   with pytest.raises(ValueError, match="known: unreadable"):
     BadClip("ugly")
+
+
+def test_shots():
+  """Captions one after another: of a file in seconds, of a piece in its latent frames."""
+  entries = [
+    {"seconds": 2, "prompt": "a"},
+    {"seconds": 0.5, "prompt": " b\n c"},
+    {"seconds": 9, "prompt": "d"},
+  ]
+  caption, shots = clips.read_shots(entries)
+  assert caption == "a b c d" and shots == ((0.0, "a"), (2.0, "b c"), (2.5, "d"))
+  assert clips.shots_of_piece(shots, 0.0, 25, 8.0, 4) == [(0, "a"), (5, "b c"), (6, "d")]
+  assert clips.shots_of_piece(shots, 0.0, 9, 8.0, 4) == [(0, "a")]  # the others come later
+  assert clips.shots_of_piece(shots, 2.0, 9, 8.0, 4) == [(0, "b c"), (2, "d")]
+  assert clips.shots_of_piece(shots, 30.0, 1, 8.0, 4) == [(0, "d")]
+  assert clips.shots_of_piece((), 0.0, 9, 8.0, 4) == []
+  for wrong in (
+    [],
+    [{"seconds": 0, "prompt": "a"}],
+    [{"seconds": 1, "prompt": " "}],
+    [{"seconds": "x", "prompt": "a"}],
+  ):
+    with pytest.raises(ValueError):
+      clips.read_shots(wrong)

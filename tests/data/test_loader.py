@@ -114,10 +114,10 @@ def test_an_epoch_holds_every_record_as_it_was_written(index):
 @pytest.mark.parametrize("hosts", [1, 2, 3, 6])
 def test_hosts_have_slices_of_the_same_batches(index, hosts):
   """They also resume, with the next batch, from a cursor of another number of hosts."""
-  whole = take(12, index, image_to_video=0.4)
+  whole = take(12, index, given={"first": 0.4})
   cursor = Cursor.from_json(whole[4][1].to_json())
   parts = [
-    take(7, index, cursor=cursor, host=h, hosts=hosts, image_to_video=0.4, threads=1 + h)
+    take(7, index, cursor=cursor, host=h, hosts=hosts, given={"first": 0.4}, threads=1 + h)
     for h in range(hosts)
   ]
   for step, (batch, after) in enumerate(whole[5:]):
@@ -136,7 +136,7 @@ def test_draws_depend_on_neither_neighbours_nor_rows(index):
   def draw(seed, rows):
     texts_and_given = {}
     plan = make_plan(index, rows, seed=rows)
-    for batch, _ in batches(index, plan, seed=seed, caption_dropout=0.3, image_to_video=0.5, epochs=8):
+    for batch, _ in batches(index, plan, seed=seed, caption_dropout=0.3, given={"first": 0.5}, epochs=8):
       for key, clip in clips(batch).items():
         texts_and_given[key] = tuple(clip["text"]), clip["given"].any()
     return texts_and_given
@@ -160,7 +160,7 @@ def test_draws_are_uniform():
 
 
 def test_the_first_latent_frame_is_given_whole(index):
-  for batch, _ in take(5, index, image_to_video=1.0):
+  for batch, _ in take(5, index, given={"first": 1.0}):
     for clip in clips(batch).values():
       np.testing.assert_array_equal(clip["given"], (clip["coords"][:, 0] == 0) & (clip["size"][0] > 1))
 
@@ -287,3 +287,27 @@ def test_an_index_of_other_records_stops_the_run(tmp_path):
   with pytest.raises(BadInput, match="b: the index does not match its records: for record .* it holds"):
     take(1, RecordIndex.open(tmp_path / "b"), on_damage=lines.append)
   assert not lines
+
+
+def test_captions_one_after_another(tmp_path):
+  """Each latent frame reads the caption of its time; a dropped text drops them all. A row has room for it."""
+  spans = np.array([(2, 0), (3, 1), (4, 3)], np.int32)
+  ids = np.arange(9, dtype=np.int32) + 10
+  latents = np.zeros((5, 2, 2, CHANNELS))
+  record = dataclasses.replace(make_record(0), latents_THWC=latents, text_ids_S=ids, text_spans_N2=spans)
+  single = dataclasses.replace(make_record(3), latents_THWC=latents[:1], text_ids_S=ids[:2])
+  with RecordWriter(tmp_path) as writer:
+    writer.add(record)
+    writer.add(single)
+    index = writer.finish({"latent_channels": CHANNELS, "conditions": False}, null_text=NULL)
+  assert sorted(index.rows["text_tokens"]) == [2, 9 + 3]  # each of three may be followed by a zero
+  for pad, zero in ((None, []), (20, [0])):
+    ((batch, _),) = take(1, index, make_plan(index, rows=1, text_pad=pad), caption_dropout=0.0)
+    row = {name: array[0] for name, array in arrays(batch).items()}
+    for number in np.flatnonzero(row["size_BG3"][:, 0] == 5) + 1:
+      read_L = row["prompt_BL"][row["segment_BL"] == number].reshape(5, 4)
+      assert (read_L - read_L[0, 0]).tolist() == [4 * [n] for n in (0, 1, 1, 2, 2)]
+      texts = [row["text_BS"][row["prompt_BS"] == n].tolist() for n in np.unique(read_L)]
+      assert texts == [[10, 11] + zero, [12, 13, 14] + zero, [15, 16, 17, 18] + zero]
+  ((batch, _),) = take(1, index, make_plan(index, rows=1), caption_dropout=1.0)
+  assert set(batch.text_BS[batch.prompt_BS > 0]) == set(NULL)

@@ -34,11 +34,13 @@ def record(i, embedded=False, source="folder"):
     8.0 + i % 3,
     source,
     rng.normal(size=(s, 6)).astype(ml_dtypes.bfloat16) if embedded else None,
+    text_spans_N2=np.array([(1, 0), (s - 1, 1)], np.int32) if s > 3 else None,
   )
 
 
 def equal(a, b):
-  for x, y in zip((a.latents_THWC, a.text_ids_S, a.text_SE), (b.latents_THWC, b.text_ids_S, b.text_SE)):
+  arrays = "latents_THWC", "text_ids_S", "text_SE", "text_spans_N2"
+  for x, y in ((getattr(a, name), getattr(b, name)) for name in arrays):
     assert (x is None) == (y is None)
     if x is not None:
       assert x.dtype == y.dtype
@@ -77,7 +79,7 @@ def test_what_was_written_comes_back(tmp_path, embedded):
     assert equal(read(index, i), one)
     row = index.rows[i]
     assert (row["t"], row["h"], row["w"]) == one.latents_THWC.shape[:3]
-    assert (row["uid"], row["text_tokens"], row["fps"]) == (one.uid, len(one.text_ids_S), one.fps)
+    assert (row["uid"], row["text_tokens"], row["fps"]) == (one.uid, one.text_tokens, one.fps)
   ids, embedding = index.null_text
   assert ids.tolist() == [1] and (embedding is None) == (not embedded)
   if embedded:

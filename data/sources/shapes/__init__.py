@@ -12,6 +12,7 @@ exactly what a caption says; position, speed and background are drawn from the c
   order     first a red ball moves left, then it moves up
   pan       the camera pans left over a red ball        (so the scene moves right, as its tiled floor shows)
   zoom      the camera zooms in on a red ball
+  leaves    a red ball leaves on the left and returns   (drawn by data/sources/world alone)
 
 Held out: every third combination of (colour, shape, direction), as in a Latin square, and a third or a
 quarter of the combinations of the other kinds, are in no training caption (`held_out`), but every pair of
@@ -51,6 +52,7 @@ AXES = {"up and down": (1, 0), "left and right": (0, 1)}
 # Position of the first object relative to the second.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 ZOOMS = {"in on": 1, "out from": -1}
+SIDES = {"on the left": (0, -1), "on the right": (0, 1), "at the top": (-1, 0), "at the bottom": (1, 0)}
 BACKGROUNDS = ((226, 222, 212), (206, 214, 222), (212, 220, 206), (120, 124, 132), (54, 58, 68))
 
 # kind: (template, tables of the words that fill it, share of the clips, probabilities of 1, 9 and 17 frames)
@@ -63,6 +65,7 @@ KINDS = {
   "order": ("first {a} moves {0}, then it moves {1}", (DIRECTIONS, DIRECTIONS), 0.06, (0.0, 0.0, 1.0)),
   "pan": ("the camera pans {0} over {a}", (DIRECTIONS,), 0.04, (0.0, 0.6, 0.4)),
   "zoom": ("the camera zooms {0} {a}", (ZOOMS,), 0.03, (0.0, 0.6, 0.4)),
+  "leaves": ("{a} leaves {0} and returns", (SIDES,), 0.0, (0.0, 0.0, 1.0)),
 }  # fmt: skip
 
 
@@ -195,6 +198,11 @@ def _stage(scene, size, frames, rng):
     travel = np.where(reach > 0, rng.uniform(0.75, 1.0) * (high - low), 0)
     begin = rng.uniform(low, high - travel)
     centre = begin + (path - path.min(0)) / np.maximum(reach, 1) * travel
+  elif scene.kind == "leaves":
+    way = np.array(SIDES[first])
+    outside = np.where(way < 0, -0.7 * diameter, size + 0.7 * diameter)
+    away = np.minimum(1.0, 1.5 * _triangle_wave(u))[:, None]  # a third of the time it is not there
+    centre = np.where(way != 0, position + (outside - position) * away, position)
   elif scene.kind == "zoom":
     diameter = short * 0.28
     ratio = rng.uniform(1.8, 2.1) ** u

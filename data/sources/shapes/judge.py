@@ -13,6 +13,7 @@ track. Each judge then answers one question with one of a fixed set of words, or
   camera     growth of the object, else the flow of the floor
   relation   the side of the second object on which the first lies
   behind     whether the first object is hidden in the middle, and visible on both sides
+  returns    the side on which the object leaves, if it is gone in the middle and comes back as it was
 
 `judge` compares the answers with the caption; `chance` is the share that a blind guesser gets right.
 """
@@ -21,17 +22,28 @@ import dataclasses
 
 import numpy as np
 
-from data.sources.shapes import AXES, COLOURS, DIRECTIONS, RELATIONS, SHAPES, ZOOMS, distance, parse
+from data.sources.shapes import (
+  AXES,
+  COLOURS,
+  DIRECTIONS,
+  RELATIONS,
+  SHAPES,
+  SIDES,
+  ZOOMS,
+  distance,
+  parse,
+)
 
 # One over the number of answers that the grammar allows. The colours, or directions, of a pair always differ.
 CHANCES = {
   "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "direction": 1 / len(DIRECTIONS),
   "bounce": 1 / len(AXES), "order": 1 / 12, "camera": 1 / (len(DIRECTIONS) + len(ZOOMS)),
   "relation": 1 / len(RELATIONS), "behind": 1 / 2, "two colours": 1 / 15, "two shapes": 1 / 9,
+  "returns": 1 / len(SIDES),
 }  # fmt: skip
 QUESTIONS = {  # asked of a single object, besides colour and shape
   "still": (), "moves": ("direction",), "bounces": ("bounce",), "order": ("order",), "pan": ("camera",),
-  "zoom": ("camera",),
+  "zoom": ("camera",), "leaves": ("returns",),
 }  # fmt: skip
 STRONG = 0.30  # share of a colour's full chroma from which a pixel votes
 # The least area of an object in its best frame, in squares of the short side. The world's smallest: 0.043.
@@ -147,14 +159,16 @@ def _moments(shape, n=200):
 _MOMENTS = {shape: _moments(shape) for shape in SHAPES}
 
 
-def shape_of(detection: Detection, detections: Detections) -> str:
+def shape_of(detection: Detection, detections: Detections, after=0.0) -> str:
   """The shape whose template, of the object's area and centre, overlaps it best in a mean over 6 frames.
 
-  The frames are those in which the object is not hidden.
+  The frames are those in which the object is not hidden, after this share of the clip.
 
   Overlap: sum of the lesser / sum of the greater of the two coverages, pixel by pixel.
   """
-  frames = np.flatnonzero(detection.area_T >= 0.85 * detection.area_T.max())
+  begin = int(after * len(detection.area_T))
+  area_T = np.where(np.arange(len(detection.area_T)) < begin, 0, detection.area_T)
+  frames = np.flatnonzero(area_T >= 0.85 * area_T.max())
   frames = frames[np.unique(np.linspace(0, len(frames) - 1, 6).astype(int))]
   other_objects = np.zeros_like(detection.mask_THW)
   for other in detections.objects:
@@ -273,6 +287,24 @@ def behind(first: Detection, second: Detection) -> bool:
   return bool(crosses and first_is_hidden and second_share > 0.7)
 
 
+def returns(detection: Detection, detections: Detections) -> str | None:
+  """The side on which an object leaves, if it is gone in the middle and comes back with its shape and size.
+
+  Its colour is that of the detection.
+  """
+  area_T, third = detection.area_T, len(detection.area_T) // 3
+  if not third:
+    return None
+  first, last = area_T[:third].max(), area_T[-third:].max()
+  gone = np.flatnonzero(area_T < 0.1 * first)
+  if not len(gone) or not third // 2 <= gone[0] < len(area_T) - third or not 0.6 * first < last < 1.6 * first:
+    return None
+  if shape_of(detection, detections) != shape_of(detection, detections, after=0.6):
+    return None
+  track = _visible(detection.centre_T2[: gone[0]])
+  return _word(track[-1] - track[0], SIDES) if len(track) > 1 else None
+
+
 def _least_visible(detection):
   """The least area in the middle of the clip, relative to that at its ends."""
   margin = max(1, len(detection.area_T) // 5)
@@ -355,6 +387,7 @@ def judge(video_THWC, caption: str) -> dict[str, bool]:
     "bounce": lambda: bounce(main.centre_T2, detections.short) == scene.words[0],
     "order": lambda: order(main.centre_T2, detections.short) == scene.words,
     "camera": lambda: camera(detections) == scene.words[0],
+    "returns": lambda: returns(main, detections) == scene.words[0],
   }
   return {name: bool(answers[name]()) for name in questions}
 

@@ -48,23 +48,25 @@ def test_a_tree_with_captions_of_both_kinds(tmp_path):
         json.dumps({"file": "gone.mp4", "caption": "x"}),
         json.dumps(["file"]),
         json.dumps({"file": 3, "caption": "x"}),
+        json.dumps({"file": "a.MP4", "shots": [{"seconds": "long", "prompt": "x"}]}),
         "",
       ]
     )
   )
   (tmp_path / "b" / "captions.jsonl").write_text(
-    json.dumps({"file": "c/three.png", "caption": "three"}) + "\n"
+    json.dumps({"file": "c/three.png", "shots": [{"seconds": 1, "prompt": p} for p in ("three", "four")]})
   )
   source = folder.open_source(config(tmp_path))
   items = source.items()
   assert {item.file: item.caption for item in items} == {
     "a.MP4": "with a byte order mark",
-    "b/c/three.png": "three",
+    "b/c/three.png": "three four",
     "b/two.mp4": "two, naïve 猫",
     "latin.mp4": "",
     "one.mp4": "a grey square",
     "silent.mp4": "",
   }
+  assert [item.shots for item in items if item.shots] == [((0.0, "three"), (1.0, "four"))]
   assert [item.file for item in items] == sorted(item.file for item in items)
   assert dict(source.ignored).keys() == {"notes.pdf"}
   notes = [f"{file}: {note}" for file, note in source.notes]
@@ -76,10 +78,11 @@ def test_a_tree_with_captions_of_both_kinds(tmp_path):
     "captions.jsonl: line 4 names gone.mp4, which does not exist",
     "captions.jsonl: line 5 is not",
     "captions.jsonl: line 6 is not",
+    "captions.jsonl: line 7 is not",
     "one.mp4: has two captions",
   ):
     assert sum(part in note for note in notes) == 1, (part, notes)
-  assert len(notes) == 8
+  assert len(notes) == 9
   for item in items:
     assert [len(piece.video_THWC) for piece in source.read(item)] == [1 if item.file.endswith("png") else 9]
 

@@ -39,19 +39,12 @@ def world():
   source = shapes.Source(CLIPS, SEED)
   drawn = [(next(source.read(item)).video_THWC, item.caption) for item in source.items()]
   rng = np.random.default_rng(SEED)
-  for kind in ("bounces", "behind", "order", "pan", "zoom", "relation"):
-    count = 0
-    while count < 20:
-      scene = shapes.draw_scene(rng, "train")
-      if scene.kind == kind:
-        frames = 17 if kind == "order" else (9, 17)[count % 2]
-        drawn.append(
-          (
-            shapes.render(scene, shapes.SIZES[count % len(shapes.SIZES)], frames, (SEED, count)),
-            shapes.caption(scene),
-          )
-        )
-        count += 1
+  for kind in ("bounces", "behind", "order", "pan", "zoom", "relation", "leaves"):
+    for i in range(20):
+      scene = shapes.draw_scene(rng, "train", {kind: 1.0})
+      frames = {"order": 17, "leaves": (17, 25)[i % 2]}.get(kind, (9, 17)[i % 2])
+      clip = shapes.render(scene, shapes.SIZES[i % len(shapes.SIZES)], frames, (SEED, i))
+      drawn.append((clip, shapes.caption(scene)))
   return drawn
 
 
