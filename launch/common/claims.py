@@ -15,7 +15,7 @@ from sora_jax import files, parts
 from sora_jax.errors import BadInput
 
 # Keys of a config that earlier versions did not have, and what they did.
-ADDED = {"optim.b1": 0.9, "optim.b2": 0.99, "model.kind": "wan"}
+ADDED = {"optim.b1": 0.9, "optim.b2": 0.99, "model.kind": "wan", "model.scans": 1}
 _locks = []  # open files, so that a lock lasts until its file is closed or the program ends
 
 

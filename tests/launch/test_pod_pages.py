@@ -28,7 +28,7 @@ def records(tmp_path_factory):
 def test_its_tiny_form_trains(page, records, tmp_path):
   config = pod.get_config(page)
   imported = page.startswith("wan")  # its mesh is one of 4 devices, as it stands
-  rows = config.data.rows if imported else 8
+  rows = config.data.rows if imported else 8 * config.micro_steps
   flags = [f"--config.data.rows={rows}", "--config.data.row_tokens=256", "--config.data.row_clips=8"]
   flags += ["--config.data.row_text=128", "--config.steps=2", "--config.log_every=1"]
   flags += ["--config.model.text=tiny"]
