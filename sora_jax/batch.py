@@ -153,15 +153,24 @@ def pack(rows, shape):
   return batch
 
 
-def image_channels(latents_THWC, channels):
+def image_channels(latents_THWC, channels, given_F=None):
   """Condition channels [T, H, W, channels] of a model that takes its image as channels (Wan I2V).
 
-  latents_THWC: latents of the image and grey frames after it. The channels before them are 1 for each pixel
-  frame of a latent frame that is given, else 0 (`WanImageToVideoPipeline.prepare_latents`, diffusers 0.42.1).
+  latents_THWC: latents of the given frames with grey ones between. given_F: which frames are given, bool [F];
+  None: the first. The channels before the latents are 1 for each pixel frame of a latent frame that is given,
+  else 0; the first frame counts as often as a latent frame has pixel frames
+  (`WanImageToVideoPipeline.prepare_latents`, diffusers 0.42.1).
   """
-  mask = np.zeros((*latents_THWC.shape[:3], channels - latents_THWC.shape[-1]), np.float32)
-  mask[0] = 1.0
-  return np.concatenate([mask, latents_THWC], -1)
+  T, H, W, own = latents_THWC.shape
+  mask_TC = np.zeros((T, channels - own), np.float32)
+  if given_F is None:
+    mask_TC[0] = 1.0
+  else:
+    mask_TC[0] = given_F[0]
+    mask_TC[1:] = given_F[1:].reshape(T - 1, -1)
+  return np.concatenate(
+    [np.broadcast_to(mask_TC[:, None, None], (T, H, W, channels - own)), latents_THWC], -1
+  )
 
 
 def fill(batch):

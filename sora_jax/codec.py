@@ -83,12 +83,22 @@ def encode_clips(cfg, params, videos, progress=lambda done: None):
 
 
 def encode_image_video(cfg, params, image_1HWC, latent_frames):
-  """An image in [-1, 1] -> raw latents of a video of so many latent frames: the image, then grey; streamed in
-  time.
+  """An image in [-1, 1] -> raw latents of a video of so many latent frames: the image, then grey."""
+  return encode_images_video(cfg, params, {0: image_1HWC[0]}, latent_frames)
+
+
+def encode_images_video(cfg, params, images, latent_frames):
+  """Images in [-1, 1], {frame: [H, W, 3]} -> raw latents of a video of so many latent frames: these images,
+  all else grey; streamed in time.
   """
-  grey = np.zeros((cfg.stride[0], *image_1HWC.shape[1:]), np.float32)
-  chunks = itertools.chain([[image_1HWC]], itertools.repeat([grey], latent_frames - 1))
-  return encode_on_canvas(cfg, params, chunks, [image_1HWC.shape[1:3]], 1)[0]
+  stride, size = cfg.stride[0], next(iter(images.values())).shape[:2]
+
+  def frames(first, count):
+    grey = np.zeros((*size, 3), np.float32)
+    return [np.stack([images.get(f, grey) for f in range(first, first + count)])]
+
+  rest = (frames(1 + stride * i, stride) for i in range(latent_frames - 1))
+  return encode_on_canvas(cfg, params, itertools.chain([frames(0, 1)], rest), [size], 1)[0]
 
 
 def decode_frames(cfg, params, latents_THWC, layout=None):

@@ -10,11 +10,13 @@ What a sampling job does, once, in `Pipeline.run`:
   parse      a dict -> Request, with the defaults of the model; a bad one becomes a Result with its error
   plan       from sizes alone: which requests share a row of tokens, which rows are denoised together
   embed      the prompts of the next rows, where the text encoder is frozen
-  canvas     Request -> Canvas: a latent video, partly given (tasks.py)
+  canvas     Request -> Timeline (tasks.py) -> Canvas: a latent video, partly given (timeline.py)
   denoise    rows of canvases -> latents, step by step (sample.py)
   decode     latents -> frames (codec.py), when they are asked for
 
-Only the rows at work are in memory, whatever the number of requests. Nothing is printed; no globals, no
+A video that is longer than the model's window has a canvas for each of its windows; they are made in rounds,
+with those of other requests. Only the rows at work, and the latents of such long videos, are in memory,
+whatever the number of requests. Nothing is printed; no globals, no
 flags.
 """
 
@@ -28,7 +30,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from sora_jax import batch as batches, codec, patches, sample, tasks, video, workdir as workdirs
+from sora_jax import batch as batches, codec, patches, sample, tasks, timeline, video, workdir as workdirs
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.embedder import Embedder
 from sora_jax.errors import BadInput, pick
@@ -51,6 +53,7 @@ class Result:
   latents_THWC: np.ndarray | None = None  # normalised
   frames: Iterator | None = None
   size: tuple | None = None  # height, width of the frames
+  count: int = 0  # of the frames; `connect` and `loop` may make a few more than asked
   seconds: float = 0.0  # its share of the time that its rows took to denoise
 
   def video(self):
@@ -67,12 +70,16 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class _Planned:
-  """A request and its size in a row."""
+  """A request, and the size in a row of its next canvas. work: None before its first one."""
 
   position: int
   request: tasks.Request
   tokens: int
   text_tokens: int
+  windows: int = 1  # canvases that are left
+  number: int = 0  # of the next canvas
+  work: timeline.Work | None = None
+  media: object = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +97,7 @@ class Pipeline:
   row_tokens: int
   rows: int  # denoised together
   base_fps: float | None
+  window: int | None  # frames that are made at a time; None: all
   step: int  # of training
   identity: str  # changes with anything that decides what a request becomes
   keep_text_encoder: bool = False  # in memory between calls, where it is frozen
@@ -146,6 +154,7 @@ class Pipeline:
       row_tokens=settings.row_tokens,
       rows=settings.rows,
       base_fps=config.data.base_fps or None,
+      window=settings.get("window") or None,
       step=step,
       identity=identity,
     )
@@ -173,28 +182,43 @@ class Pipeline:
     """
     planned = []
     for position, fields in enumerate(requests):
+      request = None
       try:
-        planned.append(self._planned(position, self._request(position, fields)))
+        request = self._request(position, fields)
+        planned.append(self._planned(position, request))
       except BadInput as error:
-        yield Result(position, None, str(error))
-    total, finished = sum(one.request.steps for one in planned), 0
-    for groups, tokenize in self._with_texts(self._groups(planned)):
-      for rows, shape in groups:
-        steps = sum(one.request.steps for row in rows for one in row)
-        rows, failed = self._with_canvases(rows, tokenize)
-        yield from failed
-        if rows:
+        yield Result(position, request, str(error))
+    total, finished = sum(one.request.steps * one.windows for one in planned), 0
+    while planned:
+      later = []
+      for groups, tokenize in self._with_texts(self._groups(planned)):
+        for rows, shape in groups:
+          steps = sum(one.request.steps for row in rows for one in row)
+          rows, failed = self._with_canvases(rows, tokenize)
+          yield from (result for result, _ in failed)
+          finished += sum(one.request.steps * one.windows for _, one in failed)
+          steps -= sum(one.request.steps for _, one in failed)
+          if rows:
 
-          def on_step(done, of):
-            progress(finished + steps * done // of, total)
+            def on_step(done, of):
+              progress(finished + steps * done // of, total)
 
-          results = self._denoise(rows, shape, on_step, stop)
-          if results is None:
-            return
-          yield from results
-        elif failed:
-          progress(finished + steps, total)
-        finished += steps
+            filled = self._denoise(rows, shape, on_step, stop)
+            if filled is None:
+              return
+            for one, seconds in filled:
+              if one.work.done:
+                result = self._result(one, seconds)
+                if isinstance(result, _Planned):
+                  later.append(result)
+                else:
+                  yield result
+              else:
+                later.append(one)
+          elif failed:
+            progress(finished, total)
+          finished += steps
+      planned = later
 
   # --- parse and plan
 
@@ -211,7 +235,7 @@ class Pipeline:
     """A dict of fields -> Request with this model's defaults; BadInput says which field is wrong, or not for
     this model.
     """
-    request = tasks.parse_request(fields, self.defaults, SAMPLERS)
+    request = tasks.parse_request(fields, self.defaults, SAMPLERS, _probe)
     self.check(request)
     return request
 
@@ -221,11 +245,12 @@ class Pipeline:
     pick(SAMPLERS, request.sampler, "sampler")
     if request.guidance_low is not None and not self.model.boundary:
       raise BadInput("guidance_low is for models of two experts, and this one has one; leave it out")
-    if self.model.dit.conditioning == "channels" and not request.image:
+    if self.model.dit.conditioning == "channels" and request.task != "image_to_video":
       raise BadInput("this model begins with an image: ask for the task image_to_video, and give an image")
-    reads_image = request.task == "image_to_video" or self.model.dit.conditioning == "channels"
-    if reads_image and not os.path.exists(request.image):
-      raise BadInput(f"image {request.image!r} does not exist; give the path of an image file")
+    for name in tasks.FILES:
+      path = getattr(request, name)
+      if path and not os.path.exists(path):
+        raise BadInput(f"{name} {path!r} does not exist; give the path of a file")
     self.latent_size(request)
 
   def latent_size(self, request):
@@ -244,9 +269,49 @@ class Pipeline:
     return [text.padded(text_SE, self.model.dit.text_pad) for text_SE in self.embedder(ids)]
 
   def _planned(self, position, request):
-    """The sizes of a request: what planning needs of it."""
-    tokens = patches.token_count(self.latent_size(request), self.model.dit.patch)
-    return _Planned(position, request, tokens, max(map(self._text_tokens, _prompts(request))))
+    """The sizes of a request: what planning needs of it. Videos are read, and forgotten again."""
+    work = self._work(request, _Sizes(self, request))
+    return self._next(_Planned(position, request, 0, 0, work.windows), work)
+
+  def _next(self, one, work):
+    """`one` with the sizes of the next canvas of its work."""
+    begin, end = work.span(work.known)
+    tokens = patches.token_count((end - begin, *work.codec.shape[:2]), self.model.dit.patch)
+    texts = sum(map(self._text_tokens, one.request.prompts))
+    text_tokens = max(texts, self._text_tokens(one.request.negative_prompt))
+    return dataclasses.replace(one, tokens=tokens, text_tokens=text_tokens)
+
+  def _work(self, request, media):
+    """A request -> Work, of which nothing is encoded yet. BadInput where its files cannot be read."""
+    task = request.task
+    if task == "loop" and media.frames is None and not request.video:
+      # what is looped: half the frames, a whole number of latents
+      stride = self.vae_cfg.stride[0]
+      half = 1 + stride * max(1, (request.frames - 1) // (2 * stride))
+      line = tasks.text_to_video(dataclasses.replace(request, frames=half), media)
+    elif self.model.dit.conditioning == "channels":
+      line = tasks.text_to_video(request, media)
+    else:
+      line = tasks.TASKS[task].timeline(request, media)
+    stride = self.vae_cfg.stride[0]
+    return timeline.Work(line, self._codec(request), self.window and 1 + (self.window - 1) // stride)
+
+  def _codec(self, request):
+    """The VAE at the size of a request."""
+    _, *grid = self.latent_size(request)
+    cell = self.vae_cfg.stride[1:]
+    edges = [(0, n * c - s) for n, c, s in zip(grid, cell, request.size)]
+
+    def encode(frames_THWC):
+      padded = np.pad(frames_THWC, [(0, 0), *edges, (0, 0)], mode="edge")
+      (raw,) = codec.encode_clips(self.vae_cfg, self.vae_params, [padded])
+      return np.asarray(vae.normalise(raw, self.vae_cfg))
+
+    def decode(latents_THWC):
+      return self.decode(latents_THWC, None, request.size)
+
+    shape = (*grid, self.model.dit.channels)
+    return timeline.Codec(encode, decode, self.vae_cfg.stride[0], shape, cell, self.model.dit.patch[0])
 
   def _text_tokens(self, prompt):
     """How many text tokens a prompt has in a row; one more after a frozen encoder, for all its padding."""
@@ -305,37 +370,28 @@ class Pipeline:
   # --- canvases
 
   def canvas(self, request):
-    """Request -> Canvas; BadInput where its image cannot be read."""
-    task, patch = tasks.TASKS[request.task], self.model.dit.patch
-    parts = {
-      "stride": self.vae_cfg.stride,
-      "patch": patch,
-      "channels": self.model.dit.channels,
-      "encode": self._encode_image,
-    }
+    """Request -> its first Canvas; BadInput where a file cannot be read."""
+    media = Media(self, request)
+    return self._canvas(request, self._work(request, media), media)
+
+  def _canvas(self, request, work, media):
+    canvas = work.canvas()
     if self.model.dit.conditioning != "channels":
-      return task(request, **parts)
-    # The image enters as channels, and no token is given (WanImageToVideoPipeline).
-    canvas = tasks.text_to_video(request, **parts)
-    frames, height, width, _ = canvas.latents_THWC.shape
-    pixels = self._read_image(
-      request.image, request.size, (height * self.vae_cfg.stride[1], width * self.vae_cfg.stride[2])
-    )
-    latents = codec.encode_image_video(self.vae_cfg, self.vae_params, pixels[None], frames)
-    cond_THWC = batches.image_channels(vae.normalise(latents, self.vae_cfg), self.model.dit.cond_channels)
+      return canvas
+    # What is given enters as channels, and no token is given (WanImageToVideoPipeline).
+    stride, (frames, *_) = self.vae_cfg.stride[0], canvas.latents_THWC.shape
+    given_F = np.zeros(1 + stride * (frames - 1), bool)
+    _, *grid = canvas.given_THW.shape
+    edges = [(0, n * c - s) for n, c, s in zip(grid, self.vae_cfg.stride[1:], request.size)]
+    images = {}
+    for at, path in ((0, request.image), (len(given_F) - 1, request.last_image)):
+      if path:
+        images[at] = codec.to_float(np.pad(media.image(path), [*edges, (0, 0)], mode="edge"))
+        given_F[at] = True
+    latents = codec.encode_images_video(self.vae_cfg, self.vae_params, images, frames)
+    normalised = vae.normalise(latents, self.vae_cfg)
+    cond_THWC = batches.image_channels(normalised, self.model.dit.cond_channels, given_F)
     return dataclasses.replace(canvas, cond_THWC=cond_THWC)
-
-  def _encode_image(self, path, size, padded):
-    """An image file -> normalised latents [1, h, w, C]: as `_read_image` gives it."""
-    mean, _ = vae.encode(self.vae_params, self._read_image(path, size, padded)[None, None], self.vae_cfg)
-    return np.asarray(vae.normalise(np.asarray(mean), self.vae_cfg))[0]
-
-  def _read_image(self, path, size, padded):
-    """An image file -> pixels [H, W, 3] in [-1, 1]: scaled to cover `size`, its middle kept, edges repeated
-    up to `padded`.
-    """
-    edges = [(0, padded[0] - size[0]), (0, padded[1] - size[1]), (0, 0)]
-    return codec.to_float(np.pad(cover(read_image(path), size), edges, mode="edge"))
 
   def noise(self, request):
     """The noise that a request begins with, [T, H, W, C], for another implementation to begin with."""
@@ -346,25 +402,32 @@ class Pipeline:
   # --- denoise and decode
 
   def _with_canvases(self, rows, tokenize):
-    """Rows of _Planned -> (rows of (_Planned, Canvas, Denoising) without those that fail, Results of those
-    that fail).
+    """Rows of _Planned -> (rows of (_Planned, Canvas, Denoising) that do not fail, (Result, _Planned) of
+    those that do).
     """
     ready, failed = [], []
     for row in rows:
       ready.append([])
       for one in row:
         try:
-          canvas = self.canvas(one.request)
+          if one.work is None:
+            media = one.media or Media(self, one.request)
+            one = dataclasses.replace(one, work=self._work(one.request, media), media=media)
+          canvas = self._canvas(one.request, one.work, one.media)
         except BadInput as error:
-          failed.append(Result(one.position, one.request, str(error)))
+          failed.append((Result(one.position, one.request, str(error)), one))
           continue
         patch = self.model.dit.patch
-        denoising = sample.prepare(one.request, canvas, tokenize, patch, self.base_fps, self.schedule)
+        denoising = sample.prepare(
+          one.request, canvas, tokenize, patch, self.base_fps, self.schedule, one.number
+        )
         ready[-1].append((one, canvas, denoising))
     return [row for row in ready if row], failed
 
   def _denoise(self, rows, shape, on_step, stop):
-    """Rows of (_Planned, Canvas, Denoising) -> iterator of their Results; None where stop() became true."""
+    """Rows of (_Planned, Canvas, Denoising) -> iterator of (_Planned of the next canvas, seconds of this
+    one); None where stop() became true.
+    """
     began, (first, *_) = time.monotonic(), rows[0]
     inputs = [[denoising for _, _, denoising in row] for row in rows]
     tokens = sample.denoise(self.model, self.params, inputs, shape, first[0].request.sampler, on_step, stop)
@@ -372,13 +435,33 @@ class Pipeline:
       return None
     seconds = (time.monotonic() - began) / sum(map(len, rows))
     flat = zip(itertools.chain(*rows), itertools.chain(*tokens), strict=True)
-    return (self._result(one, canvas, tokens_LP, seconds) for (one, canvas, _), tokens_LP in flat)
+    return ((self._taken(one, canvas, tokens_LP), seconds) for (one, canvas, _), tokens_LP in flat)
 
-  def _result(self, one, canvas, tokens_LP, seconds):
-    """The tokens of one canvas -> Result."""
-    latents = patches.unpatchify(tokens_LP, canvas.latents_THWC.shape[:3], self.model.dit.patch)
-    frames = self.decode(latents, canvas.frames, canvas.size)
-    return Result(one.position, one.request, None, latents, frames, canvas.size, seconds)
+  def _taken(self, one, canvas, tokens_LP):
+    """The tokens of one canvas go into its work -> _Planned of the next canvas."""
+    size = canvas.latents_THWC.shape[:3]
+    one.work.take(patches.unpatchify(tokens_LP, size, self.model.dit.patch))
+    one = dataclasses.replace(one, number=one.number + 1, windows=one.windows - 1)
+    return one if one.work.done else self._next(one, one.work)
+
+  def _result(self, one, seconds):
+    """A work that is done -> Result; or, of a video to loop that was made, _Planned of the loop."""
+    request, work = one.request, one.work
+    if request.task == "loop" and not request.video and one.media.frames is None:
+      media = Media(self, request, np.stack(list(work.result())))
+      loop = self._work(request, media)
+      return self._next(dataclasses.replace(one, work=None, media=media, windows=loop.windows), loop)
+    line = work.timeline
+    return Result(
+      one.position,
+      request,
+      None,
+      work.latents_THWC,
+      work.result(),
+      request.size,
+      line.frames if line.out is None else line.out,
+      seconds,
+    )
 
   def pixels(self, latents_THWC):
     """Normalised latents -> iterator of frames [H, W, 3] in [-1, 1], before they are cut and rounded."""
@@ -400,16 +483,66 @@ class Pipeline:
     return list(layout.mesh.devices.flat) if several else []
 
   def decode(self, latents_THWC, frames, size):
-    """Normalised latents -> iterator of `frames` frames, uint8 [H, W, 3], cut to `size`; memory does not grow
-    with length.
+    """Normalised latents -> iterator of `frames` frames (None: all), uint8 [H, W, 3], cut to `size`; memory
+    does not grow with length.
     """
     for image in itertools.islice(self.pixels(latents_THWC), frames):
       yield codec.to_uint8(image[: size[0], : size[1]])
 
 
+class Media:
+  """What a request names, read at its size and rate: for tasks.py. frames: stands in for its video."""
+
+  def __init__(self, pipe, request, frames=None):
+    self.stride, self.frames, self._request = pipe.vae_cfg.stride[0], frames, request
+
+  def image(self, path):
+    """uint8 [H, W, 3]: scaled to cover the size of the request, its middle kept. BadInput names the file."""
+    return cover(read_image(path), self._request.size)
+
+  def video(self, path):
+    """uint8 [T, H, W, 3], as `image`, at the rate of the request."""
+    return self.frames if self.frames is not None and path is None else self._load(path)
+
+  def mask(self, path):
+    """uint8 [T, H, W]: the brightness of a video or image."""
+    return self._load(path).max(-1)
+
+  def _load(self, path):
+    try:
+      reader = video.Reader(path)
+      images = video.resample(reader, self._request.fps, reader.fps) if reader.fps else map(_image, reader)
+      return np.stack([cover(image, self._request.size) for image in images])
+    except video.BadClip as error:
+      raise BadInput(f"video {path!r} cannot be read: {error}") from None
+
+
+class _Sizes(Media):
+  """As Media, of images that are not read yet: any has the size of the request."""
+
+  def image(self, path):
+    del path
+    return np.broadcast_to(np.uint8(0), (*self._request.size, 3))
+
+
+def _image(frame):
+  return frame.image_HWC
+
+
+def _probe(path):
+  """A video -> (number of its frames, frames a second or None, (height, width)); BadInput names it."""
+  if not os.path.exists(path):
+    raise BadInput(f"video {path!r} does not exist; give the path of a file")
+  try:
+    reader = video.Reader(path)
+    return reader.count, reader.fps, next(iter(reader)).image_HWC.shape[:2]
+  except (video.BadClip, StopIteration) as error:
+    raise BadInput(f"video {path!r} cannot be read: {error}") from None
+
+
 def _prompts(request):
   """The texts that a request is denoised with."""
-  return request.prompt, request.negative_prompt
+  return (*request.prompts, request.negative_prompt)
 
 
 def read_image(path):
@@ -422,6 +555,8 @@ def read_image(path):
 
 def cover(image_HWC, size):
   """uint8 image scaled to cover `size` (keeping its shape), its middle cropped to it."""
+  if image_HWC.shape[:2] == tuple(size):
+    return image_HWC
   scale = max(size[0] / image_HWC.shape[0], size[1] / image_HWC.shape[1])
   height, width = (max(n, round(m * scale)) for n, m in zip(size, image_HWC.shape[:2], strict=True))
   scaled = np.asarray(

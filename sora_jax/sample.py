@@ -38,11 +38,11 @@ class Denoising:
   rescale: float
 
 
-def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform"):
+def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform", number=0):
   """Request and Canvas -> Denoising.
 
   tokenize: str -> ids or embeddings. base_fps: as in training, None for the plain index. schedule: a key of
-  flow.SCHEDULES.
+  flow.SCHEDULES. number: of the canvas, of a video that is made in several; each has other noise.
   """
   size = canvas.latents_THWC.shape[:3]
   grid = patches.grid(size, patch)
@@ -51,13 +51,15 @@ def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform")
     coords_L3=patches.coords(grid, patches.time_scale(base_fps, request.fps)),
     texts=[tokenize(text) for text in canvas.texts],
     uid=request.seed,
+    epoch=number,
     size=size,
     fps=request.fps,
     given_L=masks.tokens(canvas.given_THW, patch),
     prompt_L=np.repeat(canvas.prompt_T[:: patch[0]], grid[1] * grid[2]),
     cond_LQ=None if canvas.cond_THWC is None else patches.patchify(canvas.cond_THWC, patch),
   )
-  sigmas, times = flow.schedule(schedule, request.sampler, request.steps, request.shift)
+  start = 1.0 if canvas.start >= 1 else float(flow.shifted(canvas.start, 1 / request.shift))
+  sigmas, times = flow.schedule(schedule, request.sampler, request.steps, request.shift, start)
   return Denoising(
     clip=clip,
     negative=tokenize(request.negative_prompt),

@@ -118,10 +118,6 @@ def test_what_callers_do(pipe):
   assert pipe != results and isinstance(hash(pipe), int)
 
 
-def test_an_image_that_is_not_used_is_not_read(pipe):
-  assert pipe("a ball", **SMALL, image="nowhere.png").shape == (5, 32, 48, 3)
-
-
 def test_it_can_be_stopped(pipe):
   """Results before the stop are whole, none come after it."""
   # each a row of its own

@@ -1,11 +1,12 @@
 """The sampling loop: results do not depend on packing, given tokens stay, rows mix all requests."""
 
 import functools
+import types
 
 import jax
 import numpy as np
 
-from sora_jax import layout, sample, tasks
+from sora_jax import layout, sample, tasks, timeline
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.models import dit, t2v, text
 
@@ -20,7 +21,7 @@ DEFAULTS = {
   "shift": 1.0,
   "guidance": 3.0,
 }
-PARTS = {"stride": (4, 16, 16), "patch": (1, 1, 1), "channels": 4}
+STRIDE = (4, 16, 16)
 
 
 @functools.cache
@@ -37,7 +38,10 @@ def tokenize(prompt):
 
 def work(encode=None, **fields):
   request = tasks.parse_request({"id": "a", "prompt": "a ball", **fields}, DEFAULTS, SAMPLERS)
-  canvas = tasks.TASKS[request.task](request, encode=encode, **PARTS)
+  images = types.SimpleNamespace(stride=STRIDE[0], image=lambda path: np.zeros((*request.size, 3), np.uint8))
+  _, *grid = tasks.latent_size(request.frames, request.size, STRIDE, (1, 1, 1))
+  codec = timeline.Codec(encode, None, STRIDE[0], (*grid, TINY.channels), STRIDE[1:])
+  canvas = timeline.Work(tasks.TASKS[request.task].timeline(request, images), codec).canvas()
   return sample.prepare(request, canvas, tokenize, (1, 1, 1))
 
 
@@ -107,7 +111,7 @@ def test_a_given_image_stays_and_is_used():
   """image_to_video keeps the first latent frame bit for bit, and the others depend on it."""
 
   def given(value):
-    def encode(path, size, padded):
+    def encode(frames):
       return np.full((1, 2, 2, 4), value, np.float32)
 
     return run([work(encode, task="image_to_video", image="x.png", frames=9)])[0]
