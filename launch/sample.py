@@ -16,7 +16,7 @@ from launch.jobs import sample
 from sora_jax import tasks, workdir as workdirs
 from sora_jax.errors import BadInput
 from sora_jax.layout import AXES
-from sora_jax.pipeline import Pipeline, read_image
+from sora_jax.pipeline import Pipeline
 
 FLAGS = flags.FLAGS
 # flags that describe one request
@@ -53,10 +53,9 @@ def main():
     f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with "
     f"{FLAGS.workdir or 'the model that ships'} (step {pipe.step}) into {FLAGS.out}"
   )
-  if FLAGS.prompt is not None:
+  if FLAGS.requests is None:
     request = pipe.parse(requests[0])  # a bad flag is an error before anything is written
-    if request.image:
-      read_image(request.image)
+    pipe.canvas(request)  # and a bad file
   for number, error in broken:
     say(f"line {number} of {FLAGS.requests} is {error}")
     sample.note_failure(FLAGS.out, f"{number:05d}", error, {})
@@ -85,8 +84,8 @@ def main():
 
 def chosen_requests():
   """-> (requests as dicts, broken lines)."""
-  if (FLAGS.prompt is None) == (FLAGS.requests is None):
-    raise BadInput("give either --prompt=TEXT or --requests=FILE.jsonl")
+  if (FLAGS.prompt is None and FLAGS["shots"].value is None) == (FLAGS.requests is None):
+    raise BadInput("give either --prompt=TEXT (or --shots) or --requests=FILE.jsonl")
   given = {name: FLAGS[name].value for name in FIELDS if FLAGS[name].value is not None}
   if FLAGS.requests is not None:
     if given:
@@ -95,7 +94,8 @@ def chosen_requests():
       )
     return sample.read_requests(FLAGS.requests)
   fields = {name: parse_value(name, value) for name, value in given.items()}
-  return [{"id": file_name(FLAGS.prompt, given), "prompt": FLAGS.prompt, **fields}], []
+  prompt = FLAGS.prompt or ""
+  return [{"id": file_name(prompt, given), "prompt": prompt, **fields}], []
 
 
 def parse_value(name, value):
@@ -106,7 +106,9 @@ def parse_value(name, value):
       return json.loads(value if value.startswith("[") else f"[{value.replace('x', ',')}]")
     return wanted(value)
   except ValueError:
-    allowed = "two numbers as 64,96" if wanted is list else f"a number ({wanted.__name__})"
+    allowed = f"a number ({wanted.__name__})"
+    if wanted is list:
+      allowed = "numbers as 64,96, or a list in JSON"
     raise BadInput(f"--{name}={value} cannot be read; give {allowed}") from None
 
 

@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 from launch.common import processes, program, progress
-from sora_jax import files, video
+from sora_jax import files, tasks, video
 from sora_jax.errors import BadInput
 
 MANIFEST = "manifest.jsonl"
@@ -124,7 +124,7 @@ def write(pipe, result, out):
     "path": name,
     "seed": request.seed,
     "size": list(size),
-    "frames": request.frames,
+    "frames": result.count,
     "fps": request.fps,
     "seconds_taken": round(result.seconds + time.monotonic() - began, 3),
     "error": None,
@@ -140,14 +140,14 @@ def write(pipe, result, out):
 
 
 def digest(pipe, request):
-  """A checksum of all that must be the same for a file to count as made: model, request, and the image that
+  """A checksum of all that must be the same for a file to count as made: model, request, and the files that
   it names.
   """
   crc = zlib.crc32(
     json.dumps(dataclasses.asdict(request), sort_keys=True).encode(), zlib.crc32(pipe.identity.encode())
   )
-  if request.image and os.path.isfile(request.image):
-    for piece in files.pieces_of(request.image):
+  for path in filter(None, (getattr(request, name) for name in tasks.FILES)):
+    for piece in files.pieces_of(path) if os.path.isfile(path) else ():
       crc = zlib.crc32(piece, crc)
   return f"{crc:08x}"
 
