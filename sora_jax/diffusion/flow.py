@@ -79,6 +79,12 @@ def unipc_schedule(steps, shift, start=1.0):
   return np.append(sigmas, 0.0).astype(np.float32), np.trunc(1000 * sigmas) / 1000
 
 
+def dpmpp_schedule(steps, shift, start=1.0):
+  """The schedule of `DPMSolverMultistepScheduler` of diffusers 0.42.1 with flow sigmas: from 0.999 to 0."""
+  sigmas = shifted(np.linspace(start * 0.999, 0.0, steps + 1)[:-1], shift)
+  return np.append(sigmas, 0.0).astype(np.float32), np.trunc(1000 * sigmas) / 1000
+
+
 def euler_schedule(steps, shift, start=1.0):
   """The schedule of `FlowMatchEulerDiscreteScheduler` of diffusers 0.42.1.
 
@@ -91,7 +97,10 @@ def euler_schedule(steps, shift, start=1.0):
 
 # Keyed by kind, then sampler. Public models are sampled with "diffusers". A sampler without an entry uses
 # uniform_schedule.
-SCHEDULES = {"uniform": {}, "diffusers": {"unipc": unipc_schedule, "euler": euler_schedule}}
+SCHEDULES = {
+  "uniform": {},
+  "diffusers": {"unipc": unipc_schedule, "euler": euler_schedule, "dpmpp_2m": dpmpp_schedule},
+}
 
 
 def schedule(kind, sampler, steps, shift, start=1.0):

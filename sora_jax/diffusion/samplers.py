@@ -6,12 +6,13 @@ A sampler is a pair of functions; the loop is the caller's:
   step(velocity, x, carry, sigma, sigma_next, key)         -> (x, carry)
 
 `velocity`: (x, sigma, aux) -> (dx/dsigma, aux). aux belongs to the caller (for example caches) and is kept in
-the carry. Sigmas broadcast against x: [] or [B, L, 1]; where both are 0, x is unchanged. All three samplers
-are deterministic and ignore the key.
+the carry. Sigmas broadcast against x: [] or [B, L, 1]; where both are 0, x is unchanged. All samplers are
+deterministic and ignore the key.
 
-  euler   first order, one evaluation a step
-  heun    second order, two evaluations a step          Karras et al., arXiv:2206.00364, Alg. 1
-  unipc   second order, one evaluation a step           Zhao et al., UniPC, arXiv:2302.04867
+  euler      first order, one evaluation a step
+  heun       second order, two evaluations a step       Karras et al., arXiv:2206.00364, Alg. 1
+  dpmpp_2m   second order, one evaluation a step        Lu et al., DPM-Solver++, arXiv:2211.01095, Alg. 2
+  unipc      the same, and each evaluation corrects the step before it; Zhao et al., UniPC, arXiv:2302.04867
 """
 
 import jax.numpy as jnp
@@ -39,6 +40,30 @@ def heun_step(velocity, x, carry, sigma, sigma_next, key):
   v, aux = velocity(x, sigma, carry)
   v_next, aux = velocity(x + (sigma_next - sigma) * v, sigma_next, aux)
   return x + (sigma_next - sigma) * (v + v_next) / 2, aux
+
+
+def dpmpp_init(x, aux=None):
+  """Carry of `dpmpp_2m`: data prediction and sigma of the last evaluation."""
+  return {
+    "aux": aux,
+    "count": jnp.zeros((), jnp.int32),
+    "data": jnp.zeros_like(x),
+    "sigma": jnp.zeros_like(x),
+  }
+
+
+def dpmpp_step(velocity, x, carry, sigma, sigma_next, key):
+  """One step of DPM-Solver++(2M): the predictor of `unipc_step` alone, `DPMSolverMultistepScheduler` of
+  diffusers, with which tests/oracle compares it.
+  """
+  del key
+  sigma, sigma_next = (jnp.broadcast_to(s, x.shape).astype(x.dtype) for s in (sigma, sigma_next))
+  v, aux = velocity(x, sigma, carry["aux"])
+  data = x - sigma * v
+  predicted = _predict(x, data, sigma, sigma_next, carry["data"], carry["sigma"], carry["count"] == 0)
+  x_next = jnp.where(sigma_next > 0, predicted, data)
+  carry = {"aux": aux, "count": carry["count"] + 1, "data": data, "sigma": sigma}
+  return jnp.where(sigma > 0, x_next, x), carry
 
 
 def unipc_init(x, aux=None):
@@ -123,4 +148,9 @@ def _correct(carry, data_now, sigma_now, second):
   return linear + factor * jnp.where(second, 0.5 * jump, a * difference + (b_1 - a) * jump)
 
 
-SAMPLERS = {"euler": (no_carry, euler_step), "heun": (no_carry, heun_step), "unipc": (unipc_init, unipc_step)}
+SAMPLERS = {
+  "euler": (no_carry, euler_step),
+  "heun": (no_carry, heun_step),
+  "unipc": (unipc_init, unipc_step),
+  "dpmpp_2m": (dpmpp_init, dpmpp_step),
+}

@@ -4,7 +4,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import (
+  DPMSolverMultistepScheduler,
+  FlowMatchEulerDiscreteScheduler,
+  UniPCMultistepScheduler,
+)
 
 from sora_jax.diffusion import flow, samplers
 
@@ -22,20 +26,22 @@ def jax_velocity(x, sigma, aux):
 def theirs(kind, shift):
   if kind == "euler":
     return FlowMatchEulerDiscreteScheduler(shift=shift)
-  return UniPCMultistepScheduler(
-    prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2
-  )
+  scheduler = {"unipc": UniPCMultistepScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}[kind]
+  return scheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift, solver_order=2)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [4, 20])
-@pytest.mark.parametrize("kind", ["euler", "unipc"])
+@pytest.mark.parametrize("kind", ["euler", "unipc", "dpmpp_2m"])
 def test_step_for_step(kind, steps, shift):
   """With their sigmas, every x of our sampler equals theirs to 1e-4."""
   scheduler = theirs(kind, shift)
   scheduler.set_timesteps(steps)
   sigmas = scheduler.sigmas.numpy().astype(np.float32)
   assert sigmas[-1] == 0 and len(sigmas) == steps + 1
+  ours, times = flow.schedule("diffusers", kind, steps, shift)
+  np.testing.assert_allclose(ours, sigmas, atol=1e-6)
+  np.testing.assert_allclose(1000 * times, scheduler.timesteps.numpy(), atol=1e-3)
   x = start = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
   wanted = torch.from_numpy(start)
   init, step = samplers.SAMPLERS[kind]
