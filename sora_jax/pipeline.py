@@ -328,9 +328,9 @@ class Pipeline:
     alike = {}
     for one in planned:
       request = one.request
-      # experts change over for all at once
-      levels = (request.steps, request.shift) if self.model.boundary else ()
-      alike.setdefault((request.sampler, *levels), []).append(one)
+      # experts change over, and blocks are computed, for all at once
+      levels = (request.steps, request.shift) if self.model.boundary or request.cache > 1 else ()
+      alike.setdefault((request.sampler, request.cache, *levels), []).append(one)
     for entries in alike.values():
       together = [one for one in entries if one.tokens <= self.row_tokens]
       alone = [[one] for one in entries if one.tokens > self.row_tokens]
@@ -430,7 +430,10 @@ class Pipeline:
     """
     began, (first, *_) = time.monotonic(), rows[0]
     inputs = [[denoising for _, _, denoising in row] for row in rows]
-    tokens = sample.denoise(self.model, self.params, inputs, shape, first[0].request.sampler, on_step, stop)
+    request = first[0].request
+    tokens = sample.denoise(
+      self.model, self.params, inputs, shape, request.sampler, on_step, stop, request.cache
+    )
     if tokens is None:
       return None
     seconds = (time.monotonic() - began) / sum(map(len, rows))

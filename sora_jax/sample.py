@@ -107,22 +107,40 @@ def noise(seed, coords_L3, width):
   return np.asarray(flow.token_noise(keys_11, segment_1L, coords_L3[None], width))[0]
 
 
-def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, stop=lambda: False):
+def computed_steps(steps, cache):
+  """At which of the steps the blocks are computed, bool [steps], if that is to be at one of `cache` of them.
+
+  At the first two, from which the next are extrapolated, at the last, and evenly between.
+  """
+  computed = np.zeros(steps, bool)
+  count = max(3, math.floor(steps / cache))
+  computed[np.rint(np.linspace(1, steps - 1, min(count, steps) - 1)).astype(int)] = True
+  computed[0] = True
+  return computed
+
+
+def denoise(
+  model, params, rows, shape, sampler, on_step=lambda done, of: None, stop=lambda: False, cache=1.0
+):
   """Rows of Denoising (lists of lists) -> for each the list of denoised tokens [n, P] (numpy); None where
   `stop()` became true.
 
   sampler: a key of SAMPLERS. on_step(done, of) is called after each step. A model of two experts changes over
-  at `model.boundary`; what is given to it together must share its noise levels.
+  at `model.boundary`; what is given to it together must share its noise levels. cache > 1: the blocks are
+  computed at one of so many steps alone; between, what they add to their input is extrapolated from the last
+  two, linearly in sigma (TaylorSeer, arXiv:2503.06923, of first order, for all blocks together).
   """
   batch, guided, settings, sigmas, times = _assemble(rows, shape)
   x, noise_BLP, text_BSE = _start(model, params, batch, sigmas[..., 0], guided=guided)
-  carry = SAMPLERS[sampler][0](x, None)
   steps, text_kv, of_expert = sigmas.shape[-1] - 1, None, None
+  computed = computed_steps(steps, cache)
+  carry = SAMPLERS[sampler][0](x, None if cache == 1 else _no_changes(model, batch, x))
   for i in range(steps):
     if stop():
       return None
     weights, low = model.expert(params, times[..., i].max())
     if low is not of_expert:
+      computed[i : i + 2] = True
       text_kv, of_expert = _text_kv(model, weights, text_BSE, batch.prompt_BS), low
     now = {name: settings[name] for name in ("low", "high", "rescale")} | {
       "scale": settings["scale_low" if low else "scale"]
@@ -141,6 +159,7 @@ def denoise(model, params, rows, shape, sampler, on_step=lambda done, of: None, 
       now,
       sampler=sampler,
       guided=guided,
+      reuse=not computed[i],
     )
     x.block_until_ready()
     on_step(i + 1, steps)
@@ -207,12 +226,21 @@ def _clean(model, rows):
   return rows.given_BL & (model.dit.conditioning == "token_sigma")
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampler", "guided"), donate_argnames=("carry",))
+def _no_changes(model, batch, x_BLP):
+  """What is kept of the last two steps that computed the blocks: what these added, and the sigmas."""
+  change_BLD = jnp.zeros((*batch.segment_BL.shape, model.dit.width), model.dit.dtype)
+  sigma_BL1 = jnp.zeros((*x_BLP.shape[:2], 1))
+  return {"last": change_BLD, "before": change_BLD + 0, "sigma": sigma_BL1, "sigma_before": sigma_BL1 + 0}
+
+
+@functools.partial(
+  jax.jit, static_argnames=("model", "sampler", "guided", "reuse"), donate_argnames=("carry",)
+)
 def _step(
   model, params, batch, text_BSE, text_kv, noise_BLP, x_BLP, carry, sigma_BG, sigma_next_BG, time_BG,
-  settings, *, sampler, guided,
+  settings, *, sampler, guided, reuse,
 ):  # fmt: skip
-  """One step of the sampler for all rows."""
+  """One step of the sampler for all rows. reuse: the blocks are not computed."""
   rows = _first_half(batch) if guided else batch
   clips, clean_BL = sigma_BG.shape[1], _clean(model, rows)
 
@@ -233,13 +261,21 @@ def _step(
   def velocity(x_BLP, sigma_BL1, aux):
     # The model takes a time of each clip. Any of its tokens that is not clean has its sigma; Heun asks at
     # sigma_next, too.
+    sigma_BL1 = sigma_BL1[..., :1]  # a sampler may have broadcast it
     x_BLP = replaced(x_BLP, sigma_BL1)
     sigma_now_BG = _largest_of_clip(sigma_BL1[..., 0], rows.segment_BL, clips)
     time_now_BG = jnp.where(sigma_now_BG == sigma_BG, time_BG, sigma_now_BG)
     time_BU, index_BL = flow.token_sigma(time_now_BG, rows.segment_BL, clean_BL)
-    v_BLP = model.velocity(
-      params, repeated(x_BLP), batch, repeated(time_BU), repeated(index_BL), text_BSE, text_kv
-    )
+    inputs = (params, repeated(x_BLP), batch, repeated(time_BU), repeated(index_BL), text_BSE, text_kv)
+    if aux is None:
+      v_BLP = model.velocity(*inputs)
+    elif reuse:
+      apart = aux["sigma"] - aux["sigma_before"]
+      slope = jnp.where(apart == 0, 0.0, (sigma_BL1 - aux["sigma"]) / jnp.where(apart == 0, 1.0, apart))
+      v_BLP = model.velocity(*inputs, change=aux["last"] + repeated(slope) * (aux["last"] - aux["before"]))
+    else:
+      v_BLP, change = model.velocity(*inputs, keep=True)
+      aux = {"last": change, "before": aux["last"], "sigma": sigma_BL1, "sigma_before": aux["sigma"]}
     if guided:
       v_prompt, v_null = jnp.split(v_BLP, 2)
       acts_BG = (sigma_now_BG >= settings["low"]) & (sigma_now_BG <= settings["high"])

@@ -63,6 +63,9 @@ FIELDS = {
   "guidance_rescale": Field(
     float, "share of the guided velocity brought back to the unguided scale", 0.0, (0, 1)
   ),
+  "cache": Field(
+    float, "blocks are computed at one of so many steps, and extrapolated between; 1 is at each", 1.0, (1, 20)
+  ),
 }
 FILES = ("image", "last_image", "video", "video_b", "mask")  # fields that name one
 STRENGTH = 0.7  # where a request gives none
@@ -95,6 +98,7 @@ class Request:
   given: tuple | None = None  # ((first, last), ...)
   strength: float | None = None
   shots: tuple | None = None  # ((seconds, prompt), ...)
+  cache: float = 1.0
 
   @property
   def prompts(self):

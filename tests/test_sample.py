@@ -5,6 +5,7 @@ import types
 
 import jax
 import numpy as np
+import pytest
 
 from sora_jax import layout, sample, tasks, timeline
 from sora_jax.diffusion.samplers import SAMPLERS
@@ -151,3 +152,28 @@ def test_rows_are_a_multiple_of_the_devices():
   """So that all of them share its tokens."""
   for devices, length in ((1, 128), (32, 128), (48, 192)):
     assert sample.share_rows([100], [4], 320, devices=devices)[1].length == length
+
+
+def test_which_steps_compute_the_blocks():
+  """The first two and the last; of the others so many that it is one of `cache` in all."""
+  assert sample.computed_steps(6, 1.0).all() and sample.computed_steps(2, 9.0).all()
+  for steps in (4, 30, 50):
+    for cache in (1.5, 2.2, 3.0, 8.0):
+      computed = sample.computed_steps(steps, cache)
+      assert computed[[0, 1, -1]].all() and computed.sum() == max(3, int(steps / cache))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_changes_of_blocks_are_extrapolated(sampler):
+  """Half of the steps computed gives nearly what all give; as given tokens, packed as alone."""
+
+  def encode(frames):
+    return np.full((1, 2, 2, 4), 1.5, np.float32)
+
+  items = [work(seed=1, steps=16), work(encode, task="image_to_video", image="x", frames=9, steps=16)]
+  whole, half, none = (run(items, sampler, cache=cache) for cache in (1.0, 2.0, 100.0))
+  for i, one in enumerate(whole):
+    error, worse = (np.sqrt(np.mean((other[i] - one) ** 2)) / one.std() for other in (half, none))
+    assert 0 < error < worse / 5, (error, worse)
+  np.testing.assert_array_equal(half[1][:4], np.full((4, 4), 1.5))
+  np.testing.assert_allclose(run(items[1:], sampler, cache=2.0)[0], half[1], atol=1e-4)

@@ -287,8 +287,12 @@ class DiT(Part):
     cond_BLQ=None,
     *,
     text_kv=None,
+    change_BLD=None,
   ):
     """Predicts the velocity of every token, [B, L, P] float32. Values in padding are arbitrary.
+
+    change_BLD is what all blocks together add to their input; where it is given, they are not computed. They
+    leave it in the collection "cache", if that is mutable.
 
     sigma_BU is in [0, 1]; sigma_index_BL is the index of each token's sigma in it. text_BSE is the output of
     the text encoder; `text_kv`, from `text_kv(...)` below, replaces it. Raises ValueError where cond_BLQ is
@@ -331,7 +335,12 @@ class DiT(Part):
       "log_count_BS": log_count_BS,
     }
 
-    x_BLD = self.layers(x_BLD, text_kv, row)
+    if change_BLD is None:
+      before_BLD = x_BLD
+      x_BLD = self.layers(x_BLD, text_kv, row)
+      self.sow("cache", "change_BLD", x_BLD - before_BLD)
+    else:
+      x_BLD += change_BLD.astype(x_BLD.dtype)
 
     modulation_BU2D = self.weight("table", (2, D), (None, "embed")) + time_BUD[:, :, None]
     shift_BUD, scale_BUD = modulation_BU2D[:, :, 0], modulation_BU2D[:, :, 1]

@@ -81,12 +81,18 @@ class Model:
     """
     return None if "lora" in params else text_kv(self.dit, params["dit"], text_BSE, prompt_BS)
 
-  def velocity(self, params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE, text_kv=None):
-    """Predicts the velocity of every token, [B, L, P] float32."""
+  def velocity(
+    self, params, x_BLP, batch, sigma_BU, sigma_index_BL, text_BSE, text_kv=None, change=None, keep=False
+  ):
+    """Predicts the velocity of every token, [B, L, P] float32.
+
+    change: [B, L, D], stands in for the blocks, which are not computed. keep: returns (velocity, the change
+    that they made).
+    """
     variables = {"params": params["dit"]}
     if "lora" in params:
       variables["lora"] = params["lora"]["dit"]
-    return DiT(self.dit, self.layout).apply(
+    out = DiT(self.dit, self.layout).apply(
       variables,
       x_BLP,
       batch.coords_BL3,
@@ -98,4 +104,7 @@ class Model:
       batch.prompt_BS,
       batch.cond_BLQ,
       text_kv=text_kv,
+      change_BLD=change,
+      mutable=["cache"] if keep else False,
     )
+    return (out[0], out[1]["cache"]["change_BLD"][0]) if keep else out
