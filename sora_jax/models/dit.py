@@ -185,7 +185,9 @@ class Attention(Part):
 
     if angles is not None:
       query, key, value = project(x_BLD, "act_length", "query", "key", "value")
-      query, key = apply_rope(query, *angles), apply_rope(key, *angles)
+      query = apply_rope(query, *angles).astype(dtype)
+      query, key = lax.optimization_barrier((query, key))  # one of them is in float32 at a time
+      key = apply_rope(key, *angles)
     else:
       (query,) = project(x_BLD, "act_length", "query")
       if text_kv is None:
