@@ -103,6 +103,7 @@ def neutral():
   config.sample.size = (480, 832)
   config.sample.frames = 17
   config.sample.fps = 16.0
+  config.sample.window = 0  # frames that are made at a time, of longer videos; 0: all
   config.sample.steps = 40
   config.sample.sampler = "unipc"
   config.sample.shift = 3.0
@@ -181,6 +182,7 @@ def world():
   config.steps = 16_000
   config.checkpoint_every = 250
   config.ema_decay = 0.999
+  config.sample.window = 25
   return config
 
 

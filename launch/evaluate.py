@@ -13,6 +13,8 @@ they apply:
   loss_by_sigma    {sigma: mean squared error of the velocity on the same clips, all at that noise level}
   scores           {question: {right, of, share, chance}}: prompts of the embedded world, judged from the
                    decoded files
+  tasks            {task: {right, of, share, idle}}: of a model of the embedded world, with --tasks; idle is
+                   the share that doing nothing gets (launch/jobs/task_scores.py)
   videos           {id: {question: bool}}
   passed_over      {id: reason}: videos that were skipped, because they could not be judged
 """
@@ -31,7 +33,7 @@ from data.sources import folder, shapes
 from data.sources.shapes import judge
 from launch.common import program
 from launch.common.progress import Bar, say
-from launch.jobs import sample as sampling_job
+from launch.jobs import sample as sampling_job, task_scores
 from launch.reports import tables
 from sora_jax import (
   batch as batches,
@@ -61,6 +63,7 @@ def define_flags():
   flags.DEFINE_string("source", "shapes", "clips to measure on: shapes (held-out ones), or a folder of clips")
   flags.DEFINE_integer("clips", 64, "number of clips; the first ones are taken", lower_bound=1)
   flags.DEFINE_integer("prompts", 64, "number of held-out prompts, if videos are made", lower_bound=1)
+  flags.DEFINE_integer("tasks", 0, "cases of each task that are made and judged; 0: none", lower_bound=0)
   flags.DEFINE_integer("seed", 0, "seed of the held-out clips, and of the noise that they are mixed with")
 
 
@@ -107,6 +110,7 @@ def advance_unless_stopped(bar):
 def inputs():
   """Everything that a report depends on: with equal inputs, reports are equal."""
   values = {"source": FLAGS.source, "clips": FLAGS.clips, "prompts": FLAGS.prompts, "seed": FLAGS.seed}
+  values |= {"tasks": FLAGS.tasks} if FLAGS.tasks else {}
   if FLAGS.workdir:
     workdir = pathlib.Path(FLAGS.workdir)
     if not (workdir / "vae" / "config.json").exists():
@@ -150,6 +154,9 @@ def measure_workdir(workdir, out):
     if counts["stopped"]:
       raise Stopped
     report |= judge_folder(folder_of_step)
+  if FLAGS.tasks:
+    inputs_folder = out.with_suffix("").with_name(out.stem + "-tasks")
+    report["tasks"] = task_scores.measure(pipe, inputs_folder, FLAGS.tasks)
   return report
 
 
@@ -312,6 +319,13 @@ def print_report(report):
       right = f"{score['right']}/{score['of']}"
       rows.append((name, right, f"{100 * score['share']:.1f} %", f"{100 * score['chance']:.1f} %"))
     for line in tables.lines(("score", "right", "share", "chance"), rows):
+      say(line)
+  if "tasks" in report:
+    rows = [
+      (name, f"{row['right']}/{row['of']}", f"{100 * row['share']:.1f} %", f"{100 * row['idle']:.1f} %")
+      for name, row in report["tasks"].items()
+    ]
+    for line in tables.lines(("task", "right", "share", "doing nothing"), rows):
       say(line)
 
 
