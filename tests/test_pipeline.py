@@ -12,7 +12,7 @@ import pytest
 
 import sora_jax
 from configs import t2v as page
-from sora_jax import layout, parts, pipeline as pipelines, video, workdir as workdirs
+from sora_jax import layout, parts, pipeline as pipelines, tasks, video, workdir as workdirs
 from sora_jax.errors import BadInput
 from sora_jax.models import dit, t2v, text, vae
 
@@ -196,3 +196,75 @@ def test_programs_can_be_imported_together():
   subprocess.run(
     [sys.executable, "-c", "\n".join(f"import launch.{name}" for name in names.split())], check=True
   )
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+  """Files of 32 x 48 pixels, and what is in them: a video of 9 frames, another of 6, an image, a mask."""
+  folder, rng = tmp_path_factory.mktemp("media"), np.random.default_rng(0)
+  paths = {name: str(folder / f"{name}.mp4") for name in ("video", "video_b")}
+  for path, count in zip(paths.values(), (9, 6)):
+    noise = rng.integers(0, 255, (count, 4, 6, 3), np.uint8)
+    video.write_mp4(path, noise.repeat(8, 1).repeat(8, 2), 8.0, crf=4)
+  for name in ("image", "mask"):
+    paths[name] = str(folder / f"{name}.png")
+    video.write_png(paths[name], np.full((32, 48, 3), 90, np.uint8))
+  half = np.zeros((32, 48, 3), np.uint8)
+  half[:, :24] = 255
+  video.write_png(paths["mask"], half)
+  return paths, {name: video.load(paths[name])[0] for name in ("video", "video_b")}
+
+
+def test_every_task(pipe, media):
+  """As many frames as asked, at the size of the video; what is given comes back as it was; all at once as
+  alone.
+  """
+  paths, clips = media
+  take = lambda *names: {name: paths[name] for name in names}  # noqa: E731
+  shots = [{"seconds": 0.5, "prompt": "a ball"}, {"seconds": 1.0, "prompt": "a square"}]
+  requests = {
+    "text_to_image": {}, "image_to_video": take("image") | {"last_image": paths["image"], "frames": 9},
+    "text_to_video": {"shots": shots}, "extend_forward": take("video") | {"frames": 15},
+    "extend_backward": take("video") | {"frames": 14}, "loop": take("video") | {"frames": 17},
+    "connect": take("video", "video_b") | {"frames": 19}, "fill": take("video", "mask"),
+    "edit": take("video"), "upscale": take("video") | {"size": [48, 72]},
+  }  # fmt: skip
+  fields = {"prompt": "a ball", "steps": 2, "fps": 8.0, "size": [32, 48]}
+  asked = [{**fields, "task": task, **more} for task, more in requests.items()]
+  results = {one.position: one for one in pipe.run(asked)}
+  assert not any(one.error for one in results.values()), [one.error for one in results.values()]
+  videos = {one.request.task: one.video() for one in results.values()}
+  assert set(videos) == set(tasks.TASKS)
+  counts = {task: len(frames) for task, frames in videos.items()}
+  assert counts == {
+    "text_to_image": 1, "image_to_video": 9, "text_to_video": 12, "extend_forward": 15, "extend_backward": 14,
+    "loop": 17, "connect": 9 + 4 + 6, "fill": 9, "edit": 9, "upscale": 9,
+  }  # fmt: skip
+  assert all(results[i].count == counts[asked[i]["task"]] for i in results)
+  a, b = clips["video"], clips["video_b"]
+  for task, given, part in (
+    ("extend_forward", a, slice(0, 9)), ("extend_backward", a, slice(5, 14)), ("loop", a, slice(0, 9)),
+    ("connect", a, slice(0, 9)), ("connect", b, slice(13, 19)),
+  ):  # fmt: skip
+    np.testing.assert_array_equal(videos[task][part], given, task)
+    assert np.abs(videos[task][9 if part.start == 0 else 4].astype(int) - given[0]).max() > 0
+  np.testing.assert_array_equal(videos["fill"][:, :, 24:], a[:, :, 24:])
+  assert np.abs(videos["fill"][:, :, :24].astype(int) - a[:, :, :24]).mean() > 5
+  assert videos["upscale"].shape[1:3] == (48, 72) and (videos["image_to_video"][[0, -1]] == 90).all()
+  (alone,) = pipe.run([asked[list(requests).index("connect")]])
+  assert np.mean((alone.video().astype(float) - videos["connect"]) ** 2) < 0.1
+
+
+def test_a_long_video_in_windows(pipe, media):
+  """Also a loop from words alone. The first window is the short video; progress counts the steps of all."""
+  short = dataclasses.replace(pipe, window=9)
+  fields = {"prompt": "a ball", **SMALL}
+  steps = []
+  requests = [{**fields, "frames": 25}, {**fields, "task": "loop", "frames": 17}, fields]
+  results = {
+    one.position: one for one in short.run(requests, progress=lambda done, total: steps.append((done, total)))
+  }
+  assert [len(results[i].video()) for i in range(3)] == [25, 17, 5]
+  assert results[0].latents_THWC.shape[0] == 7 and steps == sorted(steps)
+  again = {one.position: one.video() for one in short.run(requests[:1])}
+  np.testing.assert_array_equal(again[0][:9], pipe("a ball", **{**SMALL, "frames": 9}))
