@@ -15,7 +15,7 @@ OURS = ("sora_jax", "data", "launch", "configs", "tests")
 BASIS = tuple(f"sora_jax.{name}" for name in ("batch", "patches", "masks", "layout", "multihost"))
 STEP = (
   *BASIS,
-  *(f"sora_jax.{name}" for name in ("models", "diffusion", "tasks", "optim", "metrics", "flops")),
+  *(f"sora_jax.{name}" for name in ("models", "diffusion", "tasks", "timeline", "optim", "metrics", "flops")),
 )
 
 # What a module of the package may import of ours, by the longest prefix that names it. A module may always
@@ -41,7 +41,8 @@ ALLOWED = {
   "sora_jax.optim": ("sora_jax.layout",),
   "sora_jax.models": BASIS,
   "sora_jax.weights": ("sora_jax.models", "sora_jax.layout"),
-  "sora_jax.tasks": BASIS,
+  "sora_jax.timeline": (),
+  "sora_jax.tasks": (*BASIS, "sora_jax.timeline"),
   "sora_jax.train": STEP,
   "sora_jax.train_vae": STEP,
   "sora_jax.sample": STEP,
@@ -79,6 +80,7 @@ OTHERS = {
   "sora_jax.patches": {"jax", "numpy"},
   "sora_jax.batch": {"jax", "numpy"},
   "sora_jax.masks": {"numpy"},
+  "sora_jax.timeline": {"numpy"},
   "configs": {"ml_collections", "numpy"},
 }
 # launch.benchmark.theirs may, inside functions

@@ -24,8 +24,21 @@ def request_table():
   return "\n".join(lines)
 
 
-def test_the_table_of_requests():
-  assert request_table() in README, f"README.md, section Requests, must hold:\n{request_table()}"
+def task_rows():
+  """tasks.TASKS in Markdown."""
+
+  def fields(names):
+    return " ".join(f"`{name}`" for name in names)
+
+  for name, task in tasks.TASKS.items():
+    one_of = " or ".join(f"`{field}`" for field in task.one_of)
+    yield f"| `{name}` | {', '.join(filter(None, (fields(task.needs), one_of)))} | {fields(task.takes)} |"
+
+
+def test_the_tables_of_requests():
+  rows = "\n".join(task_rows())
+  for table in (request_table(), rows):
+    assert table in README, f"README.md, section Requests, must hold:\n{table}"
 
 
 def test_requests_have_the_fields_of_the_table():
