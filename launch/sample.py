@@ -5,14 +5,17 @@ manifest.jsonl out.
   python -m launch.sample --workdir=W --requests=R.jsonl --out=OUT     # run again, it makes what is missing
 """
 
+import itertools
 import json
 import zlib
 
+import jax
 from absl import flags
 
 from launch.common import program
 from launch.common.progress import say
 from launch.jobs import sample
+from launch.reports import gallery
 from sora_jax import tasks, workdir as workdirs
 from sora_jax.errors import BadInput
 from sora_jax.layout import AXES
@@ -32,6 +35,10 @@ def define_flags():
   flags.DEFINE_string(
     "mesh", "", "devices that share the work, as fsdp=2,context=2; empty: chosen from the rows"
   )
+  flags.DEFINE_string(
+    "grid", "", 'with --prompt: a video for each combination, as "steps=10,20 guidance=1,4 seed=0,1"'
+  )
+  flags.DEFINE_bool("gallery", False, "also write OUT/index.html: the videos beside what was given")
   for name in FIELDS:
     flags.DEFINE_string(name, None, f"with --prompt: {tasks.FIELDS[name].help}")
 
@@ -60,6 +67,8 @@ def main():
     say(f"line {number} of {FLAGS.requests} is {error}")
     sample.note_failure(FLAGS.out, f"{number:05d}", error, {})
   counts = sample.run(pipe, requests, FLAGS.out)
+  if FLAGS.gallery and not jax.process_index():
+    say(f"look at {gallery.write(FLAGS.out, list(sample.read_manifest(FLAGS.out).values()))}")
   failed = counts["failed"] + len(broken)
   kept = f", {counts['kept']} were there already" if counts["kept"] else ""
   say(
@@ -88,14 +97,29 @@ def chosen_requests():
     raise BadInput("give either --prompt=TEXT (or --shots) or --requests=FILE.jsonl")
   given = {name: FLAGS[name].value for name in FIELDS if FLAGS[name].value is not None}
   if FLAGS.requests is not None:
-    if given:
+    if given or FLAGS.grid:
       raise BadInput(
-        f"--{next(iter(given))} goes with --prompt; with --requests, give it in each line of {FLAGS.requests}"
+        f"--{next(iter(given), 'grid')} goes with --prompt; with --requests, give it in each line of "
+        f"{FLAGS.requests}"
       )
     return sample.read_requests(FLAGS.requests)
-  fields = {name: parse_value(name, value) for name, value in given.items()}
-  prompt = FLAGS.prompt or ""
-  return [{"id": file_name(prompt, given), "prompt": prompt, **fields}], []
+  prompt, requests = FLAGS.prompt or "", []
+  for values in itertools.product(*grid().values()):
+    flags_of_one = given | dict(zip(grid(), values))
+    fields = {name: parse_value(name, value) for name, value in flags_of_one.items()}
+    requests.append({"id": file_name(prompt, flags_of_one), "prompt": prompt, **fields})
+  return requests, []
+
+
+def grid():
+  """--grid -> {field: [texts of its values]}."""
+  axes = {}
+  for part in FLAGS.grid.split():
+    name, _, values = part.partition("=")
+    if name not in FIELDS or not values:
+      raise BadInput(f'--grid={FLAGS.grid}: {part!r} is no field with values; as "steps=10,20 guidance=1,4"')
+    axes[name] = values.split(",")
+  return axes
 
 
 def parse_value(name, value):

@@ -133,9 +133,12 @@ def write(pipe, result, out):
     "steps": request.steps,
     "sampler": request.sampler,
     "guidance": request.guidance,
+    "shift": request.shift,
     "step": pipe.step,
     "request": digest(pipe, request),
   }
+  more = ("cache", "strength", "given", "shots", *tasks.FILES)
+  line |= {name: value for name in more if (value := getattr(request, name)) not in (None, 1.0)}
   files.append_jsonl(epath.Path(out) / MANIFEST, line)
 
 
