@@ -340,7 +340,8 @@ class DiT(Part):
     if change_BLD is None:
       before_BLD = x_BLD
       x_BLD = self.layers(x_BLD, text_kv, row)
-      self.sow("cache", "change_BLD", x_BLD - before_BLD)
+      if not self.is_initializing():
+        self.sow("cache", "change_BLD", x_BLD - before_BLD)
     else:
       x_BLD += change_BLD.astype(x_BLD.dtype)
 

@@ -104,7 +104,7 @@ def test_a_job_does_the_rest(model, run_program, tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "says"),
   [
-    (("sample",), "either --prompt=TEXT or --requests"),
+    (("sample",), "give either --prompt=TEXT (or --shots) or --requests"),
     (("sample", "--prompt=a ball", "--frames=many"), "--frames=many"),
     (("sample", "--prompt=a ball", "--workdir=/nowhere"), "/nowhere"),
     (("sample", "--requests=/nowhere.jsonl", "--workdir={model}"), "/nowhere.jsonl"),

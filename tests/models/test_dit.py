@@ -221,6 +221,7 @@ def test_every_size(name):
       "tiny": (1.4e6, 1.8e6),
       "quick": (1.4e6, 1.8e6),
       "quick-small": (5e5, 7e5),
+      "world": (3e6, 5e6),
       "quick-large": (5e6, 6e6),
       "S": (4e7, 7e7),
       "B": (1e8, 1.5e8),
@@ -229,7 +230,9 @@ def test_every_size(name):
     }
     low, high = ranges[name]
     assert low <= count <= high
-    assert name in ("tiny", "quick", "quick-small", "quick-large") or dit.SIZES[name].head_size == 256
+    assert (
+      name in ("tiny", "quick", "quick-small", "quick-large", "world") or dit.SIZES[name].head_size == 256
+    )
 
 
 @pytest.mark.parametrize(
