@@ -2,9 +2,9 @@
 
   python -m launch.preflight.table [--only=TEXT] [--out=FILE.jsonl]
 
-Three quarters of an hour on two cores. What FILE holds already is not compiled again. The goals are those of the peers,
-compiled by the same compiler, or better: a step of MaxDiffusion on Wan 2.1 14B, 75,600 tokens, v5p:2x2x1, has
-42.0 GiB of live memory, executes 1.70 of the model's FLOPs and sends 268 GB.
+Three quarters of an hour on two cores. What FILE holds already is not compiled again. The goals are those of
+the peers, compiled by the same compiler, or better: a step of MaxDiffusion on Wan 2.1 14B, 75,600 tokens,
+v5p:2x2x1, has 42.0 GiB of live memory, executes 1.70 of the model's FLOPs and sends 268 GB.
 """
 
 import dataclasses
