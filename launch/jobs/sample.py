@@ -105,7 +105,7 @@ def _is_made(pipe, request, line, out):
 
 
 def write(pipe, result, out):
-  """Decodes a result, writes its file and its manifest line."""
+  """Decodes a result, writes its file and its manifest line, which it returns."""
   began, request = time.monotonic(), result.request
   image = request.frames == 1
   name = request.id + (".png" if image else ".mp4")
@@ -137,6 +137,7 @@ def write(pipe, result, out):
     "request": digest(pipe, request),
   }
   files.append_jsonl(epath.Path(out) / MANIFEST, line)
+  return line
 
 
 def digest(pipe, request):
