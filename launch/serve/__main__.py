@@ -38,9 +38,7 @@ def define_flags():
 
 def main():
   try:
-    import uvicorn
-
-    from launch.serve.app import make_app
+    from launch.serve import app as web
   except ImportError as error:
     raise BadInput(f"{error}; install the extra: pip install '.[serve]'") from None
   listener, out = listen(FLAGS.host, FLAGS.port), own(FLAGS.out)
@@ -48,11 +46,10 @@ def main():
   uploads = Uploads(out / "uploads")
   queue = Queue(pipe, out, uploads.shown)
   name = os.path.basename(os.path.normpath(FLAGS.workdir)) if FLAGS.workdir else "the small model that ships"
-  app = make_app(
+  app = web.make_app(
     pipe, queue, uploads, FLAGS.max_upload_mb << 20, FLAGS.host, f"{name}, {pipe.step:,} steps of training"
   )
-  settings = {"log_level": "warning", "server_header": False, "proxy_headers": False, "ws": "none"}
-  server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2, loop="asyncio", **settings))
+  server = web.make_server(app)
   address, port = listener.getsockname()[:2]
   host = f"[{address}]" if ":" in address else address
   say(f"open http://{host}:{port} in a browser; results go to {FLAGS.out}; Ctrl-C ends it")
@@ -61,14 +58,14 @@ def main():
       f"--host={FLAGS.host}: every machine that reaches this one can send requests and see what was made"
     )
   worker = threading.Thread(target=queue.work, name="queue")
-  web = threading.Thread(target=server.run, args=([listener],), name="web")
+  serving = threading.Thread(target=server.run, args=([listener],), name="web")
   worker.start()
-  web.start()
-  while web.is_alive() and not program.stop_requested():
+  serving.start()
+  while serving.is_alive() and not program.stop_requested():
     time.sleep(0.1)
   left = queue.close()
   server.should_exit = True
-  web.join()
+  serving.join()
   worker.join()
   say(f"ended{f'; {left} requests were not made' if left else ''}; see {FLAGS.out}/manifest.jsonl")
   return program.STOPPED if left else program.OK

@@ -18,14 +18,15 @@ import ipaddress
 import json
 import pathlib
 import socket
-import traceback
 from urllib.parse import urlsplit
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
@@ -39,7 +40,7 @@ HERE = pathlib.Path(__file__).parent
 BODY = 1 << 16  # bytes of a request
 HEADERS = {
   # everything comes from here, and nothing in the text of a request is run
-  "Content-Security-Policy": "default-src 'self'; img-src 'self' blob:; media-src 'self' blob:; "
+  "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; media-src 'self' blob:; "
   "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
   "Cross-Origin-Resource-Policy": "same-origin",
   "Referrer-Policy": "no-referrer",
@@ -63,6 +64,12 @@ def make_app(pipe, queue, uploads, max_upload, host="127.0.0.1", model=""):
   handlers = {BadInput: _bad_input, Full: _full, HTTPException: _http_error, Exception: _failure}
   guard = Middleware(Guard, names={"localhost", host.lower(), socket.gethostname().lower()})
   return Starlette(routes=[*page, *routes], exception_handlers=handlers, middleware=[guard])
+
+
+def make_server(app):
+  """The web server of the application; its `run` takes sockets, and returns once `should_exit` is true."""
+  settings = {"log_level": "warning", "server_header": False, "proxy_headers": False, "ws": "none"}
+  return uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=2, loop="asyncio", **settings))
 
 
 PAGE = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
@@ -215,11 +222,14 @@ async def _pieces(request, most):
   if not length.isdecimal() or int(length) > most:
     raise HTTPException(413, line)
   size = 0
-  async for piece in request.stream():
-    size += len(piece)
-    if size > most:
-      raise HTTPException(413, line)
-    yield piece
+  try:
+    async for piece in request.stream():
+      size += len(piece)
+      if size > most:
+        raise HTTPException(413, line)
+      yield piece
+  except ClientDisconnect:
+    raise HTTPException(400, "the body ended too early") from None
 
 
 def _file(path):
@@ -250,6 +260,5 @@ async def _http_error(request, error):
 
 
 async def _failure(request, error):
-  del request
-  traceback.print_exception(error)
+  del request  # uvicorn prints the traceback
   return _json({"error": f"the server failed: {type(error).__name__}; its terminal says more"}, 500)

@@ -1,7 +1,7 @@
 "use strict";
 // The form is made from what /form says; nothing here knows a task. All text is shown with textContent.
 
-const FIRST = ["size", "frames", "steps", "guidance", "seed"]; // shown at once; other fields are under "More settings"
+const FIRST = ["size", "frames", "steps", "guidance", "seed", "fps"]; // shown at once; other fields are under "More settings"
 const $ = (id) => document.getElementById(id);
 const inputs = {}; // field -> {box, read(): value or undefined, write(value)}
 const cards = {}; // job -> {job, card}
@@ -35,7 +35,7 @@ function field(name) {
   const label = make("label", { htmlFor: name, textContent: words(name), title: known.help });
   box.append(label);
   box.append(...(KINDS[kind(name)] || text)(name, known, box));
-  label.append(make("small", { className: "need" }));
+  label.append(make("small", { className: "need", textContent: name === "size" ? "height, width" : "" }));
   inputs[name].box = box;
   return box;
 }
@@ -52,16 +52,14 @@ function text(name, known, box) {
   const input = make(long ? "textarea" : "input", { id: name, name, rows: 2, title: limits(known) });
   if (known.type === "int" || known.type === "float") input.inputMode = "decimal";
   input.placeholder = known.default === null || known.default === "" ? "" : shown(known.default);
-  box.classList.toggle("wide", long);
   if (name === "prompt") input.placeholder = known.help.split(";")[0];
   inputs[name] = {
     read: () => input.value.trim() === "" ? undefined : parse(input.value.trim(), known.type),
     write: (value) => { input.value = value === undefined ? "" : shown(value); },
   };
-  const lines = known.type === "list" || (long && name !== "prompt") ? [hint(known.help)] : [];
-  if (lines.length) box.classList.add("wide");
-  if (name === "size") { lines.length = 0; box.classList.remove("wide"); }
-  return [input, ...lines];
+  const explained = known.type === "list" && !FIRST.includes(name) || (long && name !== "prompt");
+  box.classList.toggle("wide", long || explained);
+  return explained ? [input, hint(known.help)] : [input];
 }
 
 const hint = (text) => make("p", { className: "hint", textContent: text });
@@ -166,7 +164,8 @@ function build() {
 // Shows the fields that the chosen task needs or takes.
 function choose() {
   const task = about.tasks[inputs.task.read()];
-  $("task-help").textContent = task.help;
+  const files = [...task.needs, ...task.one_of, ...task.takes].filter((name) => about.fields[name].file);
+  $("task-help").textContent = files.length ? task.help : "";
   for (const name of about.only_with) {
     const { box } = inputs[name];
     box.hidden = ![...task.needs, ...task.one_of, ...task.takes].includes(name);

@@ -19,7 +19,7 @@ class Chromium:
     theirs_in, self._out = os.pipe()
     self._in, theirs_out = os.pipe()
     command = [
-      "sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", shutil.which("chromium"), "--headless",
+      "bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", shutil.which("chromium"), "--headless",
       "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
       "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder}",
       f"--window-size={width},{height}", "about:blank",
