@@ -175,8 +175,7 @@ class Server:
     except BadInput as error:
       raise BadInput(self.uploads.shown(str(error))) from None
     files.check_pixels("the result", request.frames, request.size)
-    shown = {name: {"id": upload.id, "name": upload.name} for name, upload in named.items()}
-    return self.queue.submit(request, shown)
+    return self.queue.submit(request, {name: upload.view() for name, upload in named.items()})
 
   async def cancel(self, request):
     job = self.queue.cancel(request.path_params["id"])

@@ -170,7 +170,7 @@ function choose() {
     const { box } = inputs[name];
     box.hidden = ![...task.needs, ...task.one_of, ...task.takes].includes(name);
     box.querySelector(".need").textContent = task.needs.includes(name) ? "needed"
-      : task.one_of.includes(name) ? `${task.one_of.map(words).join(" or ")} needed` : "";
+      : task.one_of.includes(name) ? `${task.one_of.join(" or ").replaceAll("_", " ")} needed` : "";
   }
   problem("");
 }
@@ -187,6 +187,8 @@ async function submit(event) {
   try {
     await ask("/requests", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(fields) });
     await refresh();
+    const results = $("jobs").getBoundingClientRect();
+    if (results.top > innerHeight) $("jobs").scrollIntoView({ behavior: "smooth" }); // on a phone they are below
   } catch (error) { problem(error.message); }
   $("make").disabled = false;
 }
@@ -197,6 +199,16 @@ function player(path, type, controls = true) {
   if (type.startsWith("image/")) return make("img", { src: path, alt: "" });
   return make("video", { src: path, loop: true, muted: true, autoplay: true, playsInline: true, controls });
 }
+
+// Videos are loaded when they are first seen, and play while they are.
+const onScreen = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    if (isIntersecting && !target.firstChild) target.append(player(target.dataset.path, target.dataset.type));
+    const video = target.querySelector("video");
+    if (video && !isIntersecting) video.pause();
+    else video?.play().catch(() => {});
+  }
+});
 
 const typeOf = (path) => path.endsWith(".png") ? "image/png" : "video/mp4";
 
@@ -233,8 +245,8 @@ function act(job) {
     return row;
   }
   if (job.status === "done") row.append(make("a", { href: `/results/${job.id}`, download: job.path, textContent: "Download" }));
-  row.append(make("button", { textContent: "Use these settings", onclick: () => reuse(job) }));
-  if (job.status === "done") row.append(make("button", { textContent: "Continue from it", title: "as the file of a task that takes one", onclick: () => continueFrom(job) }));
+  row.append(make("button", { textContent: "Reuse settings", onclick: () => reuse(job) }));
+  if (job.status === "done") row.append(make("button", { textContent: "Continue", title: "as the file of a task that takes one", onclick: () => continueFrom(job) }));
   return row;
 }
 
@@ -271,11 +283,14 @@ function draw(job) {
     return;
   }
   const stage = make("div", { className: "stage" });
-  stage.append(...(job.status === "done" ? [player(`/results/${job.id}`, typeOf(job.path))] : status(job)));
+  if (job.status === "done") {
+    Object.assign(stage.dataset, { path: `/results/${job.id}`, type: typeOf(job.path) });
+    onScreen.observe(stage);
+  } else stage.append(...status(job));
   const prompt = make("p", { className: "prompt", textContent: job.settings.prompt ?? "" });
   const card = make("article", { className: `card ${job.status}` }, stage, make("div", { className: "about" }, prompt, settings(job), act(job)));
   card.dataset.job = job.id;
-  if (old) old.card.replaceWith(card);
+  if (old) old.card.replaceWith(card); // only what is done is observed, and that is never replaced
   else $("jobs").prepend(card);
   cards[job.id] = { job, card };
 }

@@ -188,7 +188,7 @@ def test_results_are_those_of_launch_sample(tiny, serve, tmp_path):
     assert content == (tmp_path / "plain" / job["path"]).read_bytes()
     both = [manifest[job["id"]] | {"seconds_taken": None} for manifest in (ours, theirs)]
     assert both[0] == both[1]
-  assert jobs[2]["settings"]["image"] == {"id": upload["id"], "name": "ball.png"}
+  assert jobs[2]["settings"]["image"] == upload
   assert sample.run(tiny, requests, tmp_path / "out", quiet=True)["kept"] == 3
 
 
