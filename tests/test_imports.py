@@ -237,7 +237,7 @@ def test_no_circles():
     ("launch.benchmark.theirs", "import torch"),
     ("launch.jobs.sample", "def late():\n  import torch"),
     ("launch.serve.app", "import flask"),
-    ("launch.serve.queue", "import starlette"),
+    ("launch.serve.worker", "import starlette"),
   ],
 )
 def test_a_violation_is_seen(module, source):

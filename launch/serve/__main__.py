@@ -19,10 +19,10 @@ from absl import flags
 
 from launch.common import program
 from launch.common.progress import say
-from launch.serve.queue import Queue
 from launch.serve.uploads import Uploads
+from launch.serve.worker import Queue
 from sora_jax import files, workdir as workdirs
-from sora_jax.errors import BadInput
+from sora_jax.errors import BadInput, Failure
 from sora_jax.pipeline import Pipeline
 
 FLAGS = flags.FLAGS
@@ -51,9 +51,10 @@ def main():
   )
   server = web.make_server(app)
   address, port = listener.getsockname()[:2]
-  host = f"[{address}]" if ":" in address else address
+  ip = ipaddress.ip_address(address)
+  host = socket.gethostname() if ip.is_unspecified else f"[{address}]" if ip.version == 6 else address
   say(f"open http://{host}:{port} in a browser; results go to {FLAGS.out}; Ctrl-C ends it")
-  if not ipaddress.ip_address(address).is_loopback:
+  if not ip.is_loopback:
     program.warn(
       f"--host={FLAGS.host}: every machine that reaches this one can send requests and see what was made"
     )
@@ -67,6 +68,8 @@ def main():
   server.should_exit = True
   serving.join()
   worker.join()
+  if not program.stop_requested():
+    raise Failure("the web server ended by itself; what it printed says why")
   say(f"ended{f'; {left} requests were not made' if left else ''}; see {FLAGS.out}/manifest.jsonl")
   return program.STOPPED if left else program.OK
 

@@ -17,8 +17,8 @@ import inspect
 import ipaddress
 import json
 import pathlib
+import re
 import socket
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -30,8 +30,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from launch.serve import uploads as files
-from launch.serve.queue import Full
+from launch.serve.uploads import TYPES, check_pixels, is_inside
+from launch.serve.worker import Full
 from sora_jax import tasks
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.errors import BadInput
@@ -108,14 +108,17 @@ class Guard:
     await app(scope, receive, send_with_headers)
 
   def _is_ours(self, host):
-    try:
-      name = urlsplit(f"//{host}").hostname or ""
-      if name in self.names:
-        return True
-      ipaddress.ip_address(name)
-    except ValueError:
-      return False
-    return True
+    match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d+)?", host.lower())
+    name = match[1].strip("[]") if match else ""
+    return name in self.names or is_address(name)
+
+
+def is_address(name):
+  """Is it an IP address?"""
+  try:
+    return bool(ipaddress.ip_address(name))
+  except ValueError:
+    return False
 
 
 class Server:
@@ -174,7 +177,7 @@ class Server:
       request = self.pipe.parse(fields | {"id": "new"})
     except BadInput as error:
       raise BadInput(self.uploads.shown(str(error))) from None
-    files.check_pixels("the result", request.frames, request.size)
+    check_pixels("the result", request.frames, request.size)
     return self.queue.submit(request, {name: upload.view() for name, upload in named.items()})
 
   async def cancel(self, request):
@@ -185,7 +188,7 @@ class Server:
 
   async def result(self, request):
     name, folder = self.queue.result(request.path_params["id"]), self.queue.out
-    return _file(folder / name if name and files.is_inside(folder, name) else None)
+    return _file(folder / name if name and is_inside(folder, name) else None)
 
 
 def describe(pipe):
@@ -233,9 +236,9 @@ async def _pieces(request, most):
 
 def _file(path):
   """A response with a file; 404 where there is none."""
-  if path is None or path.suffix not in files.TYPES:
+  if path is None or path.suffix not in TYPES:
     raise HTTPException(404, "there is no such file")
-  return FileResponse(path, media_type=files.TYPES[path.suffix])
+  return FileResponse(path, media_type=TYPES[path.suffix])
 
 
 def _json(value, status=200):

@@ -210,6 +210,7 @@ const onScreen = new IntersectionObserver((entries) => {
   }
 });
 
+const resultOf = (job) => `/results/${encodeURIComponent(job.id)}`;
 const typeOf = (path) => path.endsWith(".png") ? "image/png" : "video/mp4";
 
 function settings(job) {
@@ -218,7 +219,7 @@ function settings(job) {
   for (const [name, value] of Object.entries(job.settings)) {
     if (name === "prompt" || (name === "task" && value === about.fields.task.default)) continue;
     if (JSON.stringify(value) === JSON.stringify(about.fields[name]?.default) && !FIRST.includes(name)) continue;
-    if (name === "size") add(name, value.join(" × "));
+    if (name === "size" && Array.isArray(value)) add(name, value.join(" × "));
     else if (name === "shots") add(name, value.map(([seconds, prompt]) => `${seconds} s: ${prompt}`).join("; "));
     else add(words(name).toLowerCase(), name === "task" ? words(value).toLowerCase() : value.name ?? shown(value));
   }
@@ -241,10 +242,10 @@ function status(job) {
 function act(job) {
   const row = make("div", { className: "actions" });
   if (["waiting", "running"].includes(job.status)) {
-    row.append(make("button", { textContent: "Cancel", onclick: () => ask(`/requests/${job.id}`, { method: "DELETE" }).then(refresh, () => {}) }));
+    row.append(make("button", { textContent: "Cancel", onclick: () => ask(`/requests/${encodeURIComponent(job.id)}`, { method: "DELETE" }).then(refresh, () => {}) }));
     return row;
   }
-  if (job.status === "done") row.append(make("a", { href: `/results/${job.id}`, download: job.path, textContent: "Download" }));
+  if (job.status === "done") row.append(make("a", { href: resultOf(job), download: job.path, textContent: "Download" }));
   row.append(make("button", { textContent: "Reuse settings", onclick: () => reuse(job) }));
   if (job.status === "done") row.append(make("button", { textContent: "Continue", title: "as the file of a task that takes one", onclick: () => continueFrom(job) }));
   return row;
@@ -270,7 +271,7 @@ async function continueFrom(job) {
     inputs.task.write(name);
     choose();
   }
-  const blob = await (await fetch(`/results/${job.id}`)).blob();
+  const blob = await (await fetch(resultOf(job))).blob();
   await inputs[wanted(about.tasks[inputs.task.read()])].send(new File([blob], job.path));
   scrollTo({ top: 0, behavior: "smooth" });
 }
@@ -284,7 +285,7 @@ function draw(job) {
   }
   const stage = make("div", { className: "stage" });
   if (job.status === "done") {
-    Object.assign(stage.dataset, { path: `/results/${job.id}`, type: typeOf(job.path) });
+    Object.assign(stage.dataset, { path: resultOf(job), type: typeOf(job.path) });
     onScreen.observe(stage);
   } else stage.append(...status(job));
   const prompt = make("p", { className: "prompt", textContent: job.settings.prompt ?? "" });

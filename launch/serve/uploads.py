@@ -37,7 +37,8 @@ TYPES = {
   ".avi": "video/x-msvideo",
 }
 ID = re.compile(r"[0-9a-f]{32}")
-PIXELS = 1 << 30  # in all frames of a file or a result: 3 GB of bytes
+FRAME = 1 << 26  # pixels of one frame of a file or a result: 200 MB of bytes
+PIXELS = 1 << 30  # of all its frames: 3 GB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +112,11 @@ def is_inside(folder, name):
 
 def check_pixels(what, frames, size):
   """BadInput where so many frames would fill the memory."""
-  pixels = frames * size[0] * size[1]
-  if pixels > PIXELS:
+  pixels = size[0] * size[1]
+  if pixels > FRAME or frames * pixels > PIXELS:
     raise BadInput(
-      f"{what} has {frames} frames of {size[0]} x {size[1]} pixels, {pixels / 1e6:,.0f} million together; at "
-      f"most {PIXELS / 1e6:,.0f} million are taken here: make it smaller or shorter"
+      f"{what} has {frames} frames of {size[0]} x {size[1]} pixels; at most {FRAME / 1e6:,.0f} million "
+      f"pixels a frame, and {PIXELS / 1e6:,.0f} million in all, are taken here: make it smaller or shorter"
     )
 
 

@@ -64,7 +64,7 @@ class Queue:
     lines = sample.read_manifest(out)
     for name, line in lines.items():
       self._add(_made_before(name, line, shown))
-    taken = [name for name in [*lines, *(path.stem for path in out.iterdir())] if name.isdecimal()]
+    taken = [name for name in [*self._jobs, *(path.stem for path in out.iterdir())] if name.isdecimal()]
     self._number = max(map(int, taken), default=0)
 
   # --- what the page asks
@@ -141,7 +141,7 @@ class Queue:
       return self._closing or job.cancelled
 
     def progress(done, total):
-      self._set(job, done=done, total=total)
+      self._set(job, done=done, total=max(done, total))  # `loop` learns later that it has a second round
 
     say(f"{job.id}: {job.request.task}, {job.request.prompt!r}")
     for result in self.pipe.run([job.request], stop=stop, progress=progress):
@@ -190,6 +190,5 @@ def _made_before(name, line, shown):
   settings = {field: line.get(field) for field in tasks.FIELDS if field not in LEFT_OUT}
   status = "done" if line.get("status") == "ok" else "failed"
   error = shown(str(line["error"])) if line.get("error") else None
-  return Job(
-    name, settings, status=status, error=error, path=line.get("path"), seconds=line.get("seconds_taken")
-  )
+  path, seconds = line.get("path"), line.get("seconds_taken")
+  return Job(str(name), settings, status=status, error=error, path=path and str(path), seconds=seconds)
