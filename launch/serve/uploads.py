@@ -11,8 +11,6 @@ import re
 import secrets
 import stat
 
-import av
-
 from sora_jax import files, video
 from sora_jax.errors import BadInput
 
@@ -135,9 +133,7 @@ def _measure(path, name):
   """A file -> (frames, frames a second or None of a still, (height, width)). Its first frame is decoded."""
   try:
     reader = video.Reader(path)
-    with av.open(str(path)) as container:  # what it says of itself, before a frame takes memory
-      stream = container.streams.best("video")
-      check_pixels(name, reader.count, (stream.height, stream.width))
+    check_pixels(name, reader.count, reader.stored_size)  # before a frame takes memory
     size = next(iter(reader)).image_HWC.shape[:2]
   except (video.BadClip, StopIteration) as error:
     raise BadInput(f"{name} cannot be read: {error}") from None

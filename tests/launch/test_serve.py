@@ -473,8 +473,8 @@ def test_what_cannot_be_had_is_one_line(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium is installed")
 def test_in_a_browser(tmp_path):
-  """The program, with the model that ships: a prompt is typed, its progress and its video are seen, an image is
-  chosen. SIGTERM ends it.
+  """The program, with the model that ships: a prompt is typed, its progress and its video are seen. An image
+  is chosen. SIGTERM ends it.
   """
   with (
     started(tmp_path / "out", "--host=0.0.0.0") as (process, port),
