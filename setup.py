@@ -44,6 +44,8 @@ EXTRAS = {
     "scikit-video>=1.1.11",
     "gcp-storage-emulator>=2026.7",
     "gcsfs>=2026.9",
+    "starlette>=1.0",
+    "uvicorn>=0.40",
   ],
   "oracle": [
     "torch==2.13.0",
@@ -54,6 +56,7 @@ EXTRAS = {
   ],
   "tpu": ["jax[tpu]>=0.10,<0.11"],
   "gcs": ["gcsfs>=2026.9"],  # paths on gs://
+  "serve": ["starlette>=1.0", "uvicorn>=0.40"],  # launch.serve
 }
 
 setuptools.setup(
@@ -73,6 +76,7 @@ setuptools.setup(
     "launch": ["*.sh"],
     "launch.tpu": ["*.sh", "*.yaml", "Dockerfile*"],
     "launch.reports": ["*.html"],
+    "launch.serve": ["page.*"],
   },
   install_requires=CORE,
   extras_require=EXTRAS,

@@ -13,6 +13,7 @@ bt601 below, in limited range unless its pixel format has full range, and `Reade
 import contextlib
 import os
 import pathlib
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -88,8 +89,9 @@ class Reader:
   """An opened file. Iterating decodes it from the start and yields Frames, in constant memory.
 
   count: number of frames that the file should have. fps: their average rate, (count - 1) / span of
-  presentation times; None for a still. still: whether the file is a picture. notes: assumptions, and tags
-  that were ignored; complete once the first frame is decoded.
+  presentation times; None for a still. still: whether the file is a picture. stored_size: the (height, width)
+  that the file names, before frames are turned upright. notes: assumptions, and tags that were ignored;
+  complete once the first frame is decoded.
 
   Opening raises BadClip of kind unreadable, not a video, not supported, no frames, truncated, bad times.
   Iterating raises BadClip of kind corrupt, truncated, bad times, not supported; frames before it were good.
@@ -100,9 +102,10 @@ class Reader:
     self.notes = []
     with _libav_errors("opening"):
       _check_bytes(self.path)
-    with _libav_errors("opening"), av.open(str(self.path)) as container:
+    with _libav_errors("opening"), _open(self.path) as container:
       stream = _video_stream(container)
       self.still = container.format.name in _STILL_FORMATS
+      self.stored_size = stream.height, stream.width
       declared_seconds = _declared_seconds(container, stream)
       times, declared, last = [], stream.frames, 0
       for packet in container.demux(stream):
@@ -168,7 +171,7 @@ class Reader:
     """Yields (av frame, image) in order of presentation, from `start` seconds after the first frame on."""
     begin = self._first + start
     complete = not (start and seek)  # whether an earlier frame was decoded, so that none is missed
-    with _libav_errors("decoding"), av.open(str(self.path)) as container:
+    with _libav_errors("decoding"), _open(self.path) as container:
       stream = _video_stream(container)
       stream.thread_type = "AUTO"
       if self.still:  # otherwise a truncated JPEG is a picture with a grey end
@@ -399,6 +402,11 @@ def _note_oddities(frame, stream, notes):
     notes.append(f"pixels are not square ({ratio.numerator}:{ratio.denominator}): taken as stored")
 
 
+def _open(path):
+  """An opened container. Titles and other tags of a file need not be UTF-8."""
+  return av.open(str(path), metadata_errors="replace")
+
+
 def _video_stream(container):
   """The video stream of a file. Raises BadClip where there is none, or its codec is unknown."""
   stream = container.streams.best("video")
@@ -411,9 +419,10 @@ def _declared_seconds(container, stream):
   """Duration of the video in the file's metadata; None without one, or where it may be that of the sound."""
   if stream.duration:
     return float(stream.duration * stream.time_base)
-  if "DURATION" in stream.metadata:  # Matroska: 00:00:01.600000000
-    hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-    end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+  tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""), re.ASCII)
+  if tag:  # Matroska: 00:00:01.600000000
+    hours, minutes, seconds = map(float, tag.groups())
+    end = hours * 3600 + minutes * 60 + seconds
     return end - float((stream.start_time or 0) * stream.time_base)
   if container.duration and len(container.streams) == 1:
     return container.duration / av.time_base

@@ -397,6 +397,32 @@ def test_garbage_in_the_middle_ends_a_clip_there(tmp_path):
 # --- writing ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+  ("tag", "instead"),
+  [(b"Lavf", b"La\xffv"), (b"VideoHandler", b"Bildersp\xfcle!"), (b"isomiso2", b"isom\xe9so2")],
+)
+def test_tags_that_are_no_utf8(tmp_path, tag, instead):
+  """Titles and names in a file may be Latin-1, or anything."""
+  path = tmp_path / "clip.mp4"
+  video.write_mp4(path, textured(5), 8)
+  content = path.read_bytes()
+  assert tag in content
+  path.write_bytes(content.replace(tag, instead))
+  reader = video.Reader(path)
+  assert len(list(reader)) == 5 and reader.stored_size == (64, 96)
+
+
+@pytest.mark.parametrize("duration", [b"01:0x", b"\xff" * 5, b"00000"])
+def test_a_duration_that_is_none(tmp_path, duration):
+  """Matroska's tag is text, and counts for nothing where it is not a time."""
+  path = tmp_path / "clip.mkv"
+  encode(path, textured(5))
+  content = path.read_bytes()
+  at = content.index(b"00:00:0", content.index(b"DURATION"))
+  path.write_bytes(content[:at] + duration + content[at + len(duration) :])
+  assert len(list(video.Reader(path))) == 5
+
+
 def test_odd_sizes_are_not_cropped(tmp_path):
   """4:2:0 needs even sizes: the last row and column are repeated."""
   clip = textured(5, 33, 47, noise=0)

@@ -105,7 +105,7 @@ def _is_made(pipe, request, line, out):
 
 
 def write(pipe, result, out):
-  """Decodes a result, writes its file and its manifest line."""
+  """Decodes a result, writes its file and its manifest line, which it returns."""
   began, request = time.monotonic(), result.request
   image = request.frames == 1
   name = request.id + (".png" if image else ".mp4")
@@ -140,6 +140,7 @@ def write(pipe, result, out):
   more = ("cache", "strength", "given", "shots", *tasks.FILES)
   line |= {name: value for name in more if (value := getattr(request, name)) not in (None, 1.0)}
   files.append_jsonl(epath.Path(out) / MANIFEST, line)
+  return line
 
 
 def digest(pipe, request):
