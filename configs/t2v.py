@@ -167,6 +167,7 @@ def world_start():
   """As `start`, for the small model that ships."""
   config = start()
   config.model.size = "world"
+  config.model.text = "small"
   config.steps = 1500
   config.optim.learning_rate = 3e-3
   return config
@@ -176,13 +177,16 @@ def world():
   """The small model that ships, after `world_start`: all kinds of scenes, and all that may be given."""
   config = tiny()
   config.model.size = "world"
+  config.model.text = "small"
   config.data.rows = 4
-  config.data.row_text = 128
+  config.data.row_clips = 16
+  config.data.row_text = 160
   config.data.given = {"first": 0.1, "start": 0.07, "end": 0.07, "ends": 0.1, "frames": 0.05, "region": 0.06}
   config.steps = 16_000
   config.checkpoint_every = 250
   config.ema_decay = 0.999
   config.sample.window = 25
+  config.sample.guidance = 1.5
   return config
 
 

@@ -286,10 +286,27 @@ def begin(run, target):
     key = workdirs.trained_key(config)
     weights, step = workdirs.load_weights(config.init, "ema", {key: target.params["dit"]}, say, partial=True)
     weights = {"dit": weights[key]}
+  elif model.text and workdirs.read_config(config.init).model.text != config.model.text:
+    weights, step = other_text_encoder(config, model, target.params)
   else:
     weights, step = workdirs.load_weights(config.init, "ema", target.params, say)
   say(f"starting from the weights of {config.init}, step {step}")
   return train.state_of(weights, model, run.tx, config.ema_decay > 0), None, 0
+
+
+def other_text_encoder(config, model, target):
+  """The DiT of config.init, and a new text encoder, of another size -> (weights, step)."""
+  theirs = workdirs.make_model(
+    workdirs.read_config(config.init), epath.Path(config.init) / "text", model.layout
+  )
+  there = workdirs.targets(dataclasses.replace(model, text=theirs.text))
+  weights, step = workdirs.load_weights(config.init, "ema", there, say)
+  say(f"the text encoder of {config.init} is another: a new one is trained, {config.model.text}")
+  make = jax.jit(
+    lambda key: layouts.unbox(model.init(key))["text"],
+    out_shardings=jax.tree.map(lambda leaf: leaf.sharding, target["text"]),
+  )
+  return {**weights, "text": make(jax.random.key(config.seed))}, step
 
 
 def frozen_weights(run):

@@ -1,8 +1,8 @@
 """The embedded world as the model that ships is trained on it: shapes with more of what is hard to learn.
 
 Scenes of two objects, of two movements and of objects that are not seen for a while are many, clips are
-longer, and half of the scenes of two movements have a caption for each: shots. Captions, held-out
-combinations and pixels are those of data/sources/shapes.
+longer, and one scene fades into another. Half of the scenes of two movements have a caption for each: shots.
+Captions, held-out combinations and pixels are those of data/sources/shapes.
 """
 
 import dataclasses
@@ -14,15 +14,16 @@ from data.sources import shapes
 
 # kind: (share of the clips, probabilities of 1, 9, 17 and 25 frames)
 KINDS = {
-  "still": (0.06, (1.0, 0.0, 0.0, 0.0)),
-  "moves": (0.30, (0.0, 0.5, 0.3, 0.2)),
-  "bounces": (0.06, (0.0, 0.3, 0.4, 0.3)),
-  "behind": (0.13, (0.0, 0.3, 0.4, 0.3)),
-  "relation": (0.18, (0.8, 0.2, 0.0, 0.0)),
-  "order": (0.14, (0.0, 0.0, 0.6, 0.4)),
-  "pan": (0.04, (0.0, 0.5, 0.3, 0.2)),
-  "zoom": (0.03, (0.0, 0.5, 0.3, 0.2)),
-  "leaves": (0.06, (0.0, 0.0, 0.5, 0.5)),
+  "still": (0.05, (1.0, 0.0, 0.0, 0.0)),
+  "moves": (0.22, (0.0, 0.5, 0.3, 0.2)),
+  "bounces": (0.05, (0.0, 0.3, 0.4, 0.3)),
+  "behind": (0.15, (0.0, 0.4, 0.4, 0.2)),
+  "relation": (0.26, (0.8, 0.2, 0.0, 0.0)),
+  "order": (0.10, (0.0, 0.0, 0.6, 0.4)),
+  "pan": (0.03, (0.0, 0.5, 0.3, 0.2)),
+  "zoom": (0.02, (0.0, 0.5, 0.3, 0.2)),
+  "leaves": (0.05, (0.0, 0.0, 0.5, 0.5)),
+  "turns": (0.07, (0.0, 0.3, 0.4, 0.3)),
 }
 LENGTHS = (1, 9, 17, 25)  # frames
 SHARES = {kind: share for kind, (share, _) in KINDS.items()}

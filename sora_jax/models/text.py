@@ -6,7 +6,10 @@ positions of its own in every layer. A row holds several prompts, which do not s
 prompt are consecutive, so the distance of two of them in the prompt is their distance in the row, and one
 bias [N, S, S] serves all rows.
 
-`SIZES["tiny"]` is trained together with the DiT. `umt5-xxl` is the frozen encoder of Wan (weights/umt5.py).
+`SIZES["tiny"]` and `["small"]` are trained together with the DiT. `umt5-xxl` is the frozen encoder of Wan
+(weights/umt5.py). What is trained here begins with heads that look at one neighbour each (compare Mimetic
+initialisation, arXiv:2305.09828): the order of words is learned in hundreds of updates then; otherwise not in
+ten thousand.
 """
 
 import dataclasses
@@ -48,6 +51,9 @@ class TextConfig:
   max_distance: int = 128  # from there on all distances share the last bucket
   eps: float = 1e-6
   dtype: str = "float32"
+  # Queries and keys have unit RMS norm. Without, scores grow under Muon until each token looks at one other,
+  # whatever its place: "tiny" knows which words there are, and not which belong together.
+  unit_norm: bool = False
 
   def __post_init__(self):
     if min(self.vocab, self.width, self.depth, self.heads, self.head_size, self.mlp) < 1:
@@ -64,6 +70,7 @@ class TextConfig:
 SIZES = {
   # vocab is replaced by that of the tokenizer.
   "tiny": TextConfig(vocab=512, width=128, depth=2, heads=4, head_size=32, mlp=256),
+  "small": TextConfig(vocab=512, width=128, depth=2, heads=4, head_size=32, mlp=256, unit_norm=True),
   "umt5-xxl": TextConfig(
     vocab=256384, width=4096, depth=24, heads=64, head_size=64, mlp=10240, dtype="bfloat16"
   ),
@@ -88,6 +95,15 @@ def rms_norm(x, weight, eps):
   """RMS norm over the last axis, in float32."""
   x = x.astype(jnp.float32)
   return x * lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * weight
+
+
+def neighbours(key, shape, cfg):
+  """Initial bias of relative positions, [R, N]: the first head prefers the token before, then the one after,
+  then two before, and so on.
+  """
+  offsets = jnp.array([(head // 2 + 1) * (1 if head % 2 else -1) for head in range(cfg.heads)])
+  buckets = relative_bucket(offsets, cfg.buckets, cfg.max_distance)
+  return 0.1 * jax.random.normal(key, shape) + 4.0 * jax.nn.one_hot(buckets, cfg.buckets).T
 
 
 def normal(fan_in):
@@ -126,7 +142,10 @@ class Layer(nn.Module):
       x_BSNK = product("BSE,ENK->BSNK", h_BSE, name, (E, N, K), heads, init)
       projected.append(shard(x_BSNK, "act_batch", None, "act_heads", None))
     query, key, value = projected
-    table_RN = param(self, "distance", nn.initializers.normal(0.1), (cfg.buckets, N), (None, "heads"))
+    if cfg.unit_norm:
+      query, key = (rms_norm(x, K**-0.25, cfg.eps).astype(dtype) for x in (query, key))
+    first = (lambda key, shape: neighbours(key, shape, cfg)) if cfg.unit_norm else nn.initializers.normal(0.1)
+    table_RN = param(self, "distance", first, (cfg.buckets, N), (None, "heads"))
     bias_NSM = jnp.moveaxis(table_RN[row["bucket_SM"]], -1, 0)
     out_BSNK = attend(query, key, value, row["prompt_BS"], row["prompt_BS"], scale=1.0, bias=bias_NSM)
     axes = ("heads", "head_dim", "text_embed")

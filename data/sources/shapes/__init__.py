@@ -12,7 +12,8 @@ exactly what a caption says; position, speed and background are drawn from the c
   order     first a red ball moves left, then it moves up
   pan       the camera pans left over a red ball        (so the scene moves right, as its tiled floor shows)
   zoom      the camera zooms in on a red ball
-  leaves    a red ball leaves on the left and returns   (drawn by data/sources/world alone)
+  leaves    a red ball leaves on the left and returns   (this and the next: drawn by data/sources/world alone)
+  turns     a red ball turns into a blue square         (one scene fades into another)
 
 Held out: every third combination of (colour, shape, direction), as in a Latin square, and a third or a
 quarter of the combinations of the other kinds, are in no training caption (`held_out`), but every pair of
@@ -66,6 +67,7 @@ KINDS = {
   "pan": ("the camera pans {0} over {a}", (DIRECTIONS,), 0.04, (0.0, 0.6, 0.4)),
   "zoom": ("the camera zooms {0} {a}", (ZOOMS,), 0.03, (0.0, 0.6, 0.4)),
   "leaves": ("{a} leaves {0} and returns", (SIDES,), 0.0, (0.0, 0.0, 1.0)),
+  "turns": ("{a} turns into {b}", (), 0.0, (0.0, 0.0, 1.0)),
 }  # fmt: skip
 
 
@@ -146,7 +148,7 @@ def draw_scene(rng: np.random.Generator, split: str, shares=SHARES) -> Scene:
   while True:
     first = int(rng.integers(6))
     objects = [(colours[first], SHAPES[rng.integers(3)])]
-    if kind in ("behind", "relation"):  # two objects never share a colour
+    if kind in ("behind", "relation", "turns"):  # two objects never share a colour
       objects.append((colours[(first + 1 + int(rng.integers(5))) % 6], SHAPES[rng.integers(3)]))
     words = tuple(tuple(table)[rng.integers(len(table))] for table in KINDS[kind][1])
     scene = Scene(kind, tuple(objects), words)
@@ -295,6 +297,8 @@ def _background(size, shift, zoom, tiled, rng):
 def render(scene: Scene, size: tuple[int, int], frames: int, seed) -> np.ndarray:
   """The pixels of a scene: uint8 [frames, height, width, 3]. seed: as for numpy.random.default_rng."""
   rng = np.random.default_rng(seed)
+  if scene.kind == "turns":
+    return _fade(scene, size, frames, rng)
   centres, diameters, shift, zoom = _stage(scene, size, frames, rng)
   tiled = scene.kind in ("pan", "zoom") or rng.random() < 0.08
   background = np.rint(_background(size, shift, zoom, tiled, rng)).astype(np.uint8)
@@ -304,6 +308,18 @@ def render(scene: Scene, size: tuple[int, int], frames: int, seed) -> np.ndarray
   for (colour, shape), centre_T2, diameter_T in zip(scene.objects, centres, diameters, strict=True):
     _paint(video, np.array(COLOURS[colour], np.float32), shape, centre_T2, diameter_T)
   return video
+
+
+def _fade(scene, size, frames, rng):
+  """Each object in a scene of its own, moving anywhere; the first fades into the second in mid-clip."""
+  ways = rng.choice(list(DIRECTIONS), 2)
+  first, second = (
+    render(Scene("moves", (one,), (str(way),)), size, frames, rng.integers(2**31))
+    for one, way in zip(scene.objects, ways)
+  )
+  begin, end = rng.uniform(0.15, 0.4), rng.uniform(0.6, 0.85)
+  share = np.clip((np.linspace(0, 1, frames) - begin) / (end - begin), 0, 1)[:, None, None, None]
+  return np.rint(first * (1 - share) + second * share).astype(np.uint8)
 
 
 def _paint(video, colour, shape, centre_T2, diameter_T):

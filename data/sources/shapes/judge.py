@@ -14,6 +14,7 @@ track. Each judge then answers one question with one of a fixed set of words, or
   relation   the side of the second object on which the first lies
   behind     whether the first object is hidden in the middle, and visible on both sides
   returns    the side on which the object leaves, if it is gone in the middle and comes back as it was
+  turns      whether the first object is there at the beginning, and the second at the end
 
 `judge` compares the answers with the caption; `chance` is the share that a blind guesser gets right.
 """
@@ -39,7 +40,7 @@ CHANCES = {
   "colour": 1 / len(COLOURS), "shape": 1 / len(SHAPES), "direction": 1 / len(DIRECTIONS),
   "bounce": 1 / len(AXES), "order": 1 / 12, "camera": 1 / (len(DIRECTIONS) + len(ZOOMS)),
   "relation": 1 / len(RELATIONS), "behind": 1 / 2, "two colours": 1 / 15, "two shapes": 1 / 9,
-  "returns": 1 / len(SIDES),
+  "returns": 1 / len(SIDES), "turns": 1 / 2,
 }  # fmt: skip
 QUESTIONS = {  # asked of a single object, besides colour and shape
   "still": (), "moves": ("direction",), "bounces": ("bounce",), "order": ("order",), "pan": ("camera",),
@@ -305,6 +306,12 @@ def returns(detection: Detection, detections: Detections) -> str | None:
   return _word(track[-1] - track[0], SIDES) if len(track) > 1 else None
 
 
+def turns(first: Detection, second: Detection) -> bool:
+  """Whether the first object is all there is at the beginning, and the second at the end."""
+  (a, b), (c, d) = ((one.area_T[0], one.area_T[-1]) for one in (first, second))
+  return bool(a > 4 * c and d > 4 * b)
+
+
 def _least_visible(detection):
   """The least area in the middle of the clip, relative to that at its ends."""
   margin = max(1, len(detection.area_T) // 5)
@@ -403,6 +410,8 @@ def _judge_two(scene, detections):
     results["two shapes"] = shapes == (first_shape, second_shape)
     if scene.kind == "behind":
       results[scene.kind] = behind(first, second)
+    elif scene.kind == "turns":
+      results[scene.kind] = turns(first, second)
     else:
       results[scene.kind] = relation(first, second) == scene.words[0]
   return results
