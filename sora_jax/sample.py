@@ -36,6 +36,7 @@ class Denoising:
   guidance_low: float  # below the boundary of a model of two experts
   interval: tuple  # noise levels between which guidance acts
   rescale: float
+  held_LP: np.ndarray | None = None  # bool: values that are given of tokens that are not; None: no such
 
 
 def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform", number=0):
@@ -46,6 +47,9 @@ def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform",
   """
   size = canvas.latents_THWC.shape[:3]
   grid = patches.grid(size, patch)
+  given_L = masks.tokens(canvas.given_THW, patch)
+  given_LP = patches.patchify(np.broadcast_to(canvas.given_THW[..., None], canvas.latents_THWC.shape), patch)
+  held_LP = given_LP & ~given_L[:, None]
   clip = batches.Clip(
     tokens_LP=patches.patchify(canvas.latents_THWC, patch),
     coords_L3=patches.coords(grid, patches.time_scale(base_fps, request.fps)),
@@ -54,7 +58,7 @@ def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform",
     epoch=number,
     size=size,
     fps=request.fps,
-    given_L=masks.tokens(canvas.given_THW, patch),
+    given_L=given_L,
     prompt_L=np.repeat(canvas.prompt_T[:: patch[0]], grid[1] * grid[2]),
     cond_LQ=None if canvas.cond_THWC is None else patches.patchify(canvas.cond_THWC, patch),
   )
@@ -69,6 +73,7 @@ def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform",
     guidance_low=request.guidance if request.guidance_low is None else request.guidance_low,
     interval=request.guidance_interval,
     rescale=request.guidance_rescale,
+    held_LP=held_LP if held_LP.any() else None,
   )
 
 
@@ -129,9 +134,13 @@ def denoise(
   at `model.boundary`; what is given to it together must share its noise levels. cache > 1: the blocks are
   computed at one of so many steps alone; between, what they add to their input is extrapolated from the last
   two, linearly in sigma (TaylorSeer, arXiv:2503.06923, of first order, for all blocks together).
+
+  What is given of a token that is not given as a whole is put into it at each step, with its noise (RePaint,
+  arXiv:2201.09865, eq. 8a).
   """
   batch, guided, settings, sigmas, times = _assemble(rows, shape)
   x, noise_BLP, text_BSE = _start(model, params, batch, sigmas[..., 0], guided=guided)
+  held_BLP = _held(rows, x.shape)
   steps, text_kv, of_expert = sigmas.shape[-1] - 1, None, None
   computed = computed_steps(steps, cache)
   carry = SAMPLERS[sampler][0](x, None if cache == 1 else _no_changes(model, batch, x))
@@ -157,6 +166,7 @@ def denoise(
       carry,
       *levels,
       now,
+      held_BLP,
       sampler=sampler,
       guided=guided,
       reuse=not computed[i],
@@ -195,6 +205,21 @@ def _assemble(rows, shape):
     for name, value in zip(names, (one.guidance, one.guidance_low, *one.interval, one.rescale), strict=True):
       settings[name][b, g] = value
   return batch, guided, settings, sigmas, times
+
+
+def _held(rows, shape_BLP):
+  """bool [B, L, P] of all rows: values given of tokens that are not; None where there are none."""
+  if all(one.held_LP is None for row in rows for one in row):
+    return None
+  held_BLP = np.zeros(shape_BLP, bool)
+  for b, row in enumerate(rows):
+    at = 0
+    for one in row:
+      count = len(one.clip.tokens_LP)
+      if one.held_LP is not None:
+        held_BLP[b, at : at + count] = one.held_LP
+      at += count
+  return held_BLP
 
 
 def _first_half(batch):
@@ -238,7 +263,7 @@ def _no_changes(model, batch, x_BLP):
 )
 def _step(
   model, params, batch, text_BSE, text_kv, noise_BLP, x_BLP, carry, sigma_BG, sigma_next_BG, time_BG,
-  settings, *, sampler, guided, reuse,
+  settings, held_BLP, *, sampler, guided, reuse,
 ):  # fmt: skip
   """One step of the sampler for all rows. reuse: the blocks are not computed."""
   rows = _first_half(batch) if guided else batch
@@ -249,10 +274,13 @@ def _step(
     return flow.gather_sigma(*flow.token_sigma(value_BG, rows.segment_BL, clean_BL))
 
   def replaced(x_BLP, sigma_BL1):
-    """x with given tokens that are not clean at this noise level (RePaint, arXiv:2201.09865, eq. 8a)."""
-    if model.dit.conditioning != "replacement":
+    """x with what is given and not clean at this noise level (RePaint, arXiv:2201.09865, eq. 8a)."""
+    given_BLP = rows.given_BL[..., None] if model.dit.conditioning == "replacement" else None
+    if held_BLP is not None:
+      given_BLP = held_BLP if given_BLP is None else held_BLP | given_BLP
+    if given_BLP is None:
       return x_BLP
-    return jnp.where(rows.given_BL[..., None], flow.interpolate(rows.tokens_BLP, noise_BLP, sigma_BL1), x_BLP)
+    return jnp.where(given_BLP, flow.interpolate(rows.tokens_BLP, noise_BLP, sigma_BL1), x_BLP)
 
   def repeated(x):
     """The rows once more, below, for the negative prompts."""

@@ -8,8 +8,10 @@ import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 
+import launch.train
 from launch.common.settings import check_rows, make_optimizer, make_sigma
 from sora_jax import batch as batches, layout, optim, train, train_vae, workdir as workdirs
 from sora_jax.diffusion import samplers
@@ -37,6 +39,24 @@ SAMPLE = {
   "shift": 5.0,
   "guidance": 6.0,
 }
+
+
+def test_weights_with_another_text_encoder():
+  """--config.init with a text encoder of another size: its DiT, and a new encoder, as the seed gives it."""
+  config = PAGES["t2v"].get_config("world")
+  config.init, config.model.size = (
+    str(workdirs.shipped()),
+    workdirs.read_config(workdirs.shipped()).model.size,
+  )
+  theirs = workdirs.read_config(config.init).model.text
+  config.model.text = next(name for name in ("small", "tiny") if name != theirs)
+  place = layout.Layout(layout.make_mesh(fsdp=2, devices=jax.devices()[:2]))
+  model = workdirs.make_model(config, workdirs.shipped() / "text", place)
+  weights, _ = launch.train.other_text_encoder(config, model, workdirs.targets(model))
+  stored, _ = workdirs.load_weights(config.init)
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(weights["dit"]), jax.device_get(stored["dit"]))
+  fresh = layout.unbox(jax.jit(model.init)(jax.random.key(config.seed)))["text"]
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(weights["text"]), jax.device_get(fresh))
 
 
 def flat(config, prefix=""):

@@ -1,5 +1,6 @@
 """The sampling loop: results do not depend on packing, given tokens stay, rows mix all requests."""
 
+import dataclasses
 import functools
 import types
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from sora_jax import layout, sample, tasks, timeline
+from sora_jax import layout, patches, sample, tasks, timeline
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.models import dit, t2v, text
 
@@ -120,6 +121,37 @@ def test_a_given_image_stays_and_is_used():
   low, high = given(-1.0), given(2.0)
   np.testing.assert_array_equal(low[:4], np.full((4, 4), -1.0))
   assert np.abs(low[4:] - high[4:]).max() > 1e-3
+
+
+def test_part_of_a_token_is_given():
+  """Patches of 2 x 2 latents, of which a mask cuts some: what is given of them is in the result, and what is
+  made beside it depends on it. Its neighbours in the row are as they are alone.
+  """
+  cfg = dataclasses.replace(TINY, patch=(1, 2, 2))
+  model = dataclasses.replace(MODEL, dit=cfg)
+  params = layout.unbox(jax.jit(model.init)(jax.random.key(0)))
+  params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params)
+  given_THW = np.zeros((2, 4, 4), bool)
+  given_THW[:, :, :3] = True
+  request = tasks.parse_request({"id": "a", "prompt": "a ball", "frames": 5}, DEFAULTS, SAMPLERS)
+
+  def prepared(value, given_THW=given_THW):
+    canvas = timeline.Canvas(np.full((2, 4, 4, 4), value, np.float32), given_THW, np.ones(2, int), ["a"])
+    return sample.prepare(request, canvas, tokenize, cfg.patch)
+
+  def denoise(*items):
+    row = list(items)
+    rows, shape = share_rows(row, 64)
+    (made,) = sample.denoise(model, params, [[row[i] for i in rows[0]]], shape, "unipc")
+    return [patches.unpatchify(made[rows[0].index(i)], (2, 4, 4), cfg.patch) for i in range(len(row))]
+
+  plain = prepared(0.0, np.zeros((2, 4, 4), bool))
+  (low, other), (high,), (alone,) = denoise(prepared(-1.0), plain), denoise(prepared(2.0)), denoise(plain)
+  np.testing.assert_allclose(low[:, :, :3], -1.0, atol=1e-6)
+  np.testing.assert_allclose(high[:, :, :3], 2.0, atol=1e-6)
+  assert np.abs(low[:, :, 3] - high[:, :, 3]).max() > 1e-3
+  np.testing.assert_allclose(other, alone, atol=2e-4)
+  assert plain.held_LP is None and prepared(0.0).held_LP.any()
 
 
 def test_rows_are_shared_and_large_canvases_fit():

@@ -20,7 +20,7 @@ from sora_jax import video
 from sora_jax.errors import Stopped
 
 NEAR = 5.0  # pixels between where an object is and where it should be, in the mean over frames
-SEAM = 2.5  # a step at a seam, in usual steps
+SEAM = 2.5  # a step at a seam, in usual steps of the same video
 SIZE = (64, 64)
 
 
@@ -112,8 +112,7 @@ class Maker:
     fields = {"image": self.file("a", clip[:1]), "last_image": self.file("b", clip[-1:]), "frames": 17}
 
     def right(v):
-      usual = np.median(steps(clip))
-      return follows(v, caption) and step_between(v[-2], v[-1]) <= SEAM * usual
+      return follows(v, caption) and step_between(v[-2], v[-1]) <= SEAM * np.median(steps(v))
 
     fields |= {"prompt": caption, "size": SIZE, "task": "image_to_video"}
     idle = np.concatenate([held(clip[:1], 15), clip[-1:]])
@@ -159,7 +158,7 @@ class Maker:
     def right(v):  # no step makes more than half of the way from one to the other
       return steps(v[8 : len(v) - 8]).max() <= 0.5 * step_between(a[-1], b[0])
 
-    fields |= {"prompt": shapes.caption(second)}
+    fields |= {"prompt": shapes.caption(shapes.Scene("turns", (first.objects[0], second.objects[0])))}
     share = np.linspace(0, 1, 10)[1:-1, None, None, None]
     ideal = np.concatenate([a, (a[-1] * (1 - share) + b[0] * share).astype(np.uint8), b])
     return Case("connect", fields, right, ideal, np.concatenate([a, np.repeat(a[-1:], 8, 0), b]))
@@ -175,9 +174,9 @@ class Maker:
     scene = self.scene()
     clip, caption = self.render(scene, 9), shapes.caption(scene)
     mask = np.zeros((1, *SIZE, 3), np.uint8)
-    mask[:, 8:56, 8:56] = 255
-    idle = clip.copy()
-    idle[:, 8:56, 8:56] = np.median(clip[0, :4].reshape(-1, 3), axis=0)
+    band = (slice(None), slice(16, 48)) if scene.words[0] in ("left", "right") else (slice(16, 48),)
+    mask[(0, *band)] = 255  # the object comes in, and goes out
+    idle = np.where(mask > 0, np.median(clip[0, :4].reshape(-1, 3), axis=0), clip).astype(np.uint8)
     fields = {"video": self.file("hole", clip), "mask": self.file("mask", mask), "prompt": caption}
     right = lambda v: distance(v, clip) <= NEAR and follows(v, caption)  # noqa: E731
     return Case("fill: region", fields | {"task": "fill"}, right, clip, idle)

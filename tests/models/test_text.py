@@ -1,5 +1,6 @@
 """Prompts: cleaning, tokenizers of any corpus, independent prompts in a row, UMT5's own outputs."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -95,6 +96,28 @@ def test_position_matters_and_gradients_are_finite(params):
   assert np.abs(reversed_ids - encode(params, ids, prompt)[0]).max() > 1e-3
   grads = jax.jit(jax.grad(lambda p: jnp.sum(encode(p, ids, prompt) ** 2)))(params)
   assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+def test_heads_begin_at_neighbours():
+  """With `unit_norm` each head looks at one neighbour at first, so what a token becomes tells its order; and
+  scores stay small, however large the weights of queries and keys.
+  """
+  cfg = dataclasses.replace(CFG, unit_norm=True, heads=4, head_size=4, buckets=16)
+  encoder, ids = text.TextEncoder(cfg), jnp.asarray([[3, 4, 5, 6, 7, 8]])
+  params = layouts.unbox(encoder.init(jax.random.key(0), ids, jnp.ones_like(ids)))["params"]
+  favourite = params["layers"]["distance"].argmax(1)  # of each layer and head
+  wanted = [text.relative_bucket(jnp.asarray(o), cfg.buckets, cfg.max_distance) for o in (-1, 1, -2, 2)]
+  np.testing.assert_array_equal(favourite, [wanted] * cfg.depth)
+
+  def embedded(ids, params=params):
+    return encoder.apply({"params": params}, jnp.asarray([ids]), jnp.ones((1, len(ids)), jnp.int32))[0]
+
+  words = list(range(3, 13))
+  beside, far = (embedded([*words[:i], 20, *words[i + 1 :]])[2] for i in (3, 9))
+  before = embedded(words)[2]
+  assert np.abs(far - before).max() < 0.3 * np.abs(beside - before).max()
+  large = {**params, "layers": {**params["layers"], "query": 1e3 * params["layers"]["query"]}}
+  np.testing.assert_allclose(embedded([3, 4, 5], large), embedded([3, 4, 5]), atol=1e-3)
 
 
 def test_sizes():

@@ -39,7 +39,7 @@ def world():
   source = shapes.Source(CLIPS, SEED)
   drawn = [(next(source.read(item)).video_THWC, item.caption) for item in source.items()]
   rng = np.random.default_rng(SEED)
-  for kind in ("bounces", "behind", "order", "pan", "zoom", "relation", "leaves"):
+  for kind in ("bounces", "behind", "order", "pan", "zoom", "relation", "leaves", "turns"):
     for i in range(20):
       scene = shapes.draw_scene(rng, "train", {kind: 1.0})
       frames = {"order": 17, "leaves": (17, 25)[i % 2]}.get(kind, (9, 17)[i % 2])
