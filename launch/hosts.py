@@ -15,7 +15,7 @@ import sys
 
 from launch.common import children
 
-PROGRAMS = ("launch.encode", "launch.train", "launch.train_vae")
+PROGRAMS = ("launch.encode", "launch.sample", "launch.train", "launch.train_vae")
 
 
 def main():

@@ -12,7 +12,7 @@ import zlib
 import jax
 from absl import flags
 
-from launch.common import program
+from launch.common import processes, program, progress
 from launch.common.progress import say
 from launch.jobs import sample
 from launch.reports import gallery
@@ -35,6 +35,9 @@ def define_flags():
   flags.DEFINE_string(
     "mesh", "", "devices that share the work, as fsdp=2,context=2; empty: chosen from the rows"
   )
+  flags.DEFINE_bool(
+    "together", False, "all hosts share each video, of a model that one alone cannot hold; else each its own"
+  )
   flags.DEFINE_string(
     "grid", "", 'with --prompt: a video for each combination, as "steps=10,20 guidance=1,4 seed=0,1"'
   )
@@ -55,7 +58,11 @@ def mesh():
 
 def main():
   requests, broken = chosen_requests()
-  pipe = Pipeline.open(FLAGS.workdir or workdirs.shipped(), FLAGS.weights, say, mesh=mesh())
+  first = processes.join()
+  if not first:
+    progress.mute()
+  devices = None if FLAGS.together else jax.local_devices()
+  pipe = Pipeline.open(FLAGS.workdir or workdirs.shipped(), FLAGS.weights, say, mesh=mesh(), devices=devices)
   say(
     f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with "
     f"{FLAGS.workdir or 'the model that ships'} (step {pipe.step}) into {FLAGS.out}"
@@ -65,9 +72,10 @@ def main():
     pipe.canvas(request)  # and a bad file
   for number, error in broken:
     say(f"line {number} of {FLAGS.requests} is {error}")
-    sample.note_failure(FLAGS.out, f"{number:05d}", error, {})
+    if first:
+      sample.note_failure(FLAGS.out, f"{number:05d}", error, {})
   counts = sample.run(pipe, requests, FLAGS.out)
-  if FLAGS.gallery and not jax.process_index():
+  if FLAGS.gallery and first:
     say(f"look at {gallery.write(FLAGS.out, list(sample.read_manifest(FLAGS.out).values()))}")
   failed = counts["failed"] + len(broken)
   kept = f", {counts['kept']} were there already" if counts["kept"] else ""
@@ -79,13 +87,13 @@ def main():
     say("stopped on request; run the same command again for the rest")
     return program.STOPPED
   if failed:
-    first = (
+    example = (
       f"line {broken[0][0]} of {FLAGS.requests} is {broken[0][1]}"
       if broken
       else f"see {FLAGS.out}/manifest.jsonl"
     )
     raise BadInput(
-      f"{failed} of {len(requests) + len(broken)} requests could not be done ({first}); the others were; "
+      f"{failed} of {len(requests) + len(broken)} requests could not be done ({example}); the others were; "
       "mend them and run again"
     )
   return program.OK

@@ -104,7 +104,13 @@ class Pipeline:
 
   @classmethod
   def open(
-    cls, workdir, weights="ema", say: Callable = lambda line: None, keep_text_encoder=False, mesh=None
+    cls,
+    workdir,
+    weights="ema",
+    say: Callable = lambda line: None,
+    keep_text_encoder=False,
+    mesh=None,
+    devices=None,
   ):
     """From a work directory of launch.train or launch.import_weights, or an export of it.
 
@@ -113,10 +119,11 @@ class Pipeline:
     keep_text_encoder: a frozen text encoder stays in memory while videos are denoised, so that the next call
     need not load it again; it may be larger than the transformer.
     mesh: how many devices cut what, as {"fsdp": 2, "context": 2}; None: see `workdir.sampling_layout`.
+    devices: those that hold the model; None: all, also of other processes.
     BadInput where `workdir` holds no such model.
     """
     config = workdirs.read_config(workdir)
-    layout = workdirs.sampling_layout(config, mesh)
+    layout = workdirs.sampling_layout(config, mesh, devices)
     model = workdirs.make_model(config, epath.Path(workdir) / "text", layout)
     # imported weights stay in what they are computed in
     half = "dit" in config.model and model.dit.dtype == "bfloat16"
@@ -271,7 +278,11 @@ class Pipeline:
   def _planned(self, position, request):
     """The sizes of a request: what planning needs of it. Videos are read, and forgotten again."""
     work = self._work(request, _Sizes(self, request))
-    return self._next(_Planned(position, request, 0, 0, work.windows), work)
+    windows = work.windows
+    if _is_made_first(request):  # then comes the loop
+      frame = np.broadcast_to(np.uint8(0), (work.timeline.frames, *request.size, 3))
+      windows += self._work(request, _Sizes(self, request, frame)).windows
+    return self._next(_Planned(position, request, 0, 0, windows), work)
 
   def _next(self, one, work):
     """`one` with the sizes of the next canvas of its work."""
@@ -284,7 +295,7 @@ class Pipeline:
   def _work(self, request, media):
     """A request -> Work, of which nothing is encoded yet. BadInput where its files cannot be read."""
     task = request.task
-    if task == "loop" and media.frames is None and not request.video:
+    if _is_made_first(request) and media.frames is None:
       # what is looped: half the frames, a whole number of latents
       stride = self.vae_cfg.stride[0]
       half = 1 + stride * max(1, (request.frames - 1) // (2 * stride))
@@ -450,7 +461,7 @@ class Pipeline:
   def _result(self, one, seconds):
     """A work that is done -> Result; or, of a video to loop that was made, _Planned of the loop."""
     request, work = one.request, one.work
-    if request.task == "loop" and not request.video and one.media.frames is None:
+    if _is_made_first(request) and one.media.frames is None:
       media = Media(self, request, np.stack(list(work.result())))
       loop = self._work(request, media)
       return self._next(dataclasses.replace(one, work=None, media=media, windows=loop.windows), loop)
@@ -480,9 +491,15 @@ class Pipeline:
     devices = self._vae_devices()
     return vae.frame_layout(devices, grid_HW) if devices else None
 
+  @property
+  def is_of_this_process(self):
+    """Whether no other process has a part of the model."""
+    layout = self.model.layout
+    return layout is None or set(layout.mesh.devices.flat) <= set(jax.local_devices())
+
   def _vae_devices(self):
     layout = self.model.layout
-    several = layout is not None and layout.mesh.size > 1 and jax.process_count() == 1
+    several = layout is not None and layout.mesh.size > 1 and self.is_of_this_process
     return list(layout.mesh.devices.flat) if several else []
 
   def decode(self, latents_THWC, frames, size):
@@ -541,6 +558,11 @@ def _probe(path):
     return reader.count, reader.fps, next(iter(reader)).image_HWC.shape[:2]
   except (video.BadClip, StopIteration) as error:
     raise BadInput(f"video {path!r} cannot be read: {error}") from None
+
+
+def _is_made_first(request):
+  """Whether the video that is looped is made, too."""
+  return request.task == "loop" and not request.video
 
 
 def _prompts(request):

@@ -266,5 +266,6 @@ def test_a_long_video_in_windows(pipe, media):
   }
   assert [len(results[i].video()) for i in range(3)] == [25, 17, 5]
   assert results[0].latents_THWC.shape[0] == 7 and steps == sorted(steps)
+  assert len({total for _, total in steps}) == 1 and steps[-1][0] == steps[-1][1]
   again = {one.position: one.video() for one in short.run(requests[:1])}
   np.testing.assert_array_equal(again[0][:9], pipe("a ball", **{**SMALL, "frames": 9}))

@@ -1,13 +1,17 @@
 """The sampling job: requests in; mp4 files (png for one frame) and manifest.jsonl out. What is there already
 is kept.
 
-Used by launch.sample, launch.evaluate, and for samples during training. Of several processes all denoise the
-same rows, and the first decodes and writes.
+Used by launch.sample, launch.evaluate, and for samples during training. Several processes share the work in
+one of two ways, as the model's devices say:
+
+  apart     each has a model of its own, and makes its share of the requests: no process waits for another
+  together  all devices hold one model; all denoise the same rows, and the first decodes and writes
 """
 
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import tempfile
 import time
@@ -17,10 +21,11 @@ import jax
 from etils import epath
 
 from launch.common import processes, program, progress
-from sora_jax import files, tasks, video
+from sora_jax import files, multihost, tasks, video
 from sora_jax.errors import BadInput
 
 MANIFEST = "manifest.jsonl"
+PART = "manifest.part-{:03d}.jsonl"  # of a process other than the first, until the job ends
 
 
 def read_requests(path):
@@ -50,7 +55,23 @@ def read_manifest(out):
 
   A line cut short by a kill counts nothing: its request is done again.
   """
-  return {line["id"]: line for line in files.read_jsonl(epath.Path(out) / MANIFEST) if "id" in line}
+  names = [MANIFEST, *_parts(out)]
+  return {
+    line["id"]: line for name in names for line in files.read_jsonl(epath.Path(out) / name) if "id" in line
+  }
+
+
+def _parts(out):
+  """Names of the parts of the manifest that processes left."""
+  return sorted(path.name for path in epath.Path(out).glob(PART.replace("{:03d}", "*")))
+
+
+def _gather(out):
+  """Puts what processes left into the one manifest."""
+  for name in _parts(out):
+    if lines := list(files.read_jsonl(epath.Path(out) / name)):
+      files.append_jsonl(epath.Path(out) / MANIFEST, *lines)
+    (epath.Path(out) / name).unlink()
 
 
 def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
@@ -59,25 +80,49 @@ def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
   A request that cannot be done gets a manifest line with its error; the others are done.
   """
   todo, counts = processes.from_first(f"what {out} lacks", lambda: _missing(pipe, requests, out))
-  first, finished, stop = not jax.process_index(), 0, processes.Stop(stop)
+  index, count = jax.process_index(), jax.process_count()
+  apart = count > 1 and pipe.is_of_this_process
+  if apart:
+    todo, counts = shares(pipe, todo, count)[index], counts if not index else dict.fromkeys(counts, 0)
+  writes, finished, stop = apart or not index, 0, stop if apart else processes.Stop(stop)
+  name = PART.format(index) if apart and index else MANIFEST
   steps = sum(request.steps for request in todo)
   with progress.Bar("sampling", steps or 1, every=1e9 if quiet else 15.0) as bar:
     for result in pipe.run(todo, stop=stop, progress=lambda done, total: bar.update(done)):
       finished += 1
       counts["failed" if result.error else "ok"] += 1
-      if result.error and first:
-        note_failure(out, result.request.id, result.error, dataclasses.asdict(result.request))
+      if result.error and writes:
+        note_failure(out, result.request.id, result.error, dataclasses.asdict(result.request), name)
         progress.say(f"request {result.request.id}: {result.error}")
-      elif first:
-        write(pipe, result, out)
+      elif writes:
+        write(pipe, result, out, name)
   counts["stopped"] = len(todo) - finished
   processes.wait(f"{out} is written")  # a collective does not wait as long as decoding may take
+  if apart:
+    if not index:
+      _gather(out)
+    of_each = multihost.from_all(counts)
+    counts = {key: sum(each[key] for each in of_each) for key in counts}
   return counts
+
+
+def shares(pipe, requests, count):
+  """Requests -> `count` lists of them, with about as much to do in each: the largest first, each to whom has
+  least.
+  """
+  cost = [request.steps * math.prod(pipe.latent_size(request)) for request in requests]
+  lists, load = [[] for _ in range(count)], [0] * count
+  for i in sorted(range(len(requests)), key=lambda i: -cost[i]):
+    least = load.index(min(load))
+    lists[least].append(i)
+    load[least] += cost[i]
+  return [[requests[i] for i in sorted(part)] for part in lists]
 
 
 def _missing(pipe, requests, out):
   """-> (Requests that OUT lacks, counts so far). Those that cannot be parsed get their manifest line."""
   epath.Path(out).mkdir(parents=True, exist_ok=True)
+  _gather(out)
   manifest, counts = read_manifest(out), {"ok": 0, "kept": 0, "failed": 0, "stopped": 0}
   todo, names = [], set()
   for fields in requests:
@@ -104,8 +149,8 @@ def _is_made(pipe, request, line, out):
   return line.get("request") == digest(pipe, request) and (epath.Path(out) / line["path"]).exists()
 
 
-def write(pipe, result, out):
-  """Decodes a result, writes its file and its manifest line, which it returns."""
+def write(pipe, result, out, manifest=MANIFEST):
+  """Decodes a result, writes its file and its line of the manifest, which it returns."""
   began, request = time.monotonic(), result.request
   image = request.frames == 1
   name = request.id + (".png" if image else ".mp4")
@@ -139,7 +184,7 @@ def write(pipe, result, out):
   }
   more = ("cache", "strength", "given", "shots", *tasks.FILES)
   line |= {name: value for name in more if (value := getattr(request, name)) not in (None, 1.0)}
-  files.append_jsonl(epath.Path(out) / MANIFEST, line)
+  files.append_jsonl(epath.Path(out) / manifest, line)
   return line
 
 
@@ -156,7 +201,7 @@ def digest(pipe, request):
   return f"{crc:08x}"
 
 
-def note_failure(out, name, error, fields):
+def note_failure(out, name, error, fields, manifest=MANIFEST):
   """A line of the manifest for a request (or a line of the file) that cannot be done."""
   given = {field: fields.get(field) for field in ("seed", "size", "frames", "fps")}
   prompt = str(fields.get("prompt", ""))[:200].encode("utf-8", "backslashreplace").decode()
@@ -169,4 +214,4 @@ def note_failure(out, name, error, fields):
     "error": error,
     "prompt": prompt,
   }
-  files.append_jsonl(epath.Path(out) / MANIFEST, line)
+  files.append_jsonl(epath.Path(out) / manifest, line)

@@ -36,7 +36,7 @@ def command(count, program, *arguments):
   environment = {
     **os.environ,
     "XLA_FLAGS": conftest.DEVICES.format(1),
-    "PYTHONPATH": str(conftest.ROOT),
+    "PYTHONPATH": os.pathsep.join([str(conftest.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "PYTHONSAFEPATH": "1",
   }
   return [sys.executable, *start, *map(str, arguments)], environment
