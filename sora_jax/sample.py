@@ -18,7 +18,9 @@ from sora_jax.diffusion import flow, guidance
 from sora_jax.diffusion.samplers import SAMPLERS
 
 NOISE_KEY = 0  # of every sampling job: what differs between requests is their seed
-ROW_STEP, TEXT_STEP = 64, 16  # rows have multiples of so many tokens, and of so many text tokens
+# Rows have multiples of ROW_STEP tokens, long ones of more, so that there are at most ROW_LENGTHS lengths
+# between a number and its double, each of which compiles; their text has multiples of TEXT_STEP.
+ROW_STEP, ROW_LENGTHS, TEXT_STEP = 64, 32, 16
 
 
 @dataclasses.dataclass
@@ -82,12 +84,13 @@ def share_rows(tokens, text_tokens, row_tokens, row_clips=64, devices=1):
 
   tokens, text_tokens: of each canvas [N]; its text counts its prompts or its negative prompt, whichever are
   more. -> (list of rows, each a list of positions in 0..N-1; RowShape). A row has `row_tokens` tokens, or
-  more where one canvas needs it, or fewer (in steps of 64) where all fit in less. devices: those that may cut
+  more where one canvas needs it, or fewer where all fit in less. devices: those that may cut
   a row, whose tokens are a multiple of them.
   """
   tokens, text_tokens = np.asarray(tokens), np.asarray(text_tokens)
-  step = math.lcm(ROW_STEP, devices)
-  length = math.ceil(max(tokens.max(), min(row_tokens, tokens.sum())) / step) * step
+  least = int(max(tokens.max(), min(row_tokens, tokens.sum())))
+  step = math.lcm(max(ROW_STEP, (1 << (least.bit_length() - 1)) // ROW_LENGTHS), devices)
+  length = math.ceil(least / step) * step
   rows, room = [], np.zeros(len(tokens), np.int64)
   for i in np.argsort(-tokens, kind="stable").tolist():
     fits = room[: len(rows)] >= tokens[i]

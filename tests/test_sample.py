@@ -160,6 +160,9 @@ def test_rows_are_shared_and_large_canvases_fit():
   assert len(rows) == 1 and shape.length == 64 and shape.clips == 8
   rows, shape = share_rows([work(size=[160, 160])], 64)
   assert shape.length == 256 and rows == [[0]]
+  assert sample.share_rows([75_600], [4], 64)[1].length == 75_776
+  lengths = {sample.share_rows([n], [4], 64)[1].length for n in range(40_000, 80_001, 7)}
+  assert len(lengths) < 40 and all(n % 1024 == 0 for n in lengths)
 
 
 def test_it_can_be_stopped():

@@ -6,10 +6,13 @@ run the same command again; 1 anything else.
 
 import errno
 import os
+import pathlib
+import platform
 import signal
 import sys
 import time
 import traceback
+import zlib
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -45,6 +48,25 @@ def tune_cpu():
   os.environ["XLA_FLAGS"] = " ".join([*CPU_FLAGS, os.environ.get("XLA_FLAGS", "")])
 
 
+def keep_compiled():
+  """What is compiled is kept in $SORA_JAX_CACHE/compiled (default ~/.cache/sora_jax), so that a second start
+  is fast; unless JAX_COMPILATION_CACHE_DIR names another folder, or is empty for none.
+
+  Code for a CPU is for that CPU: machines that share a home have a folder for each kind.
+  """
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  import jax
+
+  try:
+    cpu = [line for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if line[:5] == "flags"][0]
+  except (OSError, IndexError):
+    cpu = platform.processor()
+  folder = os.environ.get("SORA_JAX_CACHE") or pathlib.Path.home() / ".cache" / "sora_jax"
+  kind = f"{platform.machine()}-{zlib.crc32(cpu.encode()):08x}"
+  jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "compiled", kind))
+
+
 def run(main, define_flags):
   """Runs `main()` as a program and exits with its code (None: 0). Never returns.
 
@@ -59,6 +81,7 @@ def run(main, define_flags):
   try:
     define_flags()
     _parse_flags(sys.argv)
+    keep_compiled()
     code = main() or OK
   except (BadInput, flags.Error) as error:
     code = complain(error)
