@@ -49,7 +49,7 @@ FIELDS = {
   "shots": Field(list, 'prompts one after another, as [{"seconds": 2, "prompt": "..."}, ...]'),
   "size": Field(list, "height, width in pixels"),
   "frames": Field(int, "how many frames", limits=(1, 100_000)),
-  "seconds": Field(float, "length, instead of frames", limits=(0, 3600)),
+  "seconds": Field(float, "length, instead of frames", limits=(0.001, 3600)),
   "fps": Field(float, "frames a second", limits=(0.01, 1000)),
   "seed": Field(int, "another seed gives another video", 0, (0, 2**32 - 1)),
   "steps": Field(int, "steps of the sampler", limits=(1, 1000)),

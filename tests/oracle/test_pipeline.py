@@ -116,7 +116,7 @@ def our_video(workdir, fields):
   return (np.stack(list(pipe.pixels(result.latents_THWC))) + 1) / 2, pipe.noise(request)
 
 
-def their_video(folder, fields, noise_THWC, image):
+def their_video(folder, fields, noise_THWC, image, last_image=None):
   """The same request by diffusers, with the pipeline in a folder -> video."""
   pipe = DiffusionPipeline.from_pretrained(folder)
   pipe.set_progress_bar_config(disable=True)
@@ -124,7 +124,7 @@ def their_video(folder, fields, noise_THWC, image):
   if "guidance_low" in fields:
     kwargs["guidance_scale_2"] = fields["guidance_low"]
   if image:
-    kwargs["image"] = image
+    kwargs |= {"image": image, **({"last_image": last_image} if last_image else {})}
   return pipe(
     prompt=fields["prompt"],
     negative_prompt=fields["negative_prompt"],
@@ -180,6 +180,13 @@ def test_round_trip(family, tmp_path):
   theirs = their_video(tmp_path / "back", fields, noise_THWC, image)
   assert ours.shape == theirs.shape and theirs.std() > 0.05
   assert psnr(ours, theirs) > 80
+  if image:  # also a last frame: Wan's first-and-last-frame models are of this architecture
+    last = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*fields["size"], 3), np.uint8))
+    last.save(tmp_path / "last.png")
+    fields |= {"last_image": str(tmp_path / "last.png")}
+    between, _ = our_video(tmp_path / "w", fields)
+    assert psnr(between, their_video(tmp_path / "back", fields, noise_THWC, image, last)) > 80
+    assert psnr(between, ours) < 60
 
 
 def test_ti2v_from_an_image(tmp_path):
