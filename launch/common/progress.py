@@ -61,14 +61,14 @@ class Bar:
     """n more are done; `note` is shown beside them, until the next one."""
     self.update(self.done + n, note)
 
-  def update(self, done, note=""):
-    """So many are done."""
-    self.done = done
+  def update(self, done, note="", total=None):
+    """So many are done; of `total`, where that was not known before."""
+    self.done, self.total = done, total or self.total
     self.note = note or self.note
     if self.first is None:  # time left is estimated from the second on: the first compiles
       self.first, self.began = self.done, time.monotonic()
     if self.rich:
-      self.rich.update(self.task, completed=self.done, note=self.note)
+      self.rich.update(self.task, completed=self.done, total=self.total, note=self.note)
       return
     now = time.monotonic()
     if now - self.last_line >= self.every or self.done == self.total:

@@ -86,9 +86,13 @@ def run(pipe, requests, out, *, quiet=False, stop=program.stop_requested):
     todo, counts = shares(pipe, todo, count)[index], counts if not index else dict.fromkeys(counts, 0)
   writes, finished, stop = apart or not index, 0, stop if apart else processes.Stop(stop)
   name = PART.format(index) if apart and index else MANIFEST
-  steps = sum(request.steps for request in todo)
-  with progress.Bar("sampling", steps or 1, every=1e9 if quiet else 15.0) as bar:
-    for result in pipe.run(todo, stop=stop, progress=lambda done, total: bar.update(done)):
+  with progress.Bar("sampling", 0) as bar:
+
+    def on_step(done, total):
+      if not quiet:
+        bar.update(done, total=total)
+
+    for result in pipe.run(todo, stop=stop, progress=on_step):
       finished += 1
       counts["failed" if result.error else "ok"] += 1
       if result.error and writes:
