@@ -138,15 +138,15 @@ class Maker:
     clip = self.render(scene, 9)
     axis = "left and right" if scene.words[0] in ("left", "right") else "up and down"
     caption = shapes.caption(shapes.Scene("bounces", scene.objects, (axis,)))
-    fields = {"video": self.file("loop", clip), "frames": 21, "prompt": caption}
+    fields = {"video": self.file("loop", clip), "frames": 17, "prompt": caption}
 
     def right(v):
       usual = np.median(steps(clip))
       seams = step_between(v[-1], v[0]), step_between(v[8], v[9])
       return max(seams) <= SEAM * usual and not np.isnan(centres(v, scene.objects[0][0])).any()
 
-    ideal = np.concatenate([clip, np.repeat(clip[7:0:-1], [2, 2, 2, 2, 2, 1, 1], 0)])
-    return Case("loop", fields, right, ideal, held(clip, 12))
+    ideal = np.concatenate([clip, np.repeat(clip[7:0:-1], [2, 1, 1, 1, 1, 1, 1], 0)])
+    return Case("loop", fields, right, ideal, held(clip, 8))
 
   def connect(self):
     first, second = self.scene(), self.scene()

@@ -7,7 +7,7 @@ from launch.jobs import task_scores
 from sora_jax import tasks, video
 from tests.test_tasks import DEFAULTS, SAMPLERS
 
-FRAMES = {"first and last image": 17, "loop": 21, "connect": 26, "shots": 24}
+FRAMES = {"first and last image": 17, "loop": 17, "connect": 26, "shots": 24}
 
 
 @pytest.mark.parametrize("name", task_scores.MAKERS)
