@@ -28,6 +28,7 @@ CORE = [
   "pyarrow>=20",  # manifests in parquet; tensorflow-datasets brings it anyway
   "rich>=14",
   "safetensors>=0.6",
+  "scipy>=1.13",  # jax brings it anyway
   "sentencepiece>=0.2.1",
   "tensorboardX>=2.6.4",
   # as_data_source over ArrayRecord; TensorFlow itself is never imported

@@ -1,7 +1,8 @@
 """Measures a work directory, a folder of videos, or both. Prints the results and writes them to a JSON file.
 
   python -m launch.evaluate --workdir=W --out=FILE.json                 # the VAE; a DiT's loss and videos
-  python -m launch.evaluate --videos=DIR --out=FILE.json                # videos that launch.sample wrote
+  python -m launch.evaluate --videos=DIR --out=FILE.json                # any folder of videos
+  python -m launch.evaluate --videos=DIR --reference=DIR2 --out=FILE.json   # beside those of the same names
   python -m launch.evaluate --workdir=W --source=CLIPS --out=FILE.json  # on a folder of clips
 
 If FILE.json already holds the same measurements, they are printed and nothing is computed. Its keys, where
@@ -16,6 +17,9 @@ they apply:
   tasks            {task: {right, of, share, idle}}: of a model of the embedded world, with --tasks; idle is
                    the share that doing nothing gets (launch/jobs/task_scores.py)
   videos           {id: {question: bool}}
+  quality          {measure: mean} of a folder of videos; by_category, quality_of (each video), not_measured
+                   (launch/jobs/folder_metrics.py)
+  cache            [{cache, saved, psnr}]: the curve of the cache of block outputs, with --cache_curve
   passed_over      {id: reason}: videos that were skipped, because they could not be judged
 """
 
@@ -33,7 +37,7 @@ from data.sources import folder, shapes
 from data.sources.shapes import judge
 from launch.common import program
 from launch.common.progress import Bar, say
-from launch.jobs import sample as sampling_job, task_scores
+from launch.jobs import cache_curve, folder_metrics, sample as sampling_job, task_scores
 from launch.reports import tables
 from sora_jax import (
   batch as batches,
@@ -58,12 +62,17 @@ SHOWN = 6  # reconstructions kept as files
 
 def define_flags():
   flags.DEFINE_string("workdir", "", "work directory whose VAE, and DiT if it has one, are measured")
-  flags.DEFINE_string("videos", "", "folder that launch.sample wrote; its videos are judged, none are made")
+  flags.DEFINE_string("videos", "", "folder of videos: they are measured, and none are made")
+  flags.DEFINE_string("reference", "", "with --videos: folder of videos of the same names to set beside them")
+  flags.DEFINE_string(
+    "i3d", "", "with --reference: an I3D of Kinetics as safetensors, for FVD (weights/i3d.py)"
+  )
   flags.DEFINE_string("out", "", "file for the report, .json")
   flags.DEFINE_string("source", "shapes", "clips to measure on: shapes (held-out ones), or a folder of clips")
   flags.DEFINE_integer("clips", 64, "number of clips; the first ones are taken", lower_bound=1)
   flags.DEFINE_integer("prompts", 64, "number of held-out prompts, if videos are made", lower_bound=1)
   flags.DEFINE_integer("tasks", 0, "cases of each task that are made and judged; 0: none", lower_bound=0)
+  flags.DEFINE_integer("cache_curve", 0, "prompts that `cache` is measured with; 0: it is not", lower_bound=0)
   flags.DEFINE_integer("seed", 0, "seed of the held-out clips, and of the noise that they are mixed with")
 
 
@@ -72,6 +81,10 @@ def main():
     raise BadInput("nothing to measure; give --workdir=W, or --videos=DIR, or both")
   if not FLAGS.out.endswith(".json"):
     raise BadInput(f"--out={FLAGS.out}: give the .json file that the report is to be written to")
+  if (FLAGS.reference and not FLAGS.videos) or (FLAGS.i3d and not FLAGS.reference):
+    raise BadInput(
+      "--reference goes with --videos=DIR, and --i3d with --reference=DIR; give both, or neither"
+    )
   out, current = pathlib.Path(FLAGS.out), inputs()
   previous = files.read_json_if_exists(out)
   if previous.get("inputs") == current:
@@ -84,6 +97,7 @@ def main():
   if FLAGS.workdir:
     report |= measure_workdir(pathlib.Path(FLAGS.workdir), out)
   if FLAGS.videos:
+    report |= folder_metrics.measure(FLAGS.videos, FLAGS.reference, FLAGS.i3d, check_stop)
     report |= judge_folder(pathlib.Path(FLAGS.videos))
   files.write_json(out, report)
   print_report(report)
@@ -110,7 +124,7 @@ def advance_unless_stopped(bar):
 def inputs():
   """Everything that a report depends on: with equal inputs, reports are equal."""
   values = {"source": FLAGS.source, "clips": FLAGS.clips, "prompts": FLAGS.prompts, "seed": FLAGS.seed}
-  values |= {"tasks": FLAGS.tasks} if FLAGS.tasks else {}
+  values |= {name: FLAGS[name].value for name in ("tasks", "cache_curve", "i3d") if FLAGS[name].value}
   if FLAGS.workdir:
     workdir = pathlib.Path(FLAGS.workdir)
     if not (workdir / "vae" / "config.json").exists():
@@ -119,13 +133,13 @@ def inputs():
         "or a finished one of launch.train_vae"
       )
     values["workdir"] = workdirs.identity(workdir)
-  if FLAGS.videos:
-    path = pathlib.Path(FLAGS.videos) / "manifest.jsonl"
-    if not path.exists():
-      raise BadInput(
-        f"--videos={FLAGS.videos} holds no manifest.jsonl; name a folder that launch.sample wrote"
-      )
-    values["videos"] = f"{zlib.crc32(path.read_bytes()):08x}"
+  for name in ("videos", "reference"):
+    if FLAGS[name].value:
+      paths = [path for path, _ in folder_metrics.find(FLAGS[name].value).values()]
+      found = [(str(path), path.stat().st_size) for path in paths if path.exists()]
+      manifest = pathlib.Path(FLAGS[name].value) / "manifest.jsonl"
+      known = manifest.read_bytes() if manifest.exists() else b""
+      values[name] = f"{zlib.crc32(repr(found).encode() + known):08x}"
   return values
 
 
@@ -157,6 +171,11 @@ def measure_workdir(workdir, out):
   if FLAGS.tasks:
     inputs_folder = out.with_suffix("").with_name(out.stem + "-tasks")
     report["tasks"] = task_scores.measure(pipe, inputs_folder, FLAGS.tasks)
+  if FLAGS.cache_curve:
+    requests = shapes.held_out_requests(FLAGS.cache_curve)
+    report["cache"] = cache_curve.measure(
+      pipe, [{k: v for k, v in one.items() if k != "id"} for one in requests]
+    )
   return report
 
 
@@ -299,7 +318,7 @@ def judge_folder(directory):
         except (video.BadClip, OSError) as error:
           skipped[name] = str(error)
       bar.advance()
-  if skipped:
+  if skipped and verdicts:
     name, why = next(iter(skipped.items()))
     say(f"{len(skipped)} of {len(lines)} videos could not be judged, such as {name}: {why}")
   return {"scores": judge.summary(verdicts.values()), "videos": verdicts, "passed_over": skipped}
@@ -319,6 +338,17 @@ def print_report(report):
       right = f"{score['right']}/{score['of']}"
       rows.append((name, right, f"{100 * score['share']:.1f} %", f"{100 * score['chance']:.1f} %"))
     for line in tables.lines(("score", "right", "share", "chance"), rows):
+      say(line)
+  for category, values in report.get("by_category", {}).items():
+    alone = len(report["by_category"]) == 1
+    shown = report["quality"] if alone else {k: v for k, v in values.items() if k != "videos"}
+    numbers = "  ".join(f"{name} {value:.2f}" for name, value in shown.items())
+    say(f"{values['videos']} videos{'' if alone else f' of {category}'}: {numbers}")
+  if "cache" in report:
+    rows = [
+      (f"{row['cache']:g}", f"{row['saved']:.2f} x", f"{row['psnr']:.1f} dB") for row in report["cache"]
+    ]
+    for line in tables.lines(("cache", "fewer block FLOPs", "beside none"), rows):
       say(line)
   if "tasks" in report:
     rows = [

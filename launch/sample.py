@@ -5,6 +5,7 @@ manifest.jsonl out.
   python -m launch.sample --workdir=W --requests=R.jsonl --out=OUT     # run again, it makes what is missing
 """
 
+import collections
 import itertools
 import json
 import zlib
@@ -40,6 +41,12 @@ def define_flags():
   )
   flags.DEFINE_string(
     "grid", "", 'with --prompt: a video for each combination, as "steps=10,20 guidance=1,4 seed=0,1"'
+  )
+  flags.DEFINE_enum(
+    "names",
+    "id",
+    ["id", "vbench"],
+    "of files: the id of a request, or as VBench expects, {prompt}-{index}.mp4",
   )
   flags.DEFINE_bool("gallery", False, "also write OUT/index.html: the videos beside what was given")
   for name in FIELDS:
@@ -100,7 +107,19 @@ def main():
 
 
 def chosen_requests():
-  """-> (requests as dicts, broken lines)."""
+  """-> (requests as dicts, broken lines). Their ids are the names of their files."""
+  requests, broken = given_requests()
+  if FLAGS.names == "vbench":
+    counts = collections.Counter()
+    for fields in requests:
+      prompt = str(fields.get("prompt", ""))
+      fields["id"] = f"{prompt}-{counts[prompt]}"
+      counts[prompt] += 1
+  return requests, broken
+
+
+def given_requests():
+  """--requests, or what the flags say -> (requests as dicts, broken lines)."""
   if (FLAGS.prompt is None and FLAGS["shots"].value is None) == (FLAGS.requests is None):
     raise BadInput("give either --prompt=TEXT (or --shots) or --requests=FILE.jsonl")
   given = {name: FLAGS[name].value for name in FIELDS if FLAGS[name].value is not None}

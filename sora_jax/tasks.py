@@ -66,6 +66,7 @@ FIELDS = {
   "cache": Field(
     float, "blocks are computed at one of so many steps, and extrapolated between; 1 is at each", 1.0, (1, 20)
   ),
+  "category": Field(str, "a name under which launch.evaluate sums up; it changes nothing in the video"),
 }
 FILES = ("image", "last_image", "video", "video_b", "mask")  # fields that name one
 STRENGTH = 0.7  # where a request gives none
@@ -99,6 +100,7 @@ class Request:
   strength: float | None = None
   shots: tuple | None = None  # ((seconds, prompt), ...)
   cache: float = 1.0
+  category: str | None = None
 
   @property
   def prompts(self):

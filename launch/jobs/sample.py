@@ -186,7 +186,7 @@ def write(pipe, result, out, manifest=MANIFEST):
     "step": pipe.step,
     "request": digest(pipe, request),
   }
-  more = ("cache", "strength", "given", "shots", *tasks.FILES)
+  more = ("cache", "category", "strength", "given", "shots", *tasks.FILES)
   line |= {name: value for name in more if (value := getattr(request, name)) not in (None, 1.0)}
   files.append_jsonl(epath.Path(out) / manifest, line)
   return line
@@ -196,9 +196,8 @@ def digest(pipe, request):
   """A checksum of all that must be the same for a file to count as made: model, request, and the files that
   it names.
   """
-  crc = zlib.crc32(
-    json.dumps(dataclasses.asdict(request), sort_keys=True).encode(), zlib.crc32(pipe.identity.encode())
-  )
+  fields = {name: value for name, value in dataclasses.asdict(request).items() if name != "category"}
+  crc = zlib.crc32(json.dumps(fields, sort_keys=True).encode(), zlib.crc32(pipe.identity.encode()))
   for path in filter(None, (getattr(request, name) for name in tasks.FILES)):
     for piece in files.pieces_of(path) if os.path.isfile(path) else ():
       crc = zlib.crc32(piece, crc)

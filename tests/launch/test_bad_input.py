@@ -193,6 +193,23 @@ def test_one_line(model, run_program, tmp_path, arguments, says):
   assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_names_as_vbench_expects(model, run_program, tmp_path):
+  """The prompt, and how often it came before; a prompt that can name no file costs itself alone."""
+  prompts = ("a red ball", "a blue ball", "a red ball", "left/right")
+  lines = [{"prompt": prompt, "frames": 1, "size": [16, 16], "steps": 1, "id": "x"} for prompt in prompts]
+  (tmp_path / "r.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+  done = run_program(
+    "sample",
+    f"--workdir={model}",
+    f"--requests={tmp_path / 'r.jsonl'}",
+    f"--out={tmp_path / 'made'}",
+    "--names=vbench",
+  )
+  assert done.returncode == 2 and "id is 'left/right-0'" in done.stdout
+  names = {path.name for path in (tmp_path / "made").glob("*.png")}
+  assert names == {"a red ball-0.png", "a red ball-1.png", "a blue ball-0.png"}
+
+
 def test_another_model_makes_another_video(model, run_program, tmp_path):
   """The same request to the same folder is made again if the model has changed; else it is kept."""
   arguments = ("sample", "--prompt=a red ball", "--size=16,16", "--frames=1", "--out=made")
