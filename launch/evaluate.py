@@ -15,7 +15,7 @@ they apply:
   scores           {question: {right, of, share, chance}}: prompts of the embedded world, judged from the
                    decoded files
   tasks            {task: {right, of, share, idle}}: of a model of the embedded world, with --tasks; idle is
-                   the share that doing nothing gets (launch/jobs/task_scores.py)
+                   the share that doing nothing gets (launch/jobs/task_scores.py); FILE-tasks.png shows them
   videos           {id: {question: bool}}
   quality          {measure: mean} of a folder of videos; by_category, quality_of (each video), not_measured
                    (launch/jobs/folder_metrics.py)
@@ -170,7 +170,8 @@ def measure_workdir(workdir, out):
     report |= judge_folder(folder_of_step)
   if FLAGS.tasks:
     inputs_folder = out.with_suffix("").with_name(out.stem + "-tasks")
-    report["tasks"] = task_scores.measure(pipe, inputs_folder, FLAGS.tasks)
+    picture = inputs_folder.with_suffix(".png")
+    report["tasks"] = task_scores.measure(pipe, inputs_folder, FLAGS.tasks, picture)
   if FLAGS.cache_curve:
     requests = shapes.held_out_requests(FLAGS.cache_curve)
     report["cache"] = cache_curve.measure(

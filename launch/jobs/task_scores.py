@@ -22,6 +22,7 @@ from sora_jax.errors import Stopped
 NEAR = 5.0  # pixels between where an object is and where it should be, in the mean over frames
 SEAM = 2.5  # a step at a seam, in usual steps of the same video
 SIZE = (64, 64)
+SHOWN, GAP, GIVEN = 9, 2, (20, 160, 60)  # frames of a video in the picture; their frame where they were given
 
 
 @dataclasses.dataclass
@@ -240,10 +241,44 @@ MAKERS = (
 ).split()
 
 
-def measure(pipe, folder, count):
+def strip(case, made):
+  """Frames of the first case of a task, from its beginning to its end: those that were given have a green
+  frame. Of a video that changes as a whole, what it was stands above. -> uint8 [H, W, 3]
+  """
+  inputs = [
+    video.load(case.fields[name])[0]
+    for name in ("image", "last_image", "video", "video_b")
+    if name in case.fields
+  ]
+  rows = []
+  if case.task in ("edit", "upscale", "fill: region"):
+    rows.append((inputs[0], np.ones(len(inputs[0]), bool)))
+  given = [
+    any(frame.shape == own.shape and (frame == own).all() for clip in inputs for own in clip)
+    for frame in made
+  ]
+  rows.append((made, np.array(given)))
+  return np.concatenate([_row(*row) for row in rows])
+
+
+def _row(clip, given):
+  picked, tiles = np.linspace(0, len(clip) - 1, SHOWN).round().astype(int), []
+  for i in picked:
+    tile = np.full((SIZE[0] + 4 * GAP, SIZE[1] + 4 * GAP, 3), 255, np.uint8)
+    h, w = clip.shape[1:3]
+    top, left = (SIZE[0] - h) // 2 + 2 * GAP, (SIZE[1] - w) // 2 + 2 * GAP
+    if given[i]:
+      tile[top - GAP : top + h + GAP, left - GAP : left + w + GAP] = GIVEN
+    tile[top : top + h, left : left + w] = clip[i]
+    tiles.append(tile)
+  return np.concatenate(tiles, 1)
+
+
+def measure(pipe, folder, count, picture):
   """`count` cases of each task -> {task: {right, of, share, idle}}; idle: the share that doing nothing gets.
 
-  Their inputs are written into `folder`. Raises Stopped if a stop was requested.
+  Their inputs are written into `folder`, and a picture of the first case of each task, in the order of the
+  table, to the path `picture`. Raises Stopped if a stop was requested.
   """
   cases = []
   for name in MAKERS:
@@ -251,7 +286,7 @@ def measure(pipe, folder, count):
       case = getattr(Maker(folder, len(cases)), name)()
       case.fields = {"task": name, **case.fields, "id": f"{name}-{number}", "seed": number}
       cases.append(case)
-  done, total = collections.defaultdict(list), 100 * len(cases)
+  done, strips, total = collections.defaultdict(list), {}, 100 * len(cases)
   with Bar("tasks", total) as bar:
     for result in pipe.run(
       [case.fields for case in cases],
@@ -260,11 +295,16 @@ def measure(pipe, folder, count):
     ):
       case = cases[result.position]
       idle = case.chance if case.idle is None else case.right(case.idle)
-      done[case.task].append((bool(case.right(result.video())), float(idle)))
+      made = result.video()
+      done[case.task].append((bool(case.right(made)), float(idle)))
+      if case.fields["id"].endswith("-0"):
+        strips[case.task] = strip(case, made)
   if sum(map(len, done.values())) < len(cases):
     raise Stopped
+  tasks = dict.fromkeys(case.task for case in cases)
+  video.write_png(picture, np.concatenate([strips[task] for task in tasks]).repeat(2, 0).repeat(2, 1))
   table = {}
-  for task in dict.fromkeys(case.task for case in cases):
+  for task in tasks:
     right, idle = np.array(done[task], float).T
     table[task] = {
       "right": int(right.sum()),
