@@ -11,11 +11,13 @@ import shutil
 from etils import epath
 
 from launch.common import program
-from sora_jax import files, parts
+from sora_jax import files, masks, parts
 from sora_jax.errors import BadInput
 
-# Keys of a config that earlier versions did not have, and what they did.
+# Keys of a config that earlier versions did not have, and what they did; and keys that had another name.
 ADDED = {"optim.b1": 0.9, "optim.b2": 0.99, "model.kind": "wan", "model.scans": 1}
+ADDED |= {f"data.given.{kind}": 0.0 for kind in masks.KINDS}
+RENAMED = {"data.image_to_video": "data.given.first"}
 _locks = []  # open files, so that a lock lasts until its file is closed or the program ends
 
 
@@ -57,6 +59,7 @@ def claim_workdir(workdir, config, free_to_change):
   }
   if path.exists() and has_model(workdir):
     here, there = flatten_config(mine), flatten_config(files.read_json(path))
+    there = {RENAMED.get(key, key): value for key, value in there.items()}
     there = {key: value for key, value in ADDED.items() if key in here} | there
     keys = sorted(key for key in here.keys() | there.keys() if not key.startswith(free_to_change))
     differ = [key for key in keys if here.get(key) != there.get(key)]
