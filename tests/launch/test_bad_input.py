@@ -1,8 +1,8 @@
 """The programs on bad input: exit code 2, one line that names it, nothing is lost, the rest is done."""
 
 import dataclasses
-import functools
 import fcntl
+import functools
 import json
 import shutil
 
