@@ -1,15 +1,17 @@
 """The embedded world as the model that ships is trained on it: shapes with more of what is hard to learn.
 
 Scenes of two objects, of two movements and of objects that are not seen for a while are many, clips are
-longer, and one scene fades into another. Half of the scenes of two movements have a caption for each: shots.
-Captions, held-out combinations and pixels are those of data/sources/shapes.
+longer, one scene fades into another, and some come to rest at the end, as they do before a given last image.
+Half of the scenes of two movements have a caption for each: shots. Captions, held-out combinations and pixels
+are those of data/sources/shapes.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
-from data.clips import Item, join_shots
+from data.clips import Item, RawClip, join_shots
 from data.sources import shapes
 
 # kind: (share of the clips, probabilities of 1, 9, 17 and 25 frames)
@@ -18,15 +20,24 @@ KINDS = {
   "moves": (0.22, (0.0, 0.5, 0.3, 0.2)),
   "bounces": (0.05, (0.0, 0.3, 0.4, 0.3)),
   "behind": (0.15, (0.0, 0.4, 0.4, 0.2)),
-  "relation": (0.26, (0.8, 0.2, 0.0, 0.0)),
+  "relation": (0.22, (0.8, 0.2, 0.0, 0.0)),
   "order": (0.10, (0.0, 0.0, 0.6, 0.4)),
   "pan": (0.03, (0.0, 0.5, 0.3, 0.2)),
   "zoom": (0.02, (0.0, 0.5, 0.3, 0.2)),
   "leaves": (0.05, (0.0, 0.0, 0.5, 0.5)),
-  "turns": (0.07, (0.0, 0.3, 0.4, 0.3)),
+  "turns": (0.11, (0.0, 0.3, 0.4, 0.3)),
 }
 LENGTHS = (1, 9, 17, 25)  # frames
 SHARES = {kind: share for kind, (share, _) in KINDS.items()}
+RESTING = 0.15  # of the videos
+REST = 4  # frames that the last one stands for: those of a latent
+
+
+@dataclasses.dataclass(frozen=True)
+class RenderArgs(shapes.RenderArgs):
+  """As of shapes; `rest` of the frames are the last one, repeated."""
+
+  rest: int = 0
 
 
 def draw_item(seed: int, split: str, index: int) -> Item:
@@ -36,11 +47,12 @@ def draw_item(seed: int, split: str, index: int) -> Item:
   scene = shapes.draw_scene(rng, split, SHARES)
   size = shapes.SIZES[rng.integers(len(shapes.SIZES))]
   frames = LENGTHS[np.searchsorted(np.cumsum(KINDS[scene.kind][1]), rng.random(), side="right")]
+  rest = REST if frames > 1 and rng.random() < RESTING else 0
   caption, shots = shapes.caption(scene), ()
   if scene.kind == "order" and rng.random() < 0.5:
-    shots = shots_of(scene, frames)
+    shots = shots_of(scene, frames - rest)
     caption = join_shots(shots)
-  location = shapes.RenderArgs(scene, size, frames, (*key, 1))
+  location = RenderArgs(scene, size, frames, (*key, 1), rest)
   return Item(f"world/{split}/{seed}/{index:08d}", caption, location=location, shots=shots)
 
 
@@ -58,6 +70,12 @@ class Source(shapes.Source):
 
   def items(self) -> list[Item]:
     return [draw_item(self.seed, self.split, index) for index in range(self.count)]
+
+  def read(self, item: Item) -> Iterator[RawClip]:
+    args = item.location
+    video_THWC = shapes.render(args.scene, args.size, args.frames - args.rest, args.seed)
+    video_THWC = np.concatenate([video_THWC, np.repeat(video_THWC[-1:], args.rest, axis=0)])
+    yield RawClip(video_THWC, shapes.FPS, item.caption, item.file, 0.0)
 
 
 def open_source(config) -> Source:
