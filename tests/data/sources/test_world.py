@@ -1,6 +1,4 @@
-"""Laws of the world that the small model learns: the sentences and pixels of data/sources/shapes, with shots and
-rests.
-"""
+"""Laws of the world that the small model learns: as data/sources/shapes, with shots and rests."""
 
 import types
 
