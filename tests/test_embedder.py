@@ -23,3 +23,6 @@ def test_texts_of_a_frozen_encoder(tmp_path):
   assert [len(e) for e in embeddings] == [len(i) for i in texts]
   alone = model.apply({"params": params}, texts[4][None], np.ones((1, 21), int))[0]
   np.testing.assert_allclose(embeddings[4], alone, atol=1e-5)
+  mesh = layout.Layout(layout.make_mesh(fsdp=2, context=2))  # and data=2: as in a sampling job on a pod
+  for there, here in zip(embedder.Embedder(tmp_path, mesh)(texts), embeddings, strict=True):
+    np.testing.assert_allclose(there, here, atol=1e-5)

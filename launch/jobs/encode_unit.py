@@ -14,7 +14,7 @@ from data import clips, records
 from launch.common.progress import Bar
 from launch.reports import encoded, page
 from sora_jax import codec, files, parts, workdir as workdirs
-from sora_jax.embedder import Embedder
+from sora_jax.embedder import Embedder, local_layout
 from sora_jax.errors import BadInput
 from sora_jax.models import text, vae
 
@@ -58,7 +58,7 @@ class Encoder:
     self.stride, self.channels = self._cfg.stride, self._cfg.z_dim
     self._tokenizer = text.Tokenizer(directory / "text" / "tokenizer.model")
     frozen = (directory / "text" / parts.WEIGHTS).exists()
-    self._embed = Embedder(directory / "text") if frozen else None
+    self._embed = Embedder(directory / "text", local_layout()) if frozen else None
 
   def latents(self, videos):
     """Encodes a batch -> normalised latents of each video, float32 [t, h, w, C].

@@ -1,7 +1,7 @@
 """Checks a run before it is paid for: compiles its program for a TPU pod, on this machine, without a TPU.
 
   python -m launch.preflight --config=configs/pod.py:xl-high-v5e --topology=v5e:16x16 [--out=DIR]
-  python -m launch.preflight --config=... --topology=... --program=sample|encode|decode
+  python -m launch.preflight --config=... --topology=... --program=sample|text|encode|decode
   python -m launch.preflight --config=... --topology=... --search
   python -m launch.preflight --config=configs/t2v.py:tiny --config.data.path=RECORDS --data-only [--out=DIR]
 
@@ -27,7 +27,7 @@ from sora_jax import files, workdir as workdirs
 from sora_jax.errors import BadInput
 
 FLAGS = flags.FLAGS
-PROGRAMS = ("train", "sample", "encode", "decode")
+PROGRAMS = ("train", "sample", "text", "encode", "decode")
 NO_DATA = "no --config.data.path; give the directory that launch.encode wrote"
 
 
@@ -35,7 +35,9 @@ def define_flags():
   flags.DEFINE_string(
     "topology", "", "slice to compile for: v5e:16x16, v5p:4x4x4, v6e:16x16, tpu7x:4x4x4, ..."
   )
-  flags.DEFINE_enum("program", "train", PROGRAMS, "what runs there; encode and decode are those of the VAE")
+  flags.DEFINE_enum(
+    "program", "train", PROGRAMS, "what runs there; text is UMT5-XXL, encode and decode are those of the VAE"
+  )
   flags.DEFINE_string("vae", "wan2.1", "a key of sora_jax.models.vae.SIZES, for encode and decode")
   flags.DEFINE_list("size", ["720", "1280"], "height, width in pixels, for encode and decode")
   flags.DEFINE_integer("frames", 81, "of a video, for encode and decode", lower_bound=1)
@@ -102,6 +104,8 @@ def make_program(config, devices, index, text):
   """The Program that the flags ask for."""
   if FLAGS.program in ("encode", "decode"):
     return programs.coding(FLAGS.program, FLAGS.vae, devices, frame_size(), FLAGS.frames)
+  if FLAGS.program == "text":
+    return programs.embedding(config, devices, "umt5-xxl")
   if FLAGS.program == "sample":
     layout = workdirs.sampling_layout(config, devices=devices)
     return programs.sampling(config, workdirs.make_model(config, text, layout), rows=config.sample.rows)

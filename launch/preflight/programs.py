@@ -12,10 +12,10 @@ import numpy as np
 from jax.experimental import topologies
 
 from launch.common import settings
-from sora_jax import batch as batches, flops, layout as layouts, sample, train, workdir as workdirs
+from sora_jax import batch as batches, embedder, flops, layout as layouts, sample, train, workdir as workdirs
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.errors import BadInput, pick
-from sora_jax.models import splash, vae
+from sora_jax.models import splash, text as texts, vae
 
 ENVIRONMENT = {  # libtpu looks for a TPU otherwise, and lets one process in
   "TPU_WORKER_HOSTNAMES": "localhost",
@@ -208,3 +208,23 @@ def coding(name, vae_size, devices, size, frames):
 
   facts = {"size": f"{height} x {width}", "calls": -(-(frames - 1) // time_stride)}
   return Program(name, layout, lower, facts=facts)
+
+
+def embedding(config, devices, size, length=512):
+  """A frozen text encoder over a batch of prompts of `length` tokens, on the mesh of a sampling job.
+
+  size: a key of text.SIZES.
+  """
+  cfg, layout = texts.SIZES[size], workdirs.sampling_layout(config, devices=devices)
+  struct = jax.ShapeDtypeStruct((embedder.BATCH, length), jnp.int32)
+  params = embedder.targets(cfg, layout)
+
+  def lower():
+    return embedder.embed.lower(params, struct, struct, cfg=cfg, layout=layout)
+
+  facts = {
+    "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+    "rows": embedder.BATCH,
+    "row_tokens": length,
+  }
+  return Program("text", layout, lower, tokens=embedder.BATCH * length, facts=facts)

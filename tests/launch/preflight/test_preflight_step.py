@@ -9,8 +9,9 @@ import pytest
 
 from configs import t2v
 from launch.preflight import compiled, estimate, programs, report, search
-from sora_jax import chips, flops, layout, train, workdir as workdirs
+from sora_jax import chips, embedder, flops, layout, train, workdir as workdirs
 from sora_jax.errors import BadInput
+from sora_jax.models import text
 
 GIB = 2**30
 
@@ -59,6 +60,19 @@ def test_the_step_that_trains_is_the_step_that_is_checked(found, monkeypatch):
   assert found.program.model_flops == pytest.approx(float(wanted))
   assert found.model_flops == pytest.approx(float(wanted) / 8)
   assert any(one.axes == ("fsdp", "context") for one in found.census.collectives)
+
+
+def test_a_text_encoder(monkeypatch):
+  """What embeds prompts in a sampling job is compiled, with its weights cut over the mesh of that job."""
+  tiny = text.TextConfig(vocab=40, width=64, depth=1, heads=4, head_size=8, mlp=64)
+  monkeypatch.setitem(text.SIZES, "umt5-xxl", tiny)
+  program = programs.embedding(small(), jax.devices(), "umt5-xxl")
+  lowered = program.lower()
+  assert program.layout.mesh.size == jax.device_count() and program.tokens == 8 * 512
+  assert lowered.out_info.shape == (8, 512, 64)
+  weights = jax.tree.leaves(embedder.targets(tiny, program.layout))
+  assert program.facts["parameters"] == sum(leaf.size for leaf in weights)
+  assert all(not leaf.sharding.is_fully_replicated for leaf in weights if leaf.ndim > 1 and leaf.size > 1024)
 
 
 def test_tiles_that_run():
