@@ -21,6 +21,7 @@ from launch.common import claims, program
 from launch.common.progress import say
 from sora_jax.convert import exporting
 from sora_jax.errors import BadInput
+from sora_jax.weights import lora
 
 FLAGS = flags.FLAGS
 
@@ -35,13 +36,18 @@ def define_flags():
     ["source", "bfloat16", "float16", "float32"],
     "of the weights; source: as each tensor was where it was imported from, or as it was trained",
   )
+  flags.DEFINE_enum(
+    "names", "diffusers", lora.NAMES, "of adapters: those of diffusers and PEFT, or of ComfyUI"
+  )
   flags.DEFINE_enum("weights", "ema", ["ema", "params"], "running mean of the weights, or the last ones")
 
 
 def main():
   if not FLAGS.workdir or not FLAGS.out:
     raise BadInput("give --workdir=W of launch.train or launch.import_weights, and --out=DIR")
-  export = exporting.plan(FLAGS.workdir, FLAGS.out, FLAGS.format, FLAGS.dtype, FLAGS.weights, say)
+  export = exporting.plan(
+    FLAGS.workdir, FLAGS.out, FLAGS.format, FLAGS.dtype, FLAGS.weights, say, FLAGS.names
+  )
   if export is None:
     say(f"{FLAGS.out} holds this export already; nothing to do")
     return program.OK

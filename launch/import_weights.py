@@ -4,9 +4,10 @@ launch.export take.
   python -m launch.import_weights --source=DIR --workdir=W
 
 DIR: a pipeline of the Wan family as diffusers saves it (Wan 2.1 T2V, Wan 2.2 TI2V-5B, T2V-A14B, I2V-A14B), or
-one part of it (such as DIR/vae). Adapters in the layout of PEFT and diffusers go on top of weights that are
-there already, which they need from then on:
+one part of it (such as DIR/vae). Adapters, in the names of any trainer, are added to it for good with --lora;
+or go on top of weights that are there already, which they need from then on, to be trained further:
 
+  python -m launch.import_weights --source=DIR --lora=style.safetensors:0.8 --workdir=W
   python -m launch.import_weights --source=LORA --base=W --workdir=W2
 
 Everything is checked before anything is written; weights pass through memory one tensor at a time.
@@ -33,6 +34,7 @@ def define_flags():
     ["source", "bfloat16", "float32"],
     "of the transformer and the text encoder; source: as they come",
   )
+  program.define_lora()
   flags.DEFINE_string("base", "", "with adapters: work directory of the weights that they adapt")
   flags.DEFINE_enum("expert", "", ["", "high", "low"], "with adapters: which of two experts they adapt")
 
@@ -49,6 +51,8 @@ def main():
 
 
 def import_lora(workdir):
+  if FLAGS.lora:
+    raise BadInput("--lora is added to whole weights, and --base is beneath adapters that are kept: give one")
   if FLAGS.dtype != "source":
     raise BadInput("--dtype is of whole weights; adapters (--base) are kept as they come: leave it out")
   plan = importing.plan_lora(FLAGS.source, FLAGS.base, workdir, FLAGS.expert)
@@ -63,7 +67,7 @@ def import_lora(workdir):
 def import_pipeline(workdir):
   if FLAGS.expert:
     raise BadInput("--expert is of adapters; give the weights that they adapt with --base=W, or leave it out")
-  plan = importing.plan(FLAGS.source, workdir, FLAGS.dtype)
+  plan = importing.plan(FLAGS.source, workdir, FLAGS.dtype, FLAGS.lora, FLAGS.lora_ignore, say)
   if plan is None:
     say(f"{workdir} holds these weights already; nothing to do")
     return

@@ -33,6 +33,7 @@ def define_flags():
   flags.DEFINE_string("requests", None, "file of requests, one JSON object a line")
   flags.DEFINE_string("out", "out", "where the files go")
   flags.DEFINE_enum("weights", "ema", ["ema", "params"], "running mean of the weights, or the last ones")
+  program.define_lora()
   flags.DEFINE_string(
     "mesh", "", "devices that share the work, as fsdp=2,context=2; empty: chosen from the rows"
   )
@@ -69,7 +70,15 @@ def main():
   if not first:
     progress.mute()
   devices = None if FLAGS.together else jax.local_devices()
-  pipe = Pipeline.open(FLAGS.workdir or workdirs.shipped(), FLAGS.weights, say, mesh=mesh(), devices=devices)
+  pipe = Pipeline.open(
+    FLAGS.workdir or workdirs.shipped(),
+    FLAGS.weights,
+    say,
+    mesh=mesh(),
+    devices=devices,
+    lora=FLAGS.lora,
+    lora_ignore=FLAGS.lora_ignore,
+  )
   say(
     f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with "
     f"{FLAGS.workdir or 'the model that ships'} (step {pipe.step}) into {FLAGS.out}"

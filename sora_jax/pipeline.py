@@ -30,7 +30,17 @@ import jax
 import numpy as np
 from etils import epath
 
-from sora_jax import batch as batches, codec, patches, sample, tasks, timeline, video, workdir as workdirs
+from sora_jax import (
+  adapters,
+  batch as batches,
+  codec,
+  patches,
+  sample,
+  tasks,
+  timeline,
+  video,
+  workdir as workdirs,
+)
 from sora_jax.diffusion.samplers import SAMPLERS
 from sora_jax.embedder import Embedder
 from sora_jax.errors import BadInput, pick
@@ -111,6 +121,8 @@ class Pipeline:
     keep_text_encoder=False,
     mesh=None,
     devices=None,
+    lora=(),
+    lora_ignore=False,
   ):
     """From a work directory of launch.train or launch.import_weights, or an export of it.
 
@@ -120,6 +132,8 @@ class Pipeline:
     need not load it again; it may be larger than the transformer.
     mesh: how many devices cut what, as {"fsdp": 2, "context": 2}; None: see `workdir.sampling_layout`.
     devices: those that hold the model; None: all, also of other processes.
+    lora: files of adapters to add, as ["style.safetensors:0.8", "high=steps.safetensors"]: an expert where
+    there are two, and a strength. lora_ignore: leave out names in them that fit no layer.
     BadInput where `workdir` holds no such model.
     """
     config = workdirs.read_config(workdir)
@@ -130,7 +144,10 @@ class Pipeline:
     params, step = workdirs.load_model_weights(
       workdir, config, model, weights, "bfloat16" if half else None, say
     )
-    pipe = cls.of(workdir, config, model, params, step, workdirs.identity(workdir, weights))
+    loras = adapters.open_all(lora)
+    params = adapters.merged(params, model, loras, lora_ignore, say)
+    identity = workdirs.identity(workdir, weights) + adapters.identity(loras)
+    pipe = cls.of(workdir, config, model, params, step, identity)
     return dataclasses.replace(pipe, keep_text_encoder=keep_text_encoder)
 
   @classmethod

@@ -41,6 +41,7 @@ ALLOWED = {
   "sora_jax.optim": ("sora_jax.layout",),
   "sora_jax.models": BASIS,
   "sora_jax.weights": ("sora_jax.models", "sora_jax.layout"),
+  "sora_jax.adapters": ("sora_jax.models", "sora_jax.weights"),
   "sora_jax.timeline": (),
   "sora_jax.tasks": (*BASIS, "sora_jax.timeline"),
   "sora_jax.train": STEP,
@@ -58,10 +59,11 @@ ALLOWED = {
   ),
   "sora_jax.pipeline": (
     *STEP,
-    *(f"sora_jax.{name}" for name in ("workdir", "codec", "embedder", "sample", "video")),
+    *(f"sora_jax.{name}" for name in ("workdir", "adapters", "codec", "embedder", "sample", "video")),
   ),
   "sora_jax.convert": tuple(
-    f"sora_jax.{name}" for name in ("workdir", "parts", "files", "weights", "models", "patches", "tasks")
+    f"sora_jax.{name}"
+    for name in ("workdir", "adapters", "parts", "files", "weights", "models", "patches", "tasks")
   ),
   "data": (*BASIS, "sora_jax.video", "sora_jax.files"),
   # the programs; configs by path only

@@ -197,3 +197,14 @@ def get_config():
     raise BadInput(
       f"the config file cannot be read: {error}; give --config=FILE.py or --config=FILE.py:variant"
     ) from None
+
+
+def define_lora():
+  """--lora and --lora_ignore, of programs that sample."""
+  flags.DEFINE_multi_string(
+    "lora",
+    [],
+    "file of adapters to add, as style.safetensors:0.8; of two experts one, as high=steps.safetensors; "
+    "several times for several",
+  )
+  flags.DEFINE_bool("lora_ignore", False, "leave out names in --lora that fit no layer")

@@ -29,6 +29,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags():
+  program.define_lora()
   flags.DEFINE_string("workdir", "", "work directory of launch.train; without it, the small model that ships")
   flags.DEFINE_string("host", "127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
   flags.DEFINE_integer("port", 8000, "port to listen at; 0 takes a free one", 0, 65535)
@@ -42,7 +43,9 @@ def main():
   except ImportError as error:
     raise BadInput(f"{error}; install the extra: pip install '.[serve]'") from None
   listener, out = listen(FLAGS.host, FLAGS.port), own(FLAGS.out)
-  pipe = Pipeline.open(FLAGS.workdir or workdirs.shipped(), say=say)
+  pipe = Pipeline.open(
+    FLAGS.workdir or workdirs.shipped(), say=say, lora=FLAGS.lora, lora_ignore=FLAGS.lora_ignore
+  )
   uploads = Uploads(out / "uploads")
   queue = Queue(pipe, out, uploads.shown)
   name = os.path.basename(os.path.normpath(FLAGS.workdir)) if FLAGS.workdir else "the small model that ships"

@@ -65,6 +65,9 @@ def training(job, kind):
     imported = (job.workdir / "source").exists()
     start = "imported weights" if imported else "nothing, or from what config.init named"
     return f"{job.step} steps of launch.train from {start}"
+  added = files.read_json_if_exists(job.workdir / "model" / "config.json").get("adapters")
+  if added:
+    return f"as imported, with these adapters added: {', '.join(added)}"
   if not job.config.get("lora", {}).get("rank"):
     return "as imported, not trained further"
   return "as imported" if kind == "lora" else "as imported, with adapters added to them"

@@ -15,7 +15,7 @@ from sora_jax import files, parts, workdir as workdirs
 from sora_jax.convert import card, graphs
 from sora_jax.errors import BadInput, unless_stopped
 from sora_jax.models import lora as lora_module
-from sora_jax.weights import lora, wan_pipeline
+from sora_jax.weights import lora, lora_files, wan_pipeline
 
 SHARD = 5_000_000_000  # the most bytes of one file of diffusers
 
@@ -37,6 +37,7 @@ class Export:
   which: str
   dtype: str
   made_from: str
+  names: str = "diffusers"  # of adapters, a key of lora.NAMES
   stop: Callable = lambda: False
 
   @property
@@ -87,10 +88,10 @@ class Export:
     return self.step
 
 
-def plan(workdir, out, format, dtype="source", which="ema", say=lambda line: None):
+def plan(workdir, out, format, dtype="source", which="ema", say=lambda line: None, names="diffusers"):
   """W -> Export to the folder `out`; None if `out` holds this export already.
 
-  Raises BadInput if `out` holds something else.
+  names: of adapters, one of lora.NAMES. Raises BadInput if `out` holds something else.
   """
   workdir, out = epath.Path(workdir), pathlib.Path(out)
   config = files.read_json(workdir / "config.json")
@@ -99,13 +100,17 @@ def plan(workdir, out, format, dtype="source", which="ema", say=lambda line: Non
       f"{workdir} is no work directory of launch.train or launch.import_weights; name another --workdir"
     )
   made_from = f"{workdirs.identity(workdir, which)} {format} {dtype}"
+  if names != "diffusers":
+    if format != "lora":
+      raise BadInput(f"--names={names} is of adapters: give --format=lora, or leave it out")
+    made_from += f" {names}"
   existing = files.read_json_if_exists(out / "export.json")
   if existing.get("made_from") == made_from and all((out / name).exists() for name in existing["sha256"]):
     return None
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise BadInput(f"--out={out} is not empty; give another, or empty it")
   weights, step = load(workdir, config, which, alone=format == "lora", say=say)
-  return Export(workdir, out, format, config, weights, step, which, dtype, made_from)
+  return Export(workdir, out, format, config, weights, step, which, dtype, made_from, names)
 
 
 def load(workdir, config, which, alone=False, say=lambda line: None):
@@ -220,7 +225,7 @@ def export_diffusers(job, out):
 
 
 def export_lora(job, out):
-  """The adapters alone, as `pipe.load_lora_weights` takes them."""
+  """The adapters alone, as `pipe.load_lora_weights` takes them, or in the names of ComfyUI."""
   settings = job.settings()
   part = workdirs.trained_part(settings, workdirs.make_model(settings, job.workdir / "text", None))
   if part.lora is None:
@@ -228,10 +233,12 @@ def export_lora(job, out):
       f"{job.workdir} holds no adapters: it was trained without --config.lora.rank; "
       "export it as diffusers or safetensors"
     )
-  adapters = lora.to_diffusers(job.weights["lora"]["dit"], part.dit, part.lora)
+  adapters = lora.to_diffusers(job.weights["lora"]["dit"], part.dit, part.lora, job.names)
   tensors = {name: value.astype(job.cast(np.float32)) for name, value in adapters}
   specs = {name: (value.shape, value.dtype) for name, value in tensors.items()}
-  files.write_safetensors(out / lora.FILE, specs, tensors.items(), {"format": "pt"})
+  files.write_safetensors(out / lora_files.FILE, specs, tensors.items(), {"format": "pt"})
+  if job.names == "comfyui":
+    return "Put the file into `models/loras` of ComfyUI. diffusers takes it, too.\n"
   second = ", load_into_transformer_2=True" if settings.model.get("expert") == "low" else ""
   return (
     "```python\nfrom diffusers import DiffusionPipeline\n"

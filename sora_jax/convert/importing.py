@@ -4,6 +4,7 @@ Everything is checked before anything is written. Weights pass through memory on
 read the files that are written for one device's part at a time (parts.put).
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -18,10 +19,10 @@ import numpy as np
 from etils import epath
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from sora_jax import files, parts, workdir as workdirs
+from sora_jax import adapters, files, parts, workdir as workdirs
 from sora_jax.errors import BadInput, unless_stopped
 from sora_jax.models import dit, vae
-from sora_jax.weights import files as foreign, lora, spiece, table, wan_pipeline
+from sora_jax.weights import files as foreign, lora, lora_files, spiece, table, wan_pipeline
 
 PROGRAM = "launch.import_weights"  # the program that W/config.json names
 
@@ -32,6 +33,7 @@ class Import:
 
   todo: {directory in W: parts of the pipeline to write there}; two experts go to one directory.
   specs: {directory in W: {name of a tensor: (shape, dtype)}}.
+  deltas: {key of a transformer: what adapters add to it, as `models.lora.merge` takes it}.
   num_bytes: bytes to write.  memory: bytes of memory that the largest tensor needs.
   tensors: number of tensors to read.  notes: lines for the user.
   """
@@ -43,6 +45,8 @@ class Import:
   tokenizer: bytes | None
   todo: dict
   specs: dict
+  deltas: dict
+  loras: list  # of lora_files.LoRA
 
   @property
   def notes(self):
@@ -72,8 +76,8 @@ class Import:
   def run(self, progress: Callable = lambda done, note: None, stop: Callable = lambda: False):
     """Writes the work directory. progress(done, note): called after each tensor. Raises Stopped if stop()."""
     for name, group in self.todo.items():
-      fields = part_config(group, self.dtype)
-      pieces = unless_stopped(our_tensors(group, fields, progress), stop)
+      fields = part_config(group, self.dtype, self.loras)
+      pieces = unless_stopped(our_tensors(group, fields, progress, self.deltas), stop)
       parts.write_part(self.workdir / name, fields, self.specs[name], pieces)
     if self.tokenizer:
       files.write_bytes(self.workdir / "text" / "tokenizer.model", self.tokenizer)
@@ -82,10 +86,11 @@ class Import:
     keep_source(self.source, self.workdir / "source", self.pipeline)
 
 
-def plan(source, workdir, dtype="source"):
+def plan(source, workdir, dtype="source", loras=(), lora_ignore=False, say=lambda line: None):
   """Folder -> Import; None if W holds all of it already. Raises BadInput, which names what does not fit.
 
-  dtype: of the transformer and the text encoder; "source" keeps theirs.
+  dtype: of the transformer and the text encoder; "source" keeps theirs. loras, lora_ignore: files of
+  adapters that are added to the transformer, as `lora` of `Pipeline.open`.
   """
   source, workdir = pathlib.Path(source), pathlib.Path(workdir)
   pipeline = wan_pipeline.open_pipeline(source)
@@ -95,7 +100,8 @@ def plan(source, workdir, dtype="source"):
   for part in pipeline.parts:
     directory = "model" if part.key.startswith("dit") else part.key
     groups.setdefault(directory, []).append(part)
-  todo = {name: group for name, group in groups.items() if not is_done(workdir / name, group, dtype)}
+  loras = adapters.open_all(loras)
+  todo = {name: group for name, group in groups.items() if not is_done(workdir / name, group, dtype, loras)}
   check_ownership(workdir, groups)
   if not todo and (workdir / "source" / "tensors.json").exists():
     return None
@@ -104,7 +110,14 @@ def plan(source, workdir, dtype="source"):
     specs[name] = {}
     for part in group:
       specs[name] |= part_specs(part, dtype)
-  return Import(source, workdir, dtype, pipeline, tokenizer, todo, specs)
+  transformers = {part.key: part for part in pipeline.parts if part.key.startswith("dit")}
+  deltas = {}
+  if loras:
+    if not transformers:
+      raise BadInput(f"--lora is for a transformer, and {source} has none")
+    cfg = next(iter(transformers.values())).cfg
+    deltas = adapters.deltas(loras, cfg, list(transformers), lora_ignore, say)
+  return Import(source, workdir, dtype, pipeline, tokenizer, todo, specs, deltas, loras)
 
 
 def check_ownership(workdir, directories):
@@ -151,14 +164,14 @@ class LoRAImport:
 def plan_lora(source, base, workdir, expert=""):
   """A file of adapters for the weights in `base`, or its folder -> LoRAImport; None if W holds them already.
 
-  The file has the layout of PEFT and diffusers. W needs `base` from then on. Raises BadInput, which names
-  what does not fit.
+  The names in the file may be of any trainer (weights/lora_files.py). W needs `base` from then on. Raises
+  BadInput, which names what does not fit.
   """
   source, base, workdir = pathlib.Path(source), epath.Path(base), epath.Path(workdir)
   file = source
   if source.is_dir():
     candidates = sorted(source.glob("*.safetensors"))
-    file = candidates[0] if len(candidates) == 1 else source / lora.FILE
+    file = candidates[0] if len(candidates) == 1 else source / lora_files.FILE
   tensors = foreign.Tensors(file)
   stamp = f"{zlib.crc32(file.read_bytes()):08x}"
   theirs = files.read_json(base / "config.json")
@@ -178,8 +191,9 @@ def plan_lora(source, base, workdir, expert=""):
   )
   workdirs.adopt(config)
   config.model.dtype = theirs["model"]["dtype"]
-  adapters, params = lora.from_diffusers(tensors, dit.DiTConfig(**config.model.dit), tensors.metadata)
-  config.lora = dataclasses.asdict(adapters)
+  shape = dit.DiTConfig(**config.model.dit)
+  lora_config, params = lora.from_files(tensors, shape, tensors.metadata)
+  config.lora = dataclasses.asdict(lora_config)
   # W/config.json is written last, so a second run completes one that was killed.
   existing, complete = workdir / "model" / "config.json", (workdir / "config.json").exists()
   same = files.read_json_if_exists(existing).get("made_from") == stamp
@@ -187,28 +201,31 @@ def plan_lora(source, base, workdir, expert=""):
     return None
   if complete or (existing.exists() and not same) or (workdir / "manifests").exists():
     raise BadInput(f"{workdir} holds a model already; give another --workdir")
-  return LoRAImport(base, workdir, adapters, config, params, stamp)
+  return LoRAImport(base, workdir, lora_config, config, params, stamp)
 
 
-def is_done(directory, group, dtype):
+def is_done(directory, group, dtype, loras=()):
   """True if the directory holds this group of parts. Raises BadInput if it holds others."""
   path = directory / "config.json"
   if not path.exists() or not (directory / parts.WEIGHTS).exists():
     return False
-  if files.read_json(path).get("made_from") != made_from(group, dtype):
-    raise BadInput(f"{directory} holds other weights, or these with another --dtype; give another --workdir")
+  if files.read_json(path).get("made_from") != made_from(group, dtype, loras):
+    raise BadInput(
+      f"{directory} holds other weights, or these with another --dtype or --lora; give another --workdir"
+    )
   return True
 
 
-def made_from(group, dtype):
-  """A text that changes when the files of a group of parts do."""
+def made_from(group, dtype, loras=()):
+  """A text that changes when the files of a group of parts do, or the adapters that are added to them."""
   stats = []
   for part in group:
     paths = sorted(part.folder.iterdir()) if part.folder.is_dir() else [part.folder]
     for path in paths:
       if path.suffix in (".safetensors", ".json"):
         stats.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
-  return f"{zlib.crc32(repr((stats, dtype)).encode()):08x}"
+  added = adapters.identity(loras) if group[0].key.startswith("dit") else ""
+  return f"{zlib.crc32(repr((stats, dtype)).encode()):08x}{added}"
 
 
 def part_specs(part, dtype):
@@ -228,15 +245,16 @@ def our_name(part, row):
   return "/".join([*prefix, *row.path])
 
 
-def part_config(group, dtype):
+def part_config(group, dtype, loras=()):
   """The contents of config.json of a group's directory; `our_tensors` adds a checksum of the weights."""
   part = group[0]
-  fields = {"made_from": made_from(group, dtype)}
+  fields = {"made_from": made_from(group, dtype, loras)}
   if part.key == "vae":
     return fields | vae.config_to_dict(part.cfg)
   if part.key == "text":
     return fields | dataclasses.asdict(dataclasses.replace(part.cfg, dtype=compute_dtype(part, dtype)))
-  return fields | {"step": 0, "dit": dataclasses.asdict(part.cfg)}
+  added = {"adapters": [one.name for one in loras]} if loras else {}
+  return fields | added | {"step": 0, "dit": dataclasses.asdict(part.cfg)}
 
 
 def compute_dtype(part, dtype):
@@ -245,11 +263,19 @@ def compute_dtype(part, dtype):
   return "bfloat16" if 2 * dtypes.count("bfloat16") > len(dtypes) else "float32"
 
 
-def our_tensors(group, fields, progress):
-  """Yields (our name, array or one layer of it) of all tensors; then adds their checksum to `fields`."""
+def our_tensors(group, fields, progress, deltas):
+  """Yields (our name, array or one layer of it) of all tensors; then adds their checksum to `fields`.
+
+  deltas: {key of a part: what is added to its weights, as `models.lora.merge` takes it}.
+  """
   crc = 0
   for part in group:
+    layers = collections.Counter()
     for row, array in table.stream(part.tensors, part.rows):
+      change = lora_files.delta_of(deltas.get(part.key, {}), row, layers[row.path])
+      layers[row.path] += 1
+      if change is not None:
+        array = array.astype(np.float32) + change
       array = np.ascontiguousarray(array)
       crc = zlib.crc32(array.reshape(-1).view(np.uint8).data, crc)
       progress(1, part.folder.name)

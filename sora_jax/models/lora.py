@@ -89,12 +89,18 @@ def init(key, cfg, boxed):
 
 
 def delta_weight(pair, scale):
-  """{"a", "b"} of one layer -> the delta weight, float32, to be added to its weight."""
-  return scale * jnp.tensordot(pair["a"], pair["b"], 1)
+  """{"a", "b"} of one layer, or {"diff"}, or both -> what is added to its weight, float32."""
+  product = scale * jnp.tensordot(pair["a"], pair["b"], 1) if "a" in pair else 0.0
+  return product + pair.get("diff", 0.0)
+
+
+def is_delta(tree):
+  """Whether a node of a tree of adapters is what one weight gets."""
+  return "a" in tree or "diff" in tree
 
 
 class Merged:
-  """An array-like of a weight with its adapter added, computed one layer at a time when it is indexed."""
+  """An array-like of stacked weights with their adapters added, a layer at a time when it is indexed."""
 
   def __init__(self, weight, pair, scale):
     self._weight, self._pair, self._scale = weight, pair, scale
@@ -112,23 +118,38 @@ class Merged:
     return np.asarray(self).astype(dtype, copy=copy)
 
 
-def merge(params, adapters, scale, lazy=False):
+def merge(params, adapters, scale=1.0, lazy=False):
   """Weights of a DiT with their adapters added, in the dtype that they had.
 
-  Leaves without an adapter are returned as they are. lazy: merged leaves are `Merged`.
+  adapters: a tree like that of the weights, with {"a", "b"} or {"diff"} or both at each weight that changes.
+  Leaves without an adapter are returned as they are. lazy: merged leaves of blocks are `Merged`.
   """
+  blocks = adapters.get("blocks", {})
+  rest = {name: value for name, value in adapters.items() if name != "blocks"}
+  merged = {**params, **_merge(params, rest, lambda weight, pair: _add(weight, pair, scale))}
 
-  def add(weight, pair):
-    def add_layer(layer):
-      weight, pair = layer
-      return (weight + delta_weight(pair, scale)).astype(weight.dtype)
+  def add_layers(weight, pair):
+    return Merged(weight, pair, scale) if lazy else _add_layers(weight, pair, scale)
 
-    return jax.lax.map(add_layer, (weight, pair))
+  return {**merged, "blocks": _merge(params["blocks"], blocks, add_layers)}
 
-  blocks = {name: dict(part) if isinstance(part, dict) else part for name, part in params["blocks"].items()}
-  merged = dict(params, blocks=blocks)
-  for part, names in adapters["blocks"].items():
-    for name, pair in names.items():
-      weight = merged["blocks"][part][name]
-      merged["blocks"][part][name] = Merged(weight, pair, scale) if lazy else jax.jit(add)(weight, pair)
-  return merged
+
+def _merge(params, adapters, add):
+  if unknown := adapters.keys() - params.keys():
+    raise KeyError(f"adapters for {sorted(unknown)}, which the model does not have")
+  changed = {
+    name: add(params[name], some) if is_delta(some) else _merge(params[name], some, add)
+    for name, some in adapters.items()
+  }
+  return {**params, **changed}
+
+
+@jax.jit
+def _add(weight, pair, scale):
+  return (weight + delta_weight(pair, scale)).astype(weight.dtype)
+
+
+@jax.jit
+def _add_layers(weight, pair, scale):
+  """As `_add`, of all layers: one at a time, so that one delta is in memory."""
+  return jax.lax.map(lambda layer: _add(*layer, scale), (weight, pair))

@@ -1,107 +1,77 @@
-"""Adapters of PEFT and diffusers 0.42.1 (`pytorch_lora_weights.safetensors`) <-> `models.lora`.
+"""Adapters as PEFT and diffusers 0.42.1 keep them (`pytorch_lora_weights.safetensors`) <-> `models.lora`.
 
-  transformer.blocks.0.attn1.to_q.lora_A.weight   [rank, inputs]     our "a", transposed
-  transformer.blocks.0.attn1.to_q.lora_B.weight   [outputs, rank]    our "b", transposed
-  transformer.blocks.0.attn1.to_q.alpha           a number; without it alpha = rank
+  transformer.blocks.0.attn1.to_q.lora_A.weight     [rank, inputs]     our "a", transposed
+  transformer.blocks.0.attn1.to_q.lora_B.weight     [outputs, rank]    our "b", transposed
 
-The heads of "b" are permuted as in the weight. diffusers also keeps alpha in the metadata of the file. Each
-of two experts has its own file, with these names (`load_into_transformer_2=True` loads the other).
+The heads of "b" are permuted as in the weight. Each of two experts has its own file, with these names
+(`load_into_transformer_2=True` loads the other). weights/lora_files.py reads files in any notation.
 """
-
-import json
-import re
 
 import numpy as np
 
 from sora_jax.errors import BadInput
 from sora_jax.models.lora import LINEARS, LoRAConfig
-from sora_jax.weights import table, wan_dit
+from sora_jax.weights import lora_files, table, wan_dit, wan_original
 
-FILE = "pytorch_lora_weights.safetensors"
+NAMES = ("diffusers", "comfyui")
 
 
 def rows(cfg, adapters):
   """The table of the adapters (a LoRAConfig) of a DiT: A and B of each layer, from the row of its weight."""
   weights = {row.name: row for row in wan_dit.rows(cfg)}
-  out = []
-  for name, (part, ours), inputs in adapters.layers():
-    row = weights[f"blocks.{{}}.{name}.weight"]
-    their_out, their_in = row.theirs.split()
-    axes, sizes = row.ours.split(), row.sizes | {"r": adapters.rank}
-    path, prefix = ("blocks", part, ours), f"blocks.{{}}.{name}"
-    axes_a, axes_b = " ".join([*axes[:inputs], "r"]), " ".join(["r", *axes[inputs:]])
-    name_a, name_b = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
-    out.append(table.Row((*path, "a"), name_a, f"r {their_in}", axes_a, sizes, cfg.depth))
-    out.append(table.Row((*path, "b"), name_b, f"{their_out} r", axes_b, sizes, cfg.depth))
-  return out
+  return [
+    one
+    for name, _, _ in adapters.layers()
+    for one in lora_files.pair_rows(weights[f"blocks.{{}}.{name}.weight"], adapters.rank)
+  ]
 
 
-def to_diffusers(params, cfg, adapters):
-  """Adapters of a DiT -> iterator of (name in diffusers, float32 array). B includes alpha / rank."""
+def to_diffusers(params, cfg, adapters, names="diffusers"):
+  """Adapters of a DiT -> iterator of (name in the file, float32 array). B includes alpha / rank.
+
+  names: diffusers, or comfyui, which has those of the original release.
+  """
   for name, value in table.to_diffusers(params, rows(cfg, adapters)):
     if name.endswith("lora_B.weight"):
       value = value * np.float32(adapters.scale)
-    yield f"transformer.{name}", value
+    if names == "comfyui":
+      module, half = name.rsplit(".lora_", 1)
+      (original,) = wan_original.rename([f"{module}.weight"], "dit", layout="diffusers")
+      yield f"diffusion_model.{original.removesuffix('.weight')}.lora_{half}", value
+    else:
+      yield f"transformer.{name}", value
 
 
-def from_diffusers(tensors, cfg, metadata=None):
-  """Mapping of names to arrays -> (LoRAConfig, adapters of a DiT of shape cfg).
+def from_files(tensors, cfg, metadata=None):
+  """Mapping of names to arrays, in any notation -> (LoRAConfig, adapters of a DiT of shape cfg).
 
-  metadata: that of the file. Raises BadInput, which names a layer that we do not adapt, ranks that differ, or
-  a shape that does not fit.
+  metadata: that of the file. Raises BadInput where the file changes more than LINEARS by pairs, which cannot
+  be trained on.
   """
-  alphas, matrices = {}, {}  # name without prefixes: name in the file
-  for name in tensors:
-    bare = re.sub(r"^(transformer\.)?(base_model\.model\.)?(?=blocks\.)", "", name)
-    bare = bare.replace(".default.weight", ".weight")
-    (alphas if bare.endswith(".alpha") else matrices)[bare] = name
-  layers = _layers(matrices)
-  if not layers or any(layer not in LINEARS for layer in layers):
-    wrong = next((layer for layer in layers if layer not in LINEARS), next(iter(tensors), "nothing"))
-    raise BadInput(
-      f"LoRA: {wrong} is adapted there, which is not known here; known are adapters of {', '.join(LINEARS)} "
-      "of blocks, in PEFT's layout"
-    )
-  rank = _rank({name: tensors[stored] for name, stored in matrices.items()})
-  values = {np.asarray(tensors[name]).astype(np.float64).tobytes() for name in alphas.values()}
-  incomplete = alphas and 2 * len(alphas) != len(matrices)
-  if len(values) > 1 or incomplete or any(len(value) != 8 for value in values):
-    raise BadInput(
-      "LoRA: alphas differ in one file, or are not one number for each layer; all adapters must have one "
-      "alpha"
-    )
-  alpha = float(np.frombuffer(values.pop())[0]) if values else None
-  try:
-    adapters = LoRAConfig(rank, _alpha(metadata, rank) if alpha is None else alpha, tuple(layers))
-    renamed = {name: tensors[stored] for name, stored in matrices.items()}
-    return adapters, table.from_diffusers(renamed, rows(cfg, adapters))
-  except (ValueError, TypeError) as error:
-    raise BadInput(f"LoRA: {error}") from None
-  except BadInput as error:
-    message = str(error).replace("is config.json of this model", "are they adapters to these weights")
-    raise BadInput(f"LoRA: {message}") from None
-
-
-def _layers(names):
-  """Sorted names of the layers that have adapters."""
-  matches = (re.fullmatch(r"blocks\.\d+\.(.+)\.lora_[AB]\.weight", name) for name in names)
-  return sorted({match[1] for match in matches if match})
-
-
-def _rank(matrices):
-  """The one rank of all adapters. Raises BadInput where ranks differ."""
-  shapes = {np.shape(matrix) for name, matrix in matrices.items() if name.endswith("lora_A.weight")}
-  ranks = {shape[0] if len(shape) == 2 else shape for shape in shapes}
-  if len(ranks) != 1:
-    raise BadInput(f"LoRA: ranks {sorted(ranks, key=str)} in one file; all adapters must have one rank")
-  return ranks.pop()
-
-
-def _alpha(metadata, rank):
-  """lora_alpha in the metadata that diffusers writes; without it the rank."""
-  config = json.loads((metadata or {}).get("lora_adapter_metadata", "{}"))
-  for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern"):
-    value = config.get(f"transformer.{name}")
-    if value:
-      raise BadInput(f"LoRA: {name} is {value!r}; only plain adapters, all of one rank and alpha, are known")
-  return float(config.get("transformer.lora_alpha", rank))
+  deltas, _ = lora_files.read(tensors, cfg, metadata)
+  if len(deltas) > 1:
+    raise BadInput("LoRA: the file has adapters for two experts; give one for each")
+  (deltas,) = deltas.values()
+  layers = {}  # name of a layer, of LINEARS: {name of a weight: Delta}
+  for name, delta in deltas.items():
+    layer = ".".join(name.split(".")[2:]).removesuffix(".weight")
+    if not name.startswith("blocks.") or layer not in LINEARS or delta.pair is None or delta.diff is not None:
+      raise BadInput(
+        f"LoRA: {name} is changed, too; only pairs for {', '.join(LINEARS)} of blocks can be trained on. "
+        "Sample with the file (--lora), or merge it (launch.import_weights --lora)"
+      )
+    layers.setdefault(layer, {})[name] = delta
+  scales, rank = (
+    {delta.scale for delta in deltas.values()},
+    max(len(delta.pair[0]) for delta in deltas.values()),
+  )
+  scale = scales.pop() if len(scales) == 1 else 1.0  # one for all, as training has it; else a factor of b
+  adapters = LoRAConfig(rank, scale * rank, tuple(sorted(layers)))
+  params = {}
+  weights = {row.name: row for row in wan_dit.rows(cfg)}
+  for name, (part, ours), _ in adapters.layers():
+    row = weights[f"blocks.{{}}.{name}.weight"]
+    some = [layers[name].get(one, lora_files.Delta()) for one in row.names]
+    a, b = lora_files.stack(row, some, 1 / scale, rank)
+    params.setdefault(part, {})[ours] = {"a": a, "b": b}
+  return adapters, {"blocks": params}

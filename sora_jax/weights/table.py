@@ -31,13 +31,18 @@ class Row:
   parts: slice | None = None  # of their second axis; its letter has the length of this part
 
   @property
+  def stacked(self):
+    """Whether our array has a leading layer axis."""
+    return "{}" in self.name
+
+  @property
   def names(self):
-    return [self.name.format(i) for i in range(self.depth)] if "{}" in self.name else [self.name]
+    return [self.name.format(i) for i in range(self.depth)] if self.stacked else [self.name]
 
   @property
   def our_shape(self):
     shape = _shape(self.ours, self.sizes)
-    return (self.depth, *shape) if "{}" in self.name else shape
+    return (self.depth, *shape) if self.stacked else shape
 
   def of(self, params):
     """Our array in the nested dict `params`."""
@@ -132,7 +137,7 @@ def from_diffusers(tensors, rows, dtype=np.float32):
     for key in parents:
       node = node.setdefault(key, {})
     node[last] = np.empty(row.our_shape, dtype)
-    layers = node[last] if "{}" in row.name else node[last][None]
+    layers = node[last] if row.stacked else node[last][None]
     for layer, (_, value) in zip(layers, stream(tensors, [row]), strict=True):
       layer[...] = value
   return params
@@ -144,7 +149,7 @@ def to_diffusers(params, rows):
   for at, row in enumerate(rows):
     value = row.of(params)
     for i, name in enumerate(row.names):
-      tensor = row.to_diffusers(np.asarray(value[i] if "{}" in row.name else value))
+      tensor = row.to_diffusers(np.asarray(value[i] if row.stacked else value))
       if row.parts is not None:
         parts.append(tensor)
         if at + 1 < len(rows) and rows[at + 1].name == row.name:

@@ -19,7 +19,7 @@ from sora_jax.convert import exporting, importing
 from sora_jax.errors import BadInput
 from sora_jax.models import dit, lora, text, vae
 from sora_jax.pipeline import Pipeline
-from sora_jax.weights import files, lora as peft, table, umt5, wan_dit, wan_pipeline, wan_vae
+from sora_jax.weights import files, lora as peft, lora_files, table, umt5, wan_dit, wan_pipeline, wan_vae
 
 
 def import_weights(source, workdir, dtype="source"):
@@ -238,13 +238,13 @@ def test_adapters(workdir, tmp_path, monkeypatch):
     theirs["transformer.blocks.1.attn1.to_q.lora_A.weight"].shape == (3, 48)
     and len(theirs) == 4 * 2 * cfg.depth
   )
-  config, again = peft.from_diffusers(theirs, cfg)
+  config, again = peft.from_files(theirs, cfg)
   assert (config.rank, config.alpha, set(config.targets)) == (
     3,
     3.0,
     {"attn1.to_q", "attn1.to_out.0", "attn2.to_out.0", "ffn.net.0.proj"},
   )
-  safetensors.numpy.save_file(theirs, tmp_path / peft.FILE)
+  safetensors.numpy.save_file(theirs, tmp_path / lora_files.FILE)
   with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
     killed.setattr(importing.parts, "save_part", interrupt)
     import_lora(tmp_path, workdir, tmp_path / "w")
@@ -268,15 +268,75 @@ def test_adapters(workdir, tmp_path, monkeypatch):
   with pytest.raises(BadInput, match="holds one model; leave --expert out"):
     import_lora(tmp_path, workdir, tmp_path / "w3", "high")
   alphas = {key.replace("lora_A.weight", "alpha"): np.float32(6) for key in theirs if "lora_A" in key}
-  assert peft.from_diffusers(theirs | alphas, cfg)[0].scale == 2.0
-  for wrong, says in (
-    ({}, "nothing is adapted"),
-    ({"transformer.proj_out.lora_A.weight": np.zeros((3, 4))}, "proj_out"),
-    (theirs | {"transformer.blocks.0.attn1.to_q.lora_A.weight": np.zeros((5, 48), np.float32)}, "ranks"),
-    ({key: value for key, value in theirs.items() if "blocks.0." not in key}, "missing"),
-  ):
-    with pytest.raises(BadInput, match=says):
-      peft.from_diffusers(wrong, cfg)
+  assert peft.from_files(theirs | alphas, cfg)[0].scale == 2.0
+  head = {
+    f"transformer.proj_out.lora_{half}.weight": np.ones(shape)
+    for half, shape in (("A", (3, 48)), ("B", (64, 3)))
+  }
+  with pytest.raises(BadInput, match=r"proj_out.weight is changed, too; .* --lora"):
+    peft.from_files(theirs | head, cfg)
+
+
+def test_adapters_added_for_good(pipeline, workdir, tmp_path):
+  """Imported with adapters, weights are what `Pipeline.open` makes of them with --lora; the card says so."""
+  rng, file = np.random.default_rng(0), tmp_path / "style.safetensors"
+  down, up = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 48), (48, 2)))
+  layer = "diffusion_model.blocks.1.self_attn.k"
+  safetensors.numpy.save_file({f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}, file)
+  flag = f"{file}:0.5"
+  importing.plan(pipeline, tmp_path / "w", loras=[flag]).run()
+  assert importing.plan(pipeline, tmp_path / "w", loras=[flag]) is None
+  with pytest.raises(BadInput, match="another --dtype or --lora"):
+    importing.plan(pipeline, tmp_path / "w")
+  plain, merged = Pipeline.open(workdir), Pipeline.open(tmp_path / "w")
+  added = Pipeline.open(workdir, lora=[flag])
+  assert len({plain.identity, merged.identity, added.identity}) == 3
+  for a, b in zip(jax.tree.leaves(merged.params), jax.tree.leaves(added.params), strict=True):
+    np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=2e-2)  # stored as bfloat16
+  weights = [pipe.params["dit"]["blocks"]["self"]["key"] for pipe in (plain, added)]
+  changed = np.abs(np.asarray(weights[1]) - np.asarray(weights[0])).max((1, 2, 3))
+  assert changed[0] == 0 and changed[1] > 0.1
+  export(tmp_path / "w", tmp_path / "out", "diffusers")
+  assert "with these adapters added: style.safetensors:0.5" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_adapters_in_the_names_of_comfyui(workdir, tmp_path):
+  """The same numbers under the names of the original release; they are read back as the same adapters."""
+  cfg = workdirs.make_model(workdirs.read_config(workdir), workdir / "text", None).dit
+  config = lora.LoRAConfig(rank=2, alpha=4.0, targets=("to_out.0", "ffn.net.2"))
+  shapes = table.their_shapes(peft.rows(cfg, config))
+  tensors = {name: np.random.default_rng(1).normal(size=shape) for name, shape in shapes.items()}
+  params = table.from_diffusers(tensors, peft.rows(cfg, config))
+  theirs, comfyui = (dict(peft.to_diffusers(params, cfg, config, names)) for names in peft.NAMES)
+  assert comfyui.keys() == {
+    f"diffusion_model.blocks.{i}.{layer}.lora_{half}.weight"
+    for i in range(cfg.depth)
+    for layer in ("self_attn.o", "cross_attn.o", "ffn.2")
+    for half in "AB"
+  }
+  read = [peft.from_files(some, cfg)[1] for some in (theirs, comfyui)]
+  for a, b in zip(*map(jax.tree.leaves, read), strict=True):
+    np.testing.assert_array_equal(a, b)
+  with pytest.raises(BadInput, match="--names=comfyui is of adapters: give --format=lora"):
+    exporting.plan(workdir, tmp_path / "out", "numpy", names="comfyui")
+
+
+def test_adapters_of_unlike_ranks_and_scales(workdir):
+  """Files that training would not write, but others do, are adapters to train on, of one rank and scale."""
+  cfg = workdirs.make_model(workdirs.read_config(workdir), workdir / "text", None).dit
+  rng = np.random.default_rng(0)
+  theirs, wanted = {}, {}
+  for layer, rank in ((0, 2), (1, 5)):
+    name = f"transformer.blocks.{layer}.attn2.to_v"
+    down, up = (rng.normal(size=shape).astype(np.float32) for shape in ((rank, 48), (48, rank)))
+    theirs |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.alpha": np.full((), 4.0)}
+    wanted[layer] = up @ down * 4 / rank
+  config, params = peft.from_files(theirs, cfg)
+  assert (config.rank, config.scale, config.targets) == (5, 1.0, ("attn2.to_v",))
+  pair = params["blocks"]["cross"]["value"]
+  for layer, change in wanted.items():
+    ours = np.asarray(lora.delta_weight({name: value[layer] for name, value in pair.items()}, config.scale))
+    np.testing.assert_allclose(ours.reshape(48, 48).T, change, atol=1e-5)
 
 
 def test_one_part(pipeline, tmp_path):

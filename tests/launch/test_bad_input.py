@@ -9,6 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from configs import t2v as page
 from launch.common import claims
@@ -272,3 +273,25 @@ def test_a_work_directory_of_an_earlier_version(tmp_path):
   with pytest.raises(BadInput, match="optim.b1 is 0.9 there, 0.5 here"):
     claims.claim_workdir(tmp_path, config, ())
   claims.claim_workdir(tmp_path, page.get_config("tiny"), ())
+
+
+@pytest.mark.parametrize(
+  "flag, says",
+  [
+    ("{}/gone.safetensors", "there is no file"),
+    ("{}/flux.safetensors", "it looks like one for HunyuanVideo or FLUX"),
+    ("{}/cut.safetensors", "cannot be read"),
+    ("{}/flux.safetensors:much", "the strength 'much' is no number"),
+    ("low={}/flux.safetensors", "it looks like one for"),
+  ],
+)
+def test_adapters_that_do_not_fit(model, run_program, tmp_path, flag, says):
+  layer = "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight"
+  safetensors.numpy.save_file({layer: np.ones((2, 2), np.float32)}, tmp_path / "flux.safetensors")
+  (tmp_path / "cut.safetensors").write_bytes((tmp_path / "flux.safetensors").read_bytes()[:-3])
+  out = tmp_path / "out"
+  done = run_program(
+    "sample", f"--workdir={model}", "--prompt=a red ball", f"--lora={flag.format(tmp_path)}", f"--out={out}"
+  )
+  assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
+  assert not out.exists()
