@@ -3,9 +3,10 @@ launch.export take.
 
   python -m launch.import_weights --source=DIR --workdir=W
 
-DIR: a pipeline of the Wan family as diffusers saves it (Wan 2.1 T2V, Wan 2.2 TI2V-5B, T2V-A14B, I2V-A14B), or
-one part of it (such as DIR/vae). Adapters, in the names of any trainer, are added to it for good with --lora;
-or go on top of weights that are there already, which they need from then on, to be trained further:
+DIR: a pipeline of the Wan family as diffusers saves it (Wan 2.1 T2V, Wan 2.2 TI2V-5B, T2V-A14B, I2V-A14B), an
+original release, one part of it (such as DIR/vae), or single files as people collect them for ComfyUI.
+Adapters, in the names of any trainer, are added to it for good with --lora; or go on top of weights that are
+there already, which they need from then on, to be trained further:
 
   python -m launch.import_weights --source=DIR --lora=style.safetensors:0.8 --workdir=W
   python -m launch.import_weights --source=LORA --base=W --workdir=W2
@@ -26,7 +27,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags():
-  flags.DEFINE_string("source", "", "folder of a pipeline, or of one of its parts")
+  flags.DEFINE_string("source", "", "folder of a pipeline, or of one of its parts, or a file of one")
   flags.DEFINE_string("workdir", "", "where the weights go, in our layout")
   flags.DEFINE_enum(
     "dtype",

@@ -94,7 +94,11 @@ def plan(source, workdir, dtype="source", loras=(), lora_ignore=False, say=lambd
   """
   source, workdir = pathlib.Path(source), pathlib.Path(workdir)
   pipeline = wan_pipeline.open_pipeline(source)
-  tokenizer = spiece.from_folder(pipeline.tokenizer) if pipeline.tokenizer else None
+  tokenizer = pipeline.tokenizer
+  if isinstance(tokenizer, pathlib.Path):
+    tokenizer = spiece.from_folder(tokenizer)
+  elif tokenizer:
+    spiece.checked(tokenizer, f"the tokenizer in {source}")
   fit_together(pipeline, tokenizer)
   groups = {}
   for part in pipeline.parts:

@@ -1,14 +1,24 @@
-"""safetensors files of other frameworks: single files, or shards with an index, read a tensor at a time."""
+"""Files of weights of other frameworks, read a tensor at a time: safetensors, single or in shards, with eight
+bits and scales, too; and pickles, where PyTorch is installed.
+"""
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 
+import ml_dtypes
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from sora_jax.errors import BadInput
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # known dtypes of weights
+EIGHT_BITS = {"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2}
+# Beside weights of eight bits: their scales, in both names of ComfyUI, and what its programs alone need.
+SCALES = (".scale_weight", ".weight_scale")
+MARKS = re.compile(r"scaled_fp8|spiece_model|.+\.(scale_input|input_scale|comfy_quant)")
+CONVERT = "safetensors.torch.save_file(torch.load('{0}', weights_only=True), '{1}.safetensors')"
 
 
 class Tensors(Mapping):
@@ -35,8 +45,8 @@ class Tensors(Mapping):
       pickled = [name for pattern in ("*.pth", "*.pt", "*.bin") for name in path.glob(pattern)]
       if pickled:
         raise BadInput(
-          f"weights: {pickled[0]} is a pickle of PyTorch, which is not read here; convert it to safetensors "
-          "where torch is installed: safetensors.torch.save_file(torch.load(NAME, weights_only=True), NEW)"
+          f"weights: {path} holds no .safetensors file; {pickled[0].name} is a pickle of PyTorch: convert "
+          f"it where that is installed, with {CONVERT.format(pickled[0].name, pickled[0].stem)}"
         )
       raise BadInput(
         f"weights: {path} holds no .safetensors file; give the folder of one part of a model, such as "
@@ -56,7 +66,7 @@ class Tensors(Mapping):
           raise BadInput(
             f"weights: {name} is both in {file} and in {self._files[name]}; keep one model in a folder"
           )
-        if dtype not in DTYPES:
+        if dtype not in (*DTYPES, *EIGHT_BITS) and not MARKS.fullmatch(name):
           raise BadInput(
             f"weights: {name} in {file} has dtype {dtype}; known: {', '.join(DTYPES)}; convert it first"
           )
@@ -69,9 +79,13 @@ class Tensors(Mapping):
 
   def dtype(self, name):
     """Dtype of a tensor, from the header: a name known to numpy (with ml_dtypes)."""
-    return DTYPES[self._specs[name][1]]
+    kind = self._specs[name][1]
+    return DTYPES.get(kind) or np.dtype(EIGHT_BITS.get(kind, np.uint8)).name
 
   def __getitem__(self, name):
+    kind = self._specs[name][1]
+    if kind in EIGHT_BITS:  # which safe_open does not know in numpy
+      return _raw(self._files[name], name).view(EIGHT_BITS[kind]).reshape(self.shape(name))
     with safe_open(self._files[name], framework="numpy") as opened:
       return opened.get_tensor(name)
 
@@ -80,6 +94,96 @@ class Tensors(Mapping):
 
   def __len__(self):
     return len(self._files)
+
+
+def _raw(file, name):
+  """The bytes of a tensor, uint8."""
+  with open(file, "rb") as stream:
+    size = int.from_bytes(stream.read(8), "little")
+    first, last = json.loads(stream.read(size))[name]["data_offsets"]
+    stream.seek(8 + size + first)
+    return np.frombuffer(stream.read(last - first), np.uint8)
+
+
+class Plain(Mapping):
+  """The weights of a file as ComfyUI distributes them: without a prefix of all names, weights of eight bits
+  times their scales as bfloat16, and without marks.
+  """
+
+  def __init__(self, tensors):
+    self._tensors = tensors
+    names = [name for name in tensors if not name.endswith(SCALES) and not MARKS.fullmatch(name)]
+    prefixes = ("model.diffusion_model.", "diffusion_model.")
+    prefix = next((one for one in prefixes if names and all(name.startswith(one) for name in names)), "")
+    self._names = {name.removeprefix(prefix): name for name in names}
+
+  def shape(self, name):
+    return self._tensors.shape(self._names[name])
+
+  def dtype(self, name):
+    kind = self._tensors.dtype(self._names[name])
+    return "bfloat16" if kind.startswith("float8") else kind
+
+  def __getitem__(self, name):
+    stored = self._names[name]
+    tensor = self._tensors[stored]
+    if not self._tensors.dtype(stored).startswith("float8"):
+      return tensor
+    module = stored.removesuffix(".weight")
+    scale = next((self._tensors[module + end] for end in SCALES if module + end in self._tensors), 1.0)
+    scale = np.asarray(scale, np.float32)
+    if scale.ndim == 1 and scale.size > 1:  # one for each output
+      scale = scale.reshape(-1, *[1] * (tensor.ndim - 1))
+    return (tensor.astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
+
+  def __iter__(self):
+    return iter(self._names)
+
+  def __len__(self):
+    return len(self._names)
+
+
+class Pickle(Mapping):
+  """A `.pth` file of PyTorch, where that is installed. Raises BadInput where it is not, or where the file is
+  no dict of tensors.
+  """
+
+  metadata = {}
+
+  def __init__(self, path):
+    try:
+      import torch
+    except ImportError:
+      path = pathlib.Path(path)
+      raise BadInput(
+        f"weights: {path} is a pickle of PyTorch, which is not installed here; where it is, "
+        f"{CONVERT.format(path.name, path.stem)} makes it a file that is read"
+      ) from None
+    self._torch = torch
+    try:
+      self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+      self._kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self._tensors.items()}
+    except Exception as error:  # torch raises what it meets: of pickles, of zip files, of what they name
+      reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+      raise BadInput(f"weights: {path} is no file of tensors alone ({reason})") from None
+
+  def shape(self, name):
+    return tuple(self._tensors[name].shape)
+
+  def dtype(self, name):
+    return self._kinds[name]
+
+  def __getitem__(self, name):
+    tensor = self._tensors[name]
+    if tensor.dtype == self._torch.bfloat16:
+      return tensor.contiguous().view(self._torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+  def __iter__(self):
+    return iter(self._tensors)
+
+  def __len__(self):
+    return len(self._tensors)
 
 
 class Renamed(Mapping):

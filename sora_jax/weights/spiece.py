@@ -32,12 +32,7 @@ def from_folder(path):
       f"tokenizer: {path} holds neither tokenizer.json nor spiece.model; give the folder `tokenizer` of "
       "a Wan model"
     )
-  data = model.read_bytes()
-  try:
-    sentencepiece.SentencePieceProcessor(model_proto=data)
-  except RuntimeError as error:
-    raise BadInput(f"tokenizer: {model} is not a sentencepiece model ({error}); download it again") from error
-  proto = ModelProto.FromString(data)
+  proto = ModelProto.FromString(checked(model.read_bytes(), model))
   config = path / "tokenizer_config.json"
   if config.exists():
     try:
@@ -45,6 +40,17 @@ def from_folder(path):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise BadInput(f"tokenizer: {config} cannot be read ({error!r}); download it again") from error
   return proto.SerializeToString()
+
+
+def checked(data, source):
+  """The bytes of a sentencepiece model. Raises BadInput where they are none; source: where they are from."""
+  try:
+    sentencepiece.SentencePieceProcessor(model_proto=data)
+  except RuntimeError as error:
+    raise BadInput(
+      f"tokenizer: {source} is not a sentencepiece model ({error}); download it again"
+    ) from error
+  return data
 
 
 def from_tokenizer_json(path):

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 
 from sora_jax.errors import BadInput
-from sora_jax.models.dit import DiTConfig
+from sora_jax.models.dit import SIZES, DiTConfig
 from sora_jax.weights import table
 
 # N heads, k rotary pairs, p the 2 entries of a pair, K head size; D and e width; s and r parts of a
@@ -147,6 +147,29 @@ def config_from_diffusers(theirs, expand_timesteps=False):
     eps=theirs["eps"],
     text_pad=512,
     conditioning=conditioning,
+  )
+
+
+def config_of(tensors):
+  """The config of a transformer without a config.json, which is one of dit.SIZES: that of these shapes.
+
+  tensors: with a method `shape`, as files.Tensors. Raises BadInput, which names the nearest and what differs.
+  """
+  known = {name: cfg for name, cfg in SIZES.items() if cfg.text_pad}  # those of Wan
+  misfits = {}
+  for name, cfg in known.items():
+    shapes = table.their_shapes(rows(cfg))
+    wrong = [one for one in shapes if one not in tensors or tensors.shape(one) != shapes[one]]
+    if not wrong and len(tensors) == len(shapes):
+      return cfg
+    extra = sorted(set(tensors) - shapes.keys())
+    misfits[name] = (len(wrong) + len(extra), (wrong + extra)[0], shapes)
+  nearest, (count, first, shapes) = min(misfits.items(), key=lambda item: item[1][0])
+  there = tensors.shape(first) if first in tensors else "missing"
+  raise BadInput(
+    f"weights: a transformer without config.json, and of no known size ({', '.join(known)}); the nearest is "
+    f"{nearest}, of which {count} tensors differ, the first {first}: {there} in the file, "
+    f"{shapes.get(first, 'not there')} in {nearest}; give the folder with its config.json"
   )
 
 

@@ -8,8 +8,12 @@ A pipeline (`WanPipeline`, `WanImageToVideoPipeline`, diffusers 0.42.1) has
 
 An original release (Wan-AI/Wan2.1-T2V-1.3B and so on) holds the DiT as config.json and
 diffusion_pytorch_model*.safetensors, those of two experts in high_noise_model/ and low_noise_model/; the
-tokenizer in google/umt5-xxl/; and the VAE and the text encoder as pickles, which the user converts to
-.safetensors files in the same folder first.
+tokenizer in google/umt5-xxl/; and the VAE and the text encoder as pickles, which are read where PyTorch is
+installed, and otherwise converted to .safetensors files in the same folder first.
+
+A folder of single files, as people collect them for ComfyUI, has a file for the transformer, or two with
+`high` and `low` in their names, one for the VAE, and one for the text encoder, which holds the tokenizer,
+too. Names and shapes tell what is what.
 
 This module reads only headers and config files. The weights of a part are in wan_dit.py, wan_vae.py and
 umt5.py.
@@ -19,12 +23,15 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
+
+import numpy as np
 
 from sora_jax.errors import BadInput
 from sora_jax.models.vae import SIZES
 from sora_jax.weights import files, table, umt5, wan_dit, wan_original, wan_vae
 
-PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", "WanDMDPipeline")
 # Class of a part: our name for it.
 PARTS = {"WanTransformer3DModel": "dit", "AutoencoderKLWan": "vae", "UMT5EncoderModel": "text"}
 MODULES = {"dit": wan_dit, "vae": wan_vae, "text": umt5}
@@ -69,7 +76,8 @@ SHIFT = {
   "two experts, from an image": 5.0,
   "a timestep for each token": 5.0,
 }
-CONVERT = "safetensors.torch.save_file(torch.load('{0}', weights_only=True), '{1}.safetensors')"
+PICKLES = ("Wan2", "models_t5")  # the VAE and the text encoder of a release; its CLIP is another
+LEFT_OUT = re.compile(r"blocks\.\d+\.to_gate_compress\..+")  # of FastWan: gates of its sparse attention
 
 
 @dataclasses.dataclass
@@ -91,12 +99,12 @@ class Part:
 class Pipeline:
   """The content of a folder.
 
-  sample: settings of a sampling job. boundary: the sigma that divides the two experts, 0 for one expert.
-  notes: messages for the user.
+  tokenizer: its folder, or the bytes of a sentencepiece model. sample: settings of a sampling job. boundary:
+  the sigma that divides the two experts, 0 for one expert. notes: messages for the user.
   """
 
   parts: list
-  tokenizer: pathlib.Path | None = None
+  tokenizer: pathlib.Path | bytes | None = None
   boundary: float = 0.0
   sample: dict | None = None
   notes: list = dataclasses.field(default_factory=list)
@@ -109,7 +117,7 @@ def open_pipeline(source):
   """
   source = pathlib.Path(source)
   if source.is_file():
-    return Pipeline([open_file(source)])
+    return _loose_files(source, [source])
   if not source.is_dir():
     raise BadInput(
       f"weights: {source} does not exist; give the folder of a pipeline, with model_index.json, or of one "
@@ -122,6 +130,8 @@ def open_pipeline(source):
     if files.read_config(original[0]).get("_class_name") == "WanModel":
       return open_original(source, original)
   if not (source / "model_index.json").exists():
+    if not (source / "config.json").exists() and (loose := sorted(source.glob("*.safetensors"))):
+      return _loose_files(source, loose)
     return _single_part(source)
   index = read_json(source / "model_index.json")
   if index.get("_class_name") not in PIPELINES:
@@ -143,9 +153,54 @@ def open_pipeline(source):
     )
   tokenizer = source / "tokenizer"
   pipeline = Pipeline(parts, tokenizer if tokenizer.is_dir() else None, boundary)
+  for part in parts:
+    if left := [name for name in part.stored if LEFT_OUT.fullmatch(name)]:
+      pipeline.notes.append(
+        f"{part.folder}: {len(left)} tensors of sparse attention, as {left[0]}, are left out"
+      )
+  for part in parts:
+    if left := len(part.stored) - len(part.tensors):
+      pipeline.notes.append(
+        f"{part.folder}: {left} tensors of sparse attention (to_gate_compress) are left out"
+      )
   if any(part.key.startswith("dit") for part in parts):
     pipeline.sample = SETTINGS[_family(parts)] | _schedule(source / "scheduler", pipeline.notes)
   return pipeline
+
+
+def _loose_files(source, paths):
+  """Single files, each of one part -> Pipeline."""
+  parts = []
+  for path in paths:
+    part = open_file(path)
+    if part.key in [one.key for one in parts if one.key != "dit"]:
+      raise BadInput(f"weights: {path} and another file of {source} are both a {part.key}; keep one of them")
+    parts.append(part)
+  dits = [part for part in parts if part.key == "dit"]
+  if len(dits) > 1:
+    marks = [[word for word in ("high", "low") if word in part.folder.name.lower()] for part in dits]
+    if sorted(marks) != [["high"], ["low"]]:
+      raise BadInput(
+        f"weights: {source} holds {len(dits)} transformers; two experts have `high` and `low` in their "
+        "names: keep these two, or one, in the folder"
+      )
+    dits.sort(key=lambda part: "low" in part.folder.name.lower())
+    parts = dits + [part for part in parts if part.key != "dit"]
+    _name_experts(source, parts)
+  pipeline = Pipeline(parts)
+  text = next((part for part in parts if part.key == "text"), None)
+  if text and "spiece_model" in (tensors := _tensors(text.folder)):
+    pipeline.tokenizer = np.asarray(tensors["spiece_model"]).tobytes()
+  if dits:
+    _sample_as_released(pipeline)
+  return pipeline
+
+
+def _sample_as_released(pipeline):
+  """Sets what the files of a release do not hold: the boundary of two experts, and how to sample."""
+  family = _family(pipeline.parts)
+  pipeline.boundary = BOUNDARY.get(family, 0.0)
+  pipeline.sample = SETTINGS[family] | {"sampler": "unipc", "shift": SHIFT[family], "schedule": "diffusers"}
 
 
 def _single_part(source):
@@ -207,15 +262,13 @@ def open_original(source, folders):
   tokenizer = source / "google" / "umt5-xxl"
   pipeline = Pipeline(parts, tokenizer if tokenizer.is_dir() else None)
   for path in sorted(source.glob("*.pth")):
-    if not path.with_suffix(".safetensors").exists():
-      pipeline.notes.append(
-        f"{path.name} is a pickle of PyTorch, which is not read here; where torch is installed, "
-        f"{CONVERT.format(path.name, path.stem)} converts it; then run the same command again"
-      )
+    if path.stem.startswith(PICKLES) and not path.with_suffix(".safetensors").exists():
+      try:
+        parts.append(open_file(path))
+      except BadInput as error:  # without PyTorch: the rest is imported, and this said
+        pipeline.notes.append(f"{str(error).removeprefix('weights: ')}; then run the same command again")
   if {part.key for part in parts} >= {"vae", "text"} and pipeline.tokenizer:
-    family = _family(parts)
-    pipeline.boundary = BOUNDARY.get(family, 0.0)
-    pipeline.sample = SETTINGS[family] | {"sampler": "unipc", "shift": SHIFT[family], "schedule": "diffusers"}
+    _sample_as_released(pipeline)
   return pipeline
 
 
@@ -225,18 +278,19 @@ def _original_config(config, names):
   return wan_dit.config_from_diffusers(theirs, config.get("model_type") == "ti2v")
 
 
+def _tensors(path):
+  """A file of weights, safetensors or a pickle -> its tensors."""
+  return (files.Pickle if path.suffix in (".pth", ".pt", ".bin", ".ckpt") else files.Tensors)(path)
+
+
 def open_file(path):
-  """One safetensors file of a VAE or a text encoder -> Part. Names and shapes tell its kind and config."""
-  tensors = files.Tensors(path)
+  """One file of one part -> Part. Names and shapes tell its kind and config."""
+  tensors = files.Plain(_tensors(path))
   key, layout = wan_original.recognise(tensors)
-  if key == "dit":
-    raise BadInput(
-      f"weights: {path} is a transformer, which needs its config.json; give the folder that holds both"
-    )
   named = tensors
   if layout == "original":
     residual = any(name.startswith("decoder.upsamples.0.upsamples.") for name in tensors)
-    size = SIZES["wan2.2" if residual else "wan2.1"]
+    size = SIZES["wan2.2" if residual else "wan2.1"]  # of a VAE
     named = files.Renamed(tensors, wan_original.rename(tensors, key, size))
   elif key == "text":
     named = files.Renamed(tensors, umt5.names(tensors))
@@ -275,6 +329,8 @@ def open_part(folder, expand_timesteps=False):
   cfg = _checked(folder, kind, lambda: MODULES[key].config_from_diffusers(config, *extra))
   tensors = files.Tensors(folder)
   named = files.Renamed(tensors, umt5.names(tensors)) if key == "text" else tensors
+  if key == "dit" and any(map(LEFT_OUT.fullmatch, tensors)):
+    named = files.Renamed(tensors, {name: name for name in tensors if not LEFT_OUT.fullmatch(name)})
   return _part(key, folder, cfg, named, tensors)
 
 

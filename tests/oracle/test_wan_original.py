@@ -6,14 +6,16 @@ Models are tiny, and of the public sizes.
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders import single_file_utils
 from transformers import UMT5Config, UMT5EncoderModel
 
+from sora_jax.errors import BadInput
 from sora_jax.models import vae
-from sora_jax.weights import wan_original, wan_vae
+from sora_jax.weights import files, wan_original, wan_vae
 
 ORIGINAL = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "wan_original.json").read_text())
 DITS = ["dit tiny", "wan-1.3b", "wan-14b", "wan-14b-i2v", "wan-5b"]
@@ -93,3 +95,17 @@ def test_text_encoder(name):
     expected = shapes_of(UMT5EncoderModel(config))
   del expected["encoder.embed_tokens.weight"]  # the same memory as shared.weight
   assert renamed(name, "text") == expected
+
+
+def test_pickles(tmp_path):
+  """A .pth of PyTorch, of its three dtypes, is read as the tensors it holds; one with code is refused."""
+  tensors = {kind: torch.randn(3, 4).to(getattr(torch, kind)) for kind in ("float32", "float16", "bfloat16")}
+  torch.save(tensors, tmp_path / "a.pth")
+  read = files.Pickle(tmp_path / "a.pth")
+  for name, value in tensors.items():
+    assert (read.shape(name), read.dtype(name), read[name].dtype.name) == ((3, 4), name, name)
+    np.testing.assert_array_equal(read[name].astype(np.float32), value.float().numpy())
+  torch.save({"a": pathlib.Path("x")}, tmp_path / "code.pth")
+  with pytest.raises(BadInput, match="no file of tensors alone") as error:
+    files.Pickle(tmp_path / "code.pth")
+  assert "\n" not in str(error.value)
