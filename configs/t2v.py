@@ -105,6 +105,7 @@ def neutral():
   config.sample.fps = 16.0
   config.sample.window = 0  # frames that are made at a time, of longer videos; 0: all
   config.sample.steps = 40
+  config.sample.times = ()  # instead of steps and shift, for few-step models: (1000, 757, 522)
   config.sample.sampler = "unipc"
   config.sample.shift = 3.0
   config.sample.guidance = 5.0
@@ -231,6 +232,7 @@ def finetune():
     "frames": int,
     "fps": float,
     "steps": int,
+    "times": tuple,
     "sampler": str,
     "shift": float,
     "guidance": float,

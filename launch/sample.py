@@ -23,6 +23,7 @@ from sora_jax.layout import AXES
 from sora_jax.pipeline import Pipeline
 
 FLAGS = flags.FLAGS
+FEW = 8  # steps, at most, that adapters for few steps are made for
 # flags that describe one request
 FIELDS = tuple(name for name in tasks.FIELDS if name not in ("id", "prompt"))
 
@@ -86,6 +87,7 @@ def main():
   if FLAGS.requests is None:
     request = pipe.parse(requests[0])  # a bad flag is an error before anything is written
     pipe.canvas(request)  # and a bad file
+  warn_of_guidance(pipe, requests)
   for number, error in broken:
     say(f"line {number} of {FLAGS.requests} is {error}")
     if first:
@@ -113,6 +115,20 @@ def main():
       "mend them and run again"
     )
   return program.OK
+
+
+def warn_of_guidance(pipe, requests):
+  """A line where adapters and few steps meet guidance, which most adapters for few steps have learned."""
+  for fields in requests if FLAGS.lora else ():
+    values = pipe.defaults | fields
+    steps = len(fields.get("times") or ()) or values["steps"]
+    guidance = values["guidance"]
+    if isinstance(steps, int) and steps <= FEW and guidance != 1:
+      program.warn(
+        f"request {fields.get('id')} has {steps} steps and guidance {guidance}; adapters for few steps are "
+        "made for guidance 1, which is also half the work: give it, unless yours are others"
+      )
+      return
 
 
 def chosen_requests():

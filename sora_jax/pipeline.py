@@ -47,7 +47,7 @@ from sora_jax.errors import BadInput, pick
 from sora_jax.models import t2v, text, vae
 
 # of a request, from the config
-DEFAULTS = ("size", "frames", "fps", "steps", "sampler", "shift", "guidance", "guidance_low")
+DEFAULTS = ("size", "frames", "fps", "steps", "times", "sampler", "shift", "guidance", "guidance_low")
 PROMPT_BYTES = 256 << 20  # embeddings of prompts that are held at a time
 
 
@@ -357,7 +357,8 @@ class Pipeline:
     for one in planned:
       request = one.request
       # experts change over, and blocks are computed, for all at once
-      levels = (request.steps, request.shift) if self.model.boundary or request.cache > 1 else ()
+      few = self.model.boundary or request.cache > 1
+      levels = (request.steps, request.shift, request.times) if few else ()
       alike.setdefault((request.sampler, request.cache, *levels), []).append(one)
     for entries in alike.values():
       together = [one for one in entries if one.tokens <= self.row_tokens]

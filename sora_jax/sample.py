@@ -15,7 +15,7 @@ import numpy as np
 
 from sora_jax import batch as batches, masks, multihost, patches
 from sora_jax.diffusion import flow, guidance
-from sora_jax.diffusion.samplers import SAMPLERS
+from sora_jax.diffusion.samplers import SAMPLERS, STOCHASTIC
 
 NOISE_KEY = 0  # of every sampling job: what differs between requests is their seed
 # Rows have multiples of ROW_STEP tokens, long ones of more, so that there are at most ROW_LENGTHS lengths
@@ -64,8 +64,11 @@ def prepare(request, canvas, tokenize, patch, base_fps=None, schedule="uniform",
     prompt_L=np.repeat(canvas.prompt_T[:: patch[0]], grid[1] * grid[2]),
     cond_LQ=None if canvas.cond_THWC is None else patches.patchify(canvas.cond_THWC, patch),
   )
-  start = 1.0 if canvas.start >= 1 else float(flow.shifted(canvas.start, 1 / request.shift))
-  sigmas, times = flow.schedule(schedule, request.sampler, request.steps, request.shift, start)
+  if request.times:
+    sigmas, times = flow.listed_schedule(request.times, canvas.start)
+  else:
+    start = 1.0 if canvas.start >= 1 else float(flow.shifted(canvas.start, 1 / request.shift))
+    sigmas, times = flow.schedule(schedule, request.sampler, request.steps, request.shift, start)
   return Denoising(
     clip=clip,
     negative=tokenize(request.negative_prompt),
@@ -170,6 +173,7 @@ def denoise(
       *levels,
       now,
       held_BLP,
+      np.int32(i),
       sampler=sampler,
       guided=guided,
       reuse=not computed[i],
@@ -266,9 +270,9 @@ def _no_changes(model, batch, x_BLP):
 )
 def _step(
   model, params, batch, text_BSE, text_kv, noise_BLP, x_BLP, carry, sigma_BG, sigma_next_BG, time_BG,
-  settings, held_BLP, *, sampler, guided, reuse,
+  settings, held_BLP, number, *, sampler, guided, reuse=False,
 ):  # fmt: skip
-  """One step of the sampler for all rows. reuse: the blocks are not computed."""
+  """One step of the sampler for all rows. number: of the step. reuse: the blocks are not computed."""
   rows = _first_half(batch) if guided else batch
   clips, clean_BL = sigma_BG.shape[1], _clean(model, rows)
 
@@ -315,8 +319,12 @@ def _step(
       v_BLP = guidance.classifier_free(v_prompt, v_null, scale_BL1, rescale_BL1, rows.segment_BL, clips)
     return v_BLP, aux
 
+  new_BLP = None
+  if sampler in STOCHASTIC:
+    keys_BG = flow.clip_keys(jax.random.key(NOISE_KEY + 1 + number), rows.uid_BG2, rows.epoch_BG)
+    new_BLP = flow.token_noise(keys_BG, rows.segment_BL, rows.coords_BL3, x_BLP.shape[-1])
   sigma_next_BL1 = to_tokens(sigma_next_BG)
-  x_BLP, carry = SAMPLERS[sampler][1](velocity, x_BLP, carry, to_tokens(sigma_BG), sigma_next_BL1, None)
+  x_BLP, carry = SAMPLERS[sampler][1](velocity, x_BLP, carry, to_tokens(sigma_BG), sigma_next_BL1, new_BLP)
   return replaced(x_BLP, sigma_next_BL1), carry
 
 

@@ -53,6 +53,9 @@ FIELDS = {
   "fps": Field(float, "frames a second", limits=(0.01, 1000)),
   "seed": Field(int, "another seed gives another video", 0, (0, 2**32 - 1)),
   "steps": Field(int, "steps of the sampler", limits=(1, 1000)),
+  "times": Field(
+    list, "instead of steps and shift: noise levels in thousandths, as [1000, 757, 522], of few-step models"
+  ),
   "sampler": Field(str, "method of solving the ODE"),
   "shift": Field(float, "how far noise levels are moved towards noise", limits=(0.01, 1000)),
   "guidance": Field(float, "scale of classifier-free guidance; 1 is none", limits=(-1000, 1000)),
@@ -100,6 +103,7 @@ class Request:
   strength: float | None = None
   shots: tuple | None = None  # ((seconds, prompt), ...)
   cache: float = 1.0
+  times: tuple | None = None  # then `steps` is their number
   category: str | None = None
 
   @property
@@ -124,6 +128,9 @@ def parse_request(fields, defaults, samplers, probe=None):
   _check_combination(full["task"], task, full)
   pick(dict.fromkeys(samplers), full["sampler"], "sampler")
   full["shots"] = _parse_shots(full["shots"])
+  full["times"] = _parse_times(full["times"], given)
+  if full["times"]:
+    full["steps"] = len(full["times"])
   if full["shots"] and not (full["prompt"] or "").strip():
     full["prompt"] = " ".join(prompt for _, prompt in full["shots"])
   if not (full["prompt"] or "").strip():
@@ -190,6 +197,18 @@ def _parse_shots(shots):
   if not parsed:
     raise BadInput("shots is empty; give at least one, or leave it out")
   return tuple(parsed)
+
+
+def _parse_times(times, given):
+  """[1000, 757, 522] -> a tuple; None where there are none, or the request gives `steps` in their place."""
+  if not times or "steps" in given and "times" not in given:
+    return None
+  if "steps" in given:
+    raise BadInput(f"steps is {given['steps']} and times {list(times)}; give one of them")
+  known = all(isinstance(time, numbers.Real) and 0 < time <= 1000 for time in times)
+  if not known or list(times) != sorted(set(times), reverse=True):
+    raise BadInput(f"times is {list(times)}; it must be numbers that fall, from 1000 at most to above 0")
+  return tuple(map(float, times))
 
 
 def _parse_ranges(ranges, frames):

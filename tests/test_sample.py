@@ -93,6 +93,25 @@ def test_alone_equals_packed():
   assert np.abs(alone(work(seed=9)) - together[0]).max() > 0.1
 
 
+def test_listed_times_and_new_noise():
+  """A few-step request asks the model at its times alone, with noise that is its own, alone or packed."""
+  items = [work(seed=1, times=[1000, 757, 522]), work(seed=2, times=[1000, 500], size=[48, 32])]
+  assert [len(item.sigmas) for item in items] == [4, 3]
+  np.testing.assert_allclose(items[0].times, [1, 0.757, 0.522])
+  rows, shape = share_rows(items, 96)
+  assert len(rows) == 1
+  row = [items[i] for i in rows[0]]
+  together = sample.denoise(MODEL, weights(), [row], shape, "renoise")[0]
+  for item, latents in zip(row, together, strict=True):
+    alone = sample.denoise(MODEL, weights(), [[item]], shape, "renoise")[0][0]
+    np.testing.assert_allclose(alone, latents, atol=2e-4)
+  other, euler = (
+    run([work(seed=seed, times=[1000, 757, 522])], kind)[0] for seed, kind in ((9, "renoise"), (1, "euler"))
+  )
+  first = together[rows[0].index(0)]
+  assert np.abs(other - first).max() > 0.1 and np.abs(euler - first).max() > 0.1
+
+
 def test_every_setting_matters():
   """Prompt, guidance, its interval, rescaling, negative prompt, steps and shift each change the result."""
   base = run([work(seed=1)])[0]

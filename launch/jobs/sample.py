@@ -186,7 +186,7 @@ def write(pipe, result, out, manifest=MANIFEST):
     "step": pipe.step,
     "request": digest(pipe, request),
   }
-  more = ("cache", "category", "strength", "given", "shots", *tasks.FILES)
+  more = ("cache", "times", "category", "strength", "given", "shots", *tasks.FILES)
   line |= {name: value for name in more if (value := getattr(request, name)) not in (None, 1.0)}
   files.append_jsonl(epath.Path(out) / manifest, line)
   return line

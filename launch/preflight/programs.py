@@ -164,8 +164,8 @@ def sampling(config, model, rows=1, guided=True):
     settings_BG = {name: value_BG for name in ("scale", "low", "high", "rescale")}
     levels = (value_BG,) * 3
     return sample._step.lower(
-      model, params, batch, text_BSE, text_kv, x, x, carry, *levels, settings_BG,
-      sampler=config.sample.sampler, guided=guided,
+      model, params, batch, text_BSE, text_kv, x, x, carry, *levels, settings_BG, None,
+      jax.ShapeDtypeStruct((), jnp.int32), sampler=config.sample.sampler, guided=guided,
     )  # fmt: skip
 
   work = float(flops.forward(cfg, np.array([tokens]), np.array([text])))

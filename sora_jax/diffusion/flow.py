@@ -108,6 +108,16 @@ def schedule(kind, sampler, steps, shift, start=1.0):
   return SCHEDULES[kind].get(sampler, uniform_schedule)(steps, shift, start)
 
 
+def listed_schedule(times, start=1.0):
+  """Times as public few-step models name them, falling from 1000 (sigma 1) -> (sigmas [n + 1], times [n]).
+
+  start: the noise level that the first must not exceed; the last is taken in any case.
+  """
+  sigmas = np.array([time / 1000 for time in times], np.float32)
+  kept = sigmas[sigmas <= start + 1e-6] if (sigmas <= start + 1e-6).any() else sigmas[-1:]
+  return np.append(kept, np.float32(0.0)), kept
+
+
 def token_shift(tokens, cfg):
   """The shift of a clip of `tokens` tokens (number or array).
 

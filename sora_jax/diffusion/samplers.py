@@ -3,16 +3,18 @@
 A sampler is a pair of functions; the loop is the caller's:
 
   init(x, aux)                                             -> carry
-  step(velocity, x, carry, sigma, sigma_next, key)         -> (x, carry)
+  step(velocity, x, carry, sigma, sigma_next, noise)       -> (x, carry)
 
 `velocity`: (x, sigma, aux) -> (dx/dsigma, aux). aux belongs to the caller (for example caches) and is kept in
-the carry. Sigmas broadcast against x: [] or [B, L, 1]; where both are 0, x is unchanged. All samplers are
-deterministic and ignore the key.
+the carry. Sigmas broadcast against x: [] or [B, L, 1]; where both are 0, x is unchanged. `noise`: standard
+normal, as x, new at each step, for those in STOCHASTIC; the others ignore it.
 
   euler      first order, one evaluation a step
   heun       second order, two evaluations a step       Karras et al., arXiv:2206.00364, Alg. 1
   dpmpp_2m   second order, one evaluation a step        Lu et al., DPM-Solver++, arXiv:2211.01095, Alg. 2
   unipc      the same, and each evaluation corrects the step before it; Zhao et al., UniPC, arXiv:2302.04867
+  renoise    the predicted data, noised anew to the next sigma; for models that were distilled to few steps
+             Song et al., Consistency Models, arXiv:2303.01469, Alg. 1; Yin et al., DMD2, arXiv:2405.14867
 """
 
 import jax.numpy as jnp
@@ -24,19 +26,19 @@ def no_carry(x, aux=None):
   return aux
 
 
-def euler_step(velocity, x, carry, sigma, sigma_next, key):
+def euler_step(velocity, x, carry, sigma, sigma_next, noise):
   """One explicit Euler step."""
-  del key
+  del noise
   v, aux = velocity(x, sigma, carry)
   return x + (sigma_next - sigma) * v, aux
 
 
-def heun_step(velocity, x, carry, sigma, sigma_next, key):
+def heun_step(velocity, x, carry, sigma, sigma_next, noise):
   """One step of the trapezoidal rule.
 
   Unlike in Karras et al., the last step, to sigma 0, is corrected too: our velocity is finite there.
   """
-  del key
+  del noise
   v, aux = velocity(x, sigma, carry)
   v_next, aux = velocity(x + (sigma_next - sigma) * v, sigma_next, aux)
   return x + (sigma_next - sigma) * (v + v_next) / 2, aux
@@ -52,11 +54,11 @@ def dpmpp_init(x, aux=None):
   }
 
 
-def dpmpp_step(velocity, x, carry, sigma, sigma_next, key):
+def dpmpp_step(velocity, x, carry, sigma, sigma_next, noise):
   """One step of DPM-Solver++(2M): the predictor of `unipc_step` alone, `DPMSolverMultistepScheduler` of
   diffusers, with which tests/oracle compares it.
   """
-  del key
+  del noise
   sigma, sigma_next = (jnp.broadcast_to(s, x.shape).astype(x.dtype) for s in (sigma, sigma_next))
   v, aux = velocity(x, sigma, carry["aux"])
   data = x - sigma * v
@@ -72,7 +74,7 @@ def unipc_init(x, aux=None):
   return {"aux": aux, "count": jnp.zeros((), jnp.int32), **history}
 
 
-def unipc_step(velocity, x, carry, sigma, sigma_next, key):
+def unipc_step(velocity, x, carry, sigma, sigma_next, noise):
   """One step of UniPC-2 with B(h) = expm1(h) and data prediction.
 
   The new evaluation corrects the last step (UniC), then predicts the next (UniP).
@@ -83,7 +85,7 @@ def unipc_step(velocity, x, carry, sigma, sigma_next, key):
   infinite, is of first order: x_next = m (`lower_order_final` of diffusers' UniPCMultistepScheduler, with
   which tests/oracle compares this function).
   """
-  del key
+  del noise
   sigma, sigma_next = (jnp.broadcast_to(s, x.shape).astype(x.dtype) for s in (sigma, sigma_next))
   v, aux = velocity(x, sigma, carry["aux"])
   data = x - sigma * v  # from x before its correction, as in UniPC: one evaluation a step
@@ -148,9 +150,17 @@ def _correct(carry, data_now, sigma_now, second):
   return linear + factor * jnp.where(second, 0.5 * jump, a * difference + (b_1 - a) * jump)
 
 
+def renoise_step(velocity, x, carry, sigma, sigma_next, noise):
+  """The predicted data, x - sigma v, at sigma_next, with new noise."""
+  v, aux = velocity(x, sigma, carry)
+  return (1 - sigma_next) * (x - sigma * v) + sigma_next * noise, aux
+
+
 SAMPLERS = {
   "euler": (no_carry, euler_step),
   "heun": (no_carry, heun_step),
   "unipc": (unipc_init, unipc_step),
   "dpmpp_2m": (dpmpp_init, dpmpp_step),
+  "renoise": (no_carry, renoise_step),
 }
+STOCHASTIC = ("renoise",)

@@ -68,6 +68,8 @@ SETTINGS = {
   ),
   "a timestep for each token": dict(size=(704, 1280), frames=121, fps=24.0, steps=50, guidance=5.0),
 }
+# Of those that were distilled to three steps (FastVideo, WanDMDPipeline).
+DISTILLED = dict(steps=3, times=(1000, 757, 522), sampler="renoise", guidance=1.0)
 # Boundary of the experts and shift of the original releases, whose files hold neither.
 BOUNDARY = {"two experts": 0.875, "two experts, from an image": 0.9}
 SHIFT = {
@@ -164,7 +166,9 @@ def open_pipeline(source):
         f"{part.folder}: {left} tensors of sparse attention (to_gate_compress) are left out"
       )
   if any(part.key.startswith("dit") for part in parts):
-    pipeline.sample = SETTINGS[_family(parts)] | _schedule(source / "scheduler", pipeline.notes)
+    distilled = index["_class_name"] == "WanDMDPipeline"
+    schedule = DISTILLED | {"shift": 8.0} if distilled else _schedule(source / "scheduler", pipeline.notes)
+    pipeline.sample = SETTINGS[_family(parts)] | schedule
   return pipeline
 
 

@@ -295,3 +295,23 @@ def test_adapters_that_do_not_fit(model, run_program, tmp_path, flag, says):
   )
   assert done.returncode == 2 and done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
   assert not out.exists()
+
+
+def test_few_steps_with_guidance(model, run_program, tmp_path):
+  """Adapters that fit, few steps, and guidance: it is done, and a line says what they are usually made for."""
+  layer = "blocks.0.attn1.to_q"
+  width = dit.SIZES["quick"].width
+  pair = {f"{layer}.lora_A.weight": np.zeros((2, width)), f"{layer}.lora_B.weight": np.zeros((width, 2))}
+  safetensors.numpy.save_file({k: v.astype(np.float32) for k, v in pair.items()}, tmp_path / "a.safetensors")
+  flags = (
+    f"--workdir={model}",
+    "--prompt=a ball",
+    "--size=16,16",
+    "--frames=1",
+    f"--lora={tmp_path}/a.safetensors",
+  )
+  done = run_program("sample", *flags, "--times=1000,500", "--sampler=renoise", f"--out={tmp_path / 'out'}")
+  assert done.returncode == 0, done.stderr
+  assert "2 steps and guidance 4.0; adapters for few steps are made for guidance 1" in done.stderr
+  (line,) = files.read_jsonl(tmp_path / "out" / "manifest.jsonl")
+  assert line["times"] == [1000.0, 500.0] and line["steps"] == 2

@@ -75,6 +75,18 @@ def test_a_text_encoder(monkeypatch):
   assert all(not leaf.sharding.is_fully_replicated for leaf in weights if leaf.ndim > 1 and leaf.size > 1024)
 
 
+@pytest.mark.parametrize("sampler", ["unipc", "renoise"])
+def test_a_step_of_sampling(sampler):
+  """The step of a sampling job is lowered with its own arguments; guidance doubles its work."""
+  config = small()
+  config.sample.sampler = sampler
+  mesh = workdirs.sampling_layout(config, devices=jax.devices())
+  model = workdirs.make_model(config, None, mesh)
+  program, alone = (programs.sampling(config, model, 2, guided) for guided in (True, False))
+  assert program.model_flops == 2 * alone.model_flops > 0
+  assert program.lower().out_info[0].shape == (2, program.tokens // 2, model.dit.values_in)
+
+
 def test_tiles_that_run():
   """The share of tiles of attention in which a clip meets itself: of two equal clips a half."""
   row = programs.Row(np.array([1024, 1024]), np.array([128, 128]))
