@@ -298,7 +298,7 @@ def test_adapters_that_do_not_fit(model, run_program, tmp_path, flag, says):
 
 
 def test_few_steps_with_guidance(model, run_program, tmp_path):
-  """Adapters that fit, few steps, and guidance: it is done, and a line says what they are usually made for."""
+  """Adapters, few steps, and guidance: it is done, and a line says what such adapters are made for."""
   layer = "blocks.0.attn1.to_q"
   width = dit.SIZES["quick"].width
   pair = {f"{layer}.lora_A.weight": np.zeros((2, width)), f"{layer}.lora_B.weight": np.zeros((width, 2))}
