@@ -45,6 +45,7 @@ def neutral():
   config.model.scans = 1  # over the layers, one after another; more: less memory for 14B, longer to compile
   config.model.dtype = "float32"  # of activations
   config.model.param_dtype = "float32"  # of weights; bfloat16 is rounded stochastically
+  config.model.weights = ""  # int8 or fp8: of what adapters are trained on, and of sampling jobs
   config.model.text = ""  # a key of sora_jax.models.text.SIZES; "": embeddings of the records
 
   config.lora = ml_collections.ConfigDict()

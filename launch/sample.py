@@ -20,6 +20,7 @@ from launch.reports import gallery
 from sora_jax import tasks, workdir as workdirs
 from sora_jax.errors import BadInput
 from sora_jax.layout import AXES
+from sora_jax.models import eight_bits
 from sora_jax.pipeline import Pipeline
 
 FLAGS = flags.FLAGS
@@ -35,6 +36,9 @@ def define_flags():
   flags.DEFINE_string("out", "out", "where the files go")
   flags.DEFINE_enum("weights", "ema", ["ema", "params"], "running mean of the weights, or the last ones")
   program.define_lora()
+  flags.DEFINE_enum(
+    "eight_bits", "", ["", *eight_bits.KINDS], "keep the weights of blocks in 8 bits: half the memory"
+  )
   flags.DEFINE_string(
     "mesh", "", "devices that share the work, as fsdp=2,context=2; empty: chosen from the rows"
   )
@@ -79,6 +83,7 @@ def main():
     devices=devices,
     lora=FLAGS.lora,
     lora_ignore=FLAGS.lora_ignore,
+    eight_bits=FLAGS.eight_bits,
   )
   say(
     f"sampling {len(requests)} request{'s' * (len(requests) != 1)} with "

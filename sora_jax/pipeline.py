@@ -123,6 +123,7 @@ class Pipeline:
     devices=None,
     lora=(),
     lora_ignore=False,
+    eight_bits="",
   ):
     """From a work directory of launch.train or launch.import_weights, or an export of it.
 
@@ -134,19 +135,26 @@ class Pipeline:
     devices: those that hold the model; None: all, also of other processes.
     lora: files of adapters to add, as ["style.safetensors:0.8", "high=steps.safetensors"]: an expert where
     there are two, and a strength. lora_ignore: leave out names in them that fit no layer.
+    eight_bits: "int8" or "fp8", what the weights of blocks are kept in; "": as the config says.
     BadInput where `workdir` holds no such model.
     """
     config = workdirs.read_config(workdir)
     layout = workdirs.sampling_layout(config, mesh, devices)
+    if eight_bits:
+      with config.unlocked():
+        config.model.weights = eight_bits
     model = workdirs.make_model(config, epath.Path(workdir) / "text", layout)
+    loras, kind = adapters.open_all(lora), model.weights
+    model = dataclasses.replace(model, weights="" if loras else kind)
     # imported weights stay in what they are computed in
     half = "dit" in config.model and model.dit.dtype == "bfloat16"
     params, step = workdirs.load_model_weights(
       workdir, config, model, weights, "bfloat16" if half else None, say
     )
-    loras = adapters.open_all(lora)
-    params = adapters.merged(params, model, loras, lora_ignore, say)
-    identity = workdirs.identity(workdir, weights) + adapters.identity(loras)
+    if loras:
+      params = adapters.merged(params, model, loras, lora_ignore, say)
+      params = workdirs.in_eight_bits(params, params, kind)
+    identity = workdirs.identity(workdir, weights) + adapters.identity(loras) + kind
     pipe = cls.of(workdir, config, model, params, step, identity)
     return dataclasses.replace(pipe, keep_text_encoder=keep_text_encoder)
 

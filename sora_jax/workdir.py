@@ -24,7 +24,7 @@ from sora_jax import layout as layouts, parts
 from sora_jax.checkpoint import Checkpoints
 from sora_jax.errors import BadInput, checked, pick
 from sora_jax.files import flatten, read_json
-from sora_jax.models import dit, lora, t2v, text, vae
+from sora_jax.models import dit, eight_bits, lora, t2v, text, vae
 
 # What `kind` in a config on disk names; a config without it is of the first kind.
 VAES = {"wan": vae.config_from_dict}
@@ -132,7 +132,7 @@ def adopt(config):
       config.model.base = identity(config.init)
     if config.get("sigma") and config.sigma.base_shift is None:
       config.sigma.base_shift = float(theirs["sample"]["shift"])
-    for name, value in theirs["sample"].items():
+    for name, value in ({"times": ()} | theirs["sample"]).items():
       if config.sample.get(name) is None:
         config.sample[name] = tuple(value) if isinstance(value, list) else value
 
@@ -160,8 +160,10 @@ def make_model(config, text_dir, layout):
         f"config.model.text {config.model.text!r} gives {encoder.width} values a token, "
         f"{config.model.size!r} takes {cfg.text_width}"
       )
-  boundary, param_dtype = config.model.get("boundary", 0.0), config.model.get("param_dtype", "float32")
-  return checked(lambda: t2v.Model(cfg, encoder, layout, boundary, param_dtype=param_dtype), "config.model")
+  given = {
+    name: config.model[name] for name in ("boundary", "param_dtype", "weights") if name in config.model
+  }
+  return checked(lambda: t2v.Model(cfg, encoder, layout, **given), "config.model")
 
 
 def trained_part(config, model):
@@ -186,9 +188,14 @@ def trained_key(config):
 
 def targets(model, dtype=None):
   """What the weights of a Model are restored into: ShapeDtypeStructs with shardings; `dtype` instead of
-  float32.
+  float32. Those of 8 bits (model.weights) are so.
   """
-  return layouts.targets(jax.eval_shape(model.init, jax.random.key(0)), model.layout, dtype)
+  boxed = jax.eval_shape(model.init, jax.random.key(0))
+  if not model.weights or model.lora:
+    return layouts.targets(boxed, model.layout, dtype)
+  boxed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype), boxed)
+  dits = {name: eight_bits.boxed(part, model.weights) for name, part in boxed.items() if name != "text"}
+  return layouts.targets({**boxed, **dits}, model.layout)
 
 
 def load_weights(workdir, which="ema", target=None, say=lambda line: None, *, mapped=False, partial=False):
@@ -246,14 +253,48 @@ def load_model_weights(workdir, config, model, which="ema", dtype=None, say=lamb
 
   Where W holds one expert or adapters, the rest is that of config.init, and adapters are added to it.
   """
-  part = trained_part(config, model)
-  own, step = load_weights(workdir, which, targets(part, None if part.lora else dtype), say=say)
+  part, plain = trained_part(config, model), dataclasses.replace(model, weights="")
   if part == model:
-    return own, step
-  params = base_weights(config, model, dtype, say=say)
+    return load_placed(workdir, which, targets(plain, dtype), model.weights, say=say)
+  own, step = load_weights(workdir, which, targets(part, None if part.lora else dtype), say=say)
+  params = base_weights(config, plain, dtype, say=say)
   key = trained_key(config)
   params[key] = lora.merge(params[key], own["lora"]["dit"], part.lora.scale) if part.lora else own["dit"]
-  return params, step
+  return in_eight_bits(params, targets(plain, dtype), model.weights), step
+
+
+def load_placed(workdir, which, target, kind, partial=False, say=lambda line: None):
+  """As `load_weights` into `target`, those of blocks in 8 bits where `kind` says so.
+
+  Of W/model they are placed one after another: never are all of them on the devices in their own dtype.
+  """
+  workdir = epath.Path(workdir)
+  if not kind or (workdir / "checkpoints").exists():
+    params, step = load_weights(workdir, which, target, say, partial=partial)
+  else:
+    params, step = load_weights(workdir, which, say=say, mapped=True)
+    params = {name: params.get(name, {}) for name in target} if partial else params
+    _check_shapes(workdir, params, target)
+  return in_eight_bits(params, target, kind), step
+
+
+def in_eight_bits(params, target, kind):
+  """{"dit": weights, mapped or on devices, ...} -> the same on devices, those of blocks in 8 bits if `kind`.
+
+  target: of each, as from `targets`, before they have 8 bits.
+  """
+  if not kind:
+    return params
+
+  def put(leaf, like):
+    return leaf if isinstance(leaf, jax.Array) else parts.put(leaf, like)
+
+  return {
+    key: jax.tree.map(put, value, target[key])
+    if key == "text"
+    else eight_bits.quantise(value, kind, target[key], put)
+    for key, value in params.items()
+  }
 
 
 def base_weights(config, model, dtype=None, only=(), say=lambda line: None):
@@ -270,9 +311,9 @@ def base_weights(config, model, dtype=None, only=(), say=lambda line: None):
     )
   if model is None:
     return load_weights(init, "ema", mapped=True, say=say)[0]
-  target = targets(model, dtype)
+  target = targets(dataclasses.replace(model, weights=""), dtype)
   target = {key: target[key] for key in only or target}
-  return load_weights(init, "ema", target, partial=bool(only), say=say)[0]
+  return load_placed(init, "ema", target, model.weights, partial=bool(only), say=say)[0]
 
 
 # --- parts

@@ -54,6 +54,7 @@ from sora_jax.models.dit_config import (
   SIZES as SIZES,
   DiTConfig,
 )
+from sora_jax.models.eight_bits import scale_name, weight_of
 from sora_jax.models.primitives import (
   apply_rope,
   gate,
@@ -87,11 +88,24 @@ class Part(nn.Module):
     return x if self.layout is None else self.layout.constrain(x, *axes)
 
   def kernel(self, name, shape, axes, init, whole=True):
-    """A weight in the compute dtype. whole: gathered from the devices that it is cut over."""
-    value = self.weight(name, shape, axes, init).astype(self.cfg.dtype)
-    if self.layout is None:
-      return value
-    return self.layout.gathered(value, *axes) if whole else self.layout.as_stored(value, *axes)
+    """A weight in the compute dtype. whole: gathered from the devices that it is cut over.
+
+    A weight of 8 bits is gathered as such, and then multiplied by its scale (models/eight_bits.py).
+    """
+
+    def placed(value):
+      if self.layout is None:
+        return value
+      return self.layout.gathered(value, *axes) if whole else self.layout.as_stored(value, *axes)
+
+    scale = scale_name(name)
+    if not self.has_variable("params", scale):
+      return placed(self.weight(name, shape, axes, init).astype(self.cfg.dtype))
+    stored = placed(param(self, name, init, shape, axes))
+    value = stored.astype(jnp.float32) * self.get_variable("params", scale)
+    if self.has_variable("lora", name):
+      value += placed(lora.delta_weight(self.get_variable("lora", name), self.cfg.lora_scale))
+    return value.astype(self.cfg.dtype)
 
   def product(self, x, kernel):
     """x [B, L, inputs...] times a weight [inputs..., outputs...] -> [B, L, outputs...], in the compute dtype.
@@ -445,7 +459,7 @@ def text_kv(cfg, params, text_BSE, prompt_BS=None):
     dtype = jnp.dtype(cfg.dtype)
 
     def project(name):
-      product = jnp.einsum("BSD,DNK->BSNK", text_BSD, cross[name].astype(dtype))
+      product = jnp.einsum("BSD,DNK->BSNK", text_BSD, weight_of(cross, name).astype(dtype))
       return product + cross[f"{name}_bias"].astype(dtype)
 
     return rms_norm(project("key"), cross["key_norm"], cfg.eps).astype(dtype), project("value")

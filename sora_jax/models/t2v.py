@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sora_jax.layout import Layout
-from sora_jax.models import lora
+from sora_jax.models import eight_bits, lora
 from sora_jax.models.dit import DiT, DiTConfig, text_kv
 from sora_jax.models.lora import LoRAConfig
 from sora_jax.models.text import TextConfig, TextEncoder
@@ -25,6 +25,8 @@ class Model:
   boundary: if > 0, "dit_high" is used for sigma >= boundary, "dit_low" for smaller sigmas.
   lora: the trained weights are adapters, keyed "lora"; the weights that they adapt are frozen.
   param_dtype: of the trained weights; what they are computed in is `dit.dtype`.
+  weights: of the frozen ones, those of a sampling job or beneath adapters: a key of eight_bits.KINDS; "": as
+  they come.
   """
 
   dit: DiTConfig
@@ -33,8 +35,13 @@ class Model:
   boundary: float = 0.0
   lora: LoRAConfig | None = None
   param_dtype: str = "float32"
+  weights: str = ""
 
   def __post_init__(self):
+    if self.weights and self.weights not in eight_bits.KINDS:
+      raise ValueError(f"weights is {self.weights!r}; known: {', '.join(eight_bits.KINDS)}, or none")
+    if self.weights and self.dit.scans > 1:
+      raise ValueError(f"weights {self.weights!r} need scans 1, not {self.dit.scans}")
     if self.param_dtype not in ("float32", "bfloat16"):
       raise ValueError(f"param_dtype is {self.param_dtype!r}; known: float32, bfloat16")
 

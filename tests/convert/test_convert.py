@@ -300,6 +300,34 @@ def test_adapters_added_for_good(pipeline, workdir, tmp_path):
   assert "with these adapters added: style.safetensors:0.5" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_eight_bits(workdir, tmp_path):
+  """An imported model samples in 8 bits, with adapters, too; and is what adapters are trained upon."""
+  fields = {"id": "a", "prompt": "a red ball", "size": [16, 32], "frames": 1, "steps": 3, "guidance": 1.0}
+  layer, rng = "blocks.1.attn1.to_k", np.random.default_rng(0)
+  pair = {
+    f"{layer}.lora_{half}.weight": rng.normal(size=shape) for half, shape in (("A", (2, 48)), ("B", (48, 2)))
+  }
+  file = tmp_path / "style.safetensors"
+  safetensors.numpy.save_file({name: value.astype(np.float32) for name, value in pair.items()}, file)
+  latents = {}
+  for files_of_lora in ((), (f"{file}:0.2",)):
+    for kind in ("", "int8"):
+      pipe = Pipeline.open(workdir, lora=files_of_lora, eight_bits=kind)
+      (result,) = pipe.run([fields])
+      latents[files_of_lora, kind] = np.asarray(result.latents_THWC)
+      query = pipe.params["dit"]["blocks"]["self"]["query"]
+      assert (query.dtype == np.int8) == (kind == "int8")
+    error = np.abs(latents[files_of_lora, "int8"] - latents[files_of_lora, ""]).max()
+    assert 0 < error < 0.1 * np.abs(latents[files_of_lora, ""]).max()
+  assert np.abs(latents[(), ""] - latents[files_of_lora, ""]).max() > error
+  config = workdirs.read_config(workdir)
+  with config.unlocked():
+    config.init, config.model.base, config.model.weights = str(workdir), workdirs.identity(workdir), "int8"
+  model = workdirs.make_model(config, workdir / "text", None)
+  base = workdirs.base_weights(config, model, "bfloat16", only=("dit",))
+  assert list(base) == ["dit"] and base["dit"]["blocks"]["mlp"]["in"].dtype == np.int8
+
+
 def test_adapters_in_the_names_of_comfyui(workdir, tmp_path):
   """The same numbers under the names of the original release; they are read back as the same adapters."""
   cfg = workdirs.make_model(workdirs.read_config(workdir), workdir / "text", None).dit
