@@ -9,8 +9,8 @@ Variants, with the hardware that each was written for and what to expect:
   tiny   two CPU cores, six minutes on the embedded world, with the weights of `start` as --config.init:
          colours, directions and more than half of the shapes follow, at all sizes. The quickstart trains it.
          From random weights, colours alone follow.
-  world  two CPU cores, an hour and a half on the embedded world: the small model that ships, which was then
-         trained on for an hour (commands and scores: sora_jax/assets/world/README.md).
+  world_start, world  two CPU cores, two hours on the embedded world: the small model that ships (commands and
+         scores: sora_jax/assets/world/README.md).
   base   one TPU v5p-8 or larger: our size B, on records of a 4x16x16 VAE with 48 channels, with text
          embeddings in the records.
   finetune  starts from imported weights, --config.init=W: all of them (Wan 1.3B: a TPU v5p-8), or with
@@ -184,7 +184,7 @@ def world():
   config.data.row_clips = 16
   config.data.row_text = 160
   config.data.given = {"first": 0.1, "start": 0.07, "end": 0.07, "ends": 0.1, "frames": 0.05, "region": 0.06}
-  config.steps = 16_000
+  config.steps = 11_000
   config.checkpoint_every = 250
   config.ema_decay = 0.999
   config.sample.window = 25

@@ -51,7 +51,7 @@ from sora_jax import (
   video,
   workdir as workdirs,
 )
-from sora_jax.errors import BadInput, Stopped
+from sora_jax.errors import BadInput, Stopped, checked
 from sora_jax.models import vae
 from sora_jax.pipeline import Pipeline
 
@@ -71,6 +71,11 @@ def define_flags():
   flags.DEFINE_string("source", "shapes", "clips to measure on: shapes (held-out ones), or a folder of clips")
   flags.DEFINE_integer("clips", 64, "number of clips; the first ones are taken", lower_bound=1)
   flags.DEFINE_integer("prompts", 64, "number of held-out prompts, if videos are made", lower_bound=1)
+  flags.DEFINE_list(
+    "kinds",
+    [],
+    "instead of a mixture, so many held-out prompts of each of these kinds of scenes: relation, ...",
+  )
   flags.DEFINE_integer("tasks", 0, "cases of each task that are made and judged; 0: none", lower_bound=0)
   flags.DEFINE_integer("cache_curve", 0, "prompts that `cache` is measured with; 0: it is not", lower_bound=0)
   flags.DEFINE_integer("seed", 0, "seed of the held-out clips, and of the noise that they are mixed with")
@@ -124,8 +129,11 @@ def advance_unless_stopped(bar):
 def inputs():
   """Everything that a report depends on: with equal inputs, reports are equal."""
   values = {"source": FLAGS.source, "clips": FLAGS.clips, "prompts": FLAGS.prompts, "seed": FLAGS.seed}
-  values |= {name: FLAGS[name].value for name in ("tasks", "cache_curve", "i3d") if FLAGS[name].value}
+  values |= {
+    name: FLAGS[name].value for name in ("kinds", "tasks", "cache_curve", "i3d") if FLAGS[name].value
+  }
   if FLAGS.workdir:
+    held_out_requests()  # a kind that is not known is an error before anything is measured
     workdir = pathlib.Path(FLAGS.workdir)
     if not (workdir / "vae" / "config.json").exists():
       raise BadInput(
@@ -163,8 +171,8 @@ def measure_workdir(workdir, out):
   report |= {"step": pipe.step, "loss_by_sigma": loss_by_sigma(pipe, raw, latents)}
   imported = "dit" in config["model"]  # an imported model was not trained on the embedded world
   if FLAGS.source == "shapes" and not FLAGS.videos and not imported:
-    folder_of_step = workdir / "samples" / f"held-out-{pipe.step}"
-    counts = sampling_job.run(pipe, shapes.held_out_requests(FLAGS.prompts), folder_of_step)
+    folder_of_step = workdir / "samples" / "-".join(["held-out", str(pipe.step), *FLAGS.kinds])
+    counts = sampling_job.run(pipe, held_out_requests(), folder_of_step)
     if counts["stopped"]:
       raise Stopped
     report |= judge_folder(folder_of_step)
@@ -323,6 +331,13 @@ def judge_folder(directory):
     name, why = next(iter(skipped.items()))
     say(f"{len(skipped)} of {len(lines)} videos could not be judged, such as {name}: {why}")
   return {"scores": judge.summary(verdicts.values()), "videos": verdicts, "passed_over": skipped}
+
+
+def held_out_requests():
+  """The prompts that --prompts and --kinds ask for."""
+  if not FLAGS.kinds:
+    return shapes.held_out_requests(FLAGS.prompts)
+  return checked(lambda: shapes.held_out_requests_of(FLAGS.kinds, FLAGS.prompts), "--kinds")
 
 
 def print_report(report):

@@ -15,7 +15,7 @@ from sora_jax import files, masks, parts
 from sora_jax.errors import BadInput
 
 # Keys of a config that earlier versions did not have, and what they did; and keys that had another name.
-ADDED = {"optim.b1": 0.9, "optim.b2": 0.99, "model.kind": "wan", "model.scans": 1}
+ADDED = {"optim.b1": 0.9, "optim.b2": 0.99, "model.kind": "wan", "model.scans": 1, "model.weights": ""}
 ADDED |= {f"data.given.{kind}": 0.0 for kind in masks.KINDS}
 RENAMED = {"data.image_to_video": "data.given.first"}
 _locks = []  # open files, so that a lock lasts until its file is closed or the program ends

@@ -434,3 +434,19 @@ def held_out_requests(n: int = 64, seed: int = 0) -> list[dict]:
       }
     )
   return requests
+
+
+def held_out_requests_of(kinds, n: int, seed: int = 0) -> list[dict]:
+  """n requests of each of these kinds, as `held_out_requests`. Raises ValueError for an unknown kind."""
+  if unknown := [kind for kind in kinds if kind not in KINDS or kind == "still"]:
+    raise ValueError(
+      f"kind {unknown[0]!r} has no held-out scenes; known: {', '.join(sorted(set(KINDS) - {'still'}))}"
+    )
+  rng = np.random.default_rng((seed, 65))
+  requests = []
+  for i in range(n * len(kinds)):
+    kind = kinds[i // n]
+    scene = draw_scene(rng, "held_out", {kind: 1.0})
+    request = {"id": f"{kind}-{i % n:03d}", "prompt": caption(scene), "size": list(SIZES[i % len(SIZES)])}
+    requests.append(request | {"frames": 1 if kind == "relation" else 17, "fps": FPS, "seed": i})
+  return requests

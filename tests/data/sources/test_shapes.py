@@ -175,3 +175,12 @@ def test_rendering_is_quick():
       video(item)
     best = min(best, time.process_time() - began)
   assert len(items) / best > 100
+
+
+def test_held_out_requests_of_some_kinds():
+  requests = shapes.held_out_requests_of(["relation", "turns"], 5)
+  scenes = [shapes.parse(request["prompt"]) for request in requests]
+  assert [scene.kind for scene in scenes] == 5 * ["relation"] + 5 * ["turns"]
+  assert all(map(shapes.held_out, scenes)) and len({request["id"] for request in requests}) == 10
+  with pytest.raises(ValueError, match="kind 'still' has no held-out scenes; known: behind, bounces"):
+    shapes.held_out_requests_of(["still"], 1)
