@@ -187,7 +187,7 @@ def _stage(scene, size, frames, rng):
     if scene.kind == "pan":
       shift = (centre - centre[0]) * np.abs(way)
   elif scene.kind == "bounces":
-    cycles = 1.0 if frames < 12 else rng.uniform(1.5, 2.0)
+    cycles = 1.0 if frames < 12 else rng.uniform(1.0, 2.0)
     wave = _triangle_wave(cycles * u + rng.integers(2) / 2)[:, None]
     travel = rng.uniform(0.75, 1.0) * (high - low)
     start = rng.uniform(low, high - travel)
