@@ -320,7 +320,7 @@ def _step(
     return v_BLP, aux
 
   new_BLP = None
-  if sampler in STOCHASTIC:
+  if sampler in STOCHASTIC:  # another key than that of the noise which requests begin with, for each step
     keys_BG = flow.clip_keys(jax.random.key(NOISE_KEY + 1 + number), rows.uid_BG2, rows.epoch_BG)
     new_BLP = flow.token_noise(keys_BG, rows.segment_BL, rows.coords_BL3, x_BLP.shape[-1])
   sigma_next_BL1 = to_tokens(sigma_next_BG)

@@ -339,16 +339,15 @@ def _no_match(names):
   text = " ".join(names).replace(".", "_")
   kind = next((kind for mark, kind in OTHER_KINDS.items() if mark in text), None)
   if kind:
-    return (
-      f"LoRA: {names[0]} is of {kind}; only LoRA and full differences are read: merge it where it was made"
-    )
+    return _other_kind(names[0], kind)
   model = next((model for mark, model in OTHER_MODELS.items() if mark in text), None)
   looks = f"it looks like one for {model}" if model else "give adapters of a Wan model"
   return f"LoRA: no name of the file is a layer of this model (the first is {names[0]}); {looks}"
 
 
 def _other_kind(name, kind):
-  return f"LoRA: {name} is of {kind}; LoRA and full differences alone are read: merge it where it was made"
+  """A line for a file of another kind of adapter."""
+  return f"LoRA: {name} is of {kind}; only LoRA and full differences are read: merge it where it was made"
 
 
 def _first_unknown(unknown, modules):
@@ -356,9 +355,7 @@ def _first_unknown(unknown, modules):
   flat = unknown[0].replace(".", "_")
   kind = next((kind for mark, kind in OTHER_KINDS.items() if mark in flat), None)
   if kind:
-    return (
-      f"LoRA: {unknown[0]} is of {kind}; only LoRA and full differences are read: merge it where it was made"
-    )
+    return _other_kind(unknown[0], kind)
   core = re.sub(r"\.(lora_[ABud].*|alpha|diff(_b)?)$", "", _without_prefix(unknown[0])[1]).replace(".", "_")
   near = difflib.get_close_matches(core, modules, 1, 0.0)
   return (

@@ -55,6 +55,13 @@ def draw_file(cfg, notation, alpha, layers, biases=False):
   return tensors
 
 
+def draw_call():
+  """Latents [T, H, W, C], a time and a text [S, E], as `their_velocity` takes them."""
+  rng = np.random.default_rng(0)
+  call = [rng.normal(size=(3, 6, 8, 6)), 625, rng.normal(size=(7, 10))]
+  return [np.asarray(value, np.float32) for value in call]
+
+
 @pytest.mark.parametrize(
   "notation, alpha, outside, biases",
   [
@@ -71,9 +78,7 @@ def test_the_same_file_gives_the_same_velocity(notation, alpha, outside, biases,
   safetensors.numpy.save_file(
     draw_file(cfg, notation, alpha, [*layers, *(OUTSIDE if outside else ())], biases), file
   )
-  rng = np.random.default_rng(0)
-  call = [rng.normal(size=(3, 6, 8, 6)), np.float32(625), rng.normal(size=(7, 10))]
-  call = [np.asarray(value, np.float32) for value in call]
+  call = draw_call()
   plain = their_velocity(model, *call)
   pipe = WanPipeline(None, None, None, UniPCMultistepScheduler(), transformer=model)
   pipe.load_lora_weights(tmp_path, weight_name=file.name, adapter_name="style")
@@ -95,9 +100,7 @@ def test_two_files_at_once(tmp_path, close):
     safetensors.numpy.save_file(draw_file(cfg, notation, alpha, layers), tmp_path / f"{name}.safetensors")
     pipe.load_lora_weights(tmp_path, weight_name=f"{name}.safetensors", adapter_name=name)
   pipe.set_adapters(list(files), [strength for *_, strength in files.values()])
-  rng = np.random.default_rng(0)
-  call = [rng.normal(size=(3, 6, 8, 6)), np.float32(625), rng.normal(size=(7, 10))]
-  call = [np.asarray(value, np.float32) for value in call]
+  call = draw_call()
   theirs = their_velocity(pipe.transformer, *call)
   texts = [f"{tmp_path / name}.safetensors:{strength}" for name, (*_, strength) in files.items()]
   (tree,) = adapters.deltas(adapters.open_all(texts), cfg, ["dit"]).values()
