@@ -126,7 +126,8 @@ def warn_of_guidance(pipe, requests):
   """A line where adapters and few steps meet guidance, which most adapters for few steps have learned."""
   for fields in requests if FLAGS.lora else ():
     values = pipe.defaults | fields
-    steps = len(fields.get("times") or ()) or values["steps"]
+    times = values.get("times")
+    steps = len(times) if isinstance(times, (list, tuple)) and times else values["steps"]
     guidance = values["guidance"]
     if isinstance(steps, int) and steps <= FEW and guidance != 1:
       program.warn(

@@ -3,9 +3,9 @@
   W[i, o] ~ q[i, o] s[o]        s[o] = max_i |W[i, o]| / most
 
 q is int8 (most 127), or float8_e4m3 (most 448). Beside a weight `query` lies `query_scale`, float32. Products
-are those of the compute dtype: a layer's weights are converted where they are used (models/dit.py), so that
-memory, and what devices send each other, is half of bfloat16's, and numbers differ by the rounding of weights
-alone. Compare weight-only int8 in torchao and MaxText's AQT.
+are those of the compute dtype: a layer's weights are converted where they are used (models/dit.py). So these
+weights take half of the memory of bfloat16, half as much of them is sent between devices, and numbers differ
+by the rounding of weights alone. Compare weight-only int8 in torchao and MaxText's AQT.
 """
 
 import functools
